@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower and projector of a checkpoint, run by vLLM's own model class.
+
+vLLM's ``mm_encoder_only`` mode builds the same module that a whole engine would run on the pixels, without its language
+model, so the embeddings are those of a plain ``vllm serve`` for every family that vLLM knows, and one code path serves
+them all. There is no engine, no scheduler and no KV cache here: `Encoder` is two calls.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class Encoder:
+    """Loads at construction (seconds to minutes); afterwards `process` and `embed` may run in two different threads.
+
+    Args:
+        engine_args: vLLM engine arguments by name (``model``, ``dtype``, ``mm_processor_kwargs``, …). Those that only
+            concern a language model are accepted and have no effect, so that one ``Common`` section serves all stages.
+    """
+
+    def __init__(self, engine_args: dict[str, Any]):
+        from vllm.config import set_current_vllm_config
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.model_loader import get_model
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+        from vllm.platforms import current_platform
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        config = EngineArgs(
+            **engine_args, mm_encoder_only=True, enable_prefix_caching=False, mm_processor_cache_gb=0
+        ).create_engine_config()
+        self._config = config
+        self.device = current_platform.device_type
+        with set_current_vllm_config(config):
+            _join_world_of_one()
+            self._processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
+            with set_default_torch_dtype(config.model_config.dtype):
+                self._model = get_model(vllm_config=config)
+        self._metadata_fields = sorted(
+            self._processor.info.get_data_parser().placeholder_metadata_fields("image")
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an embedding row: that of the language model's input."""
+        return int(self._config.model_config.get_inputs_embeds_size())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._config.model_config.dtype
+
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters that were loaded: those of vision tower and projector."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters() if p.device.type != "meta")
+
+    def process(self, image: Image.Image) -> Any:
+        """Resizes, crops and normalises one RGB image: CPU work, one item for `embed`.
+
+        Raises:
+            ValueError: the model's image processor refuses the image (an extreme aspect ratio, say).
+        """
+        from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+        items = self._processor.info.parse_mm_data({"image": [image]})
+        result = self._processor._apply_hf_processor(
+            ProcessorInputs(prompt=[], mm_data_items=items, mm_uuid_items={"image": [""]}), TimingContext(enabled=False)
+        )
+        return result.kwargs["image"][0]
+
+    def embed(self, items: Sequence[Any]) -> list[torch.Tensor]:
+        """One forward over all ``items`` that can share a batch (equal fields; towers of fixed size stack them).
+
+        Returns:
+            One tensor an item, shape (tokens, `hidden_size`), in the model's dtype, on `device`.
+        """
+        import torch
+        from vllm.config import set_current_vllm_config
+        from vllm.forward_context import set_forward_context
+        from vllm.multimodal.utils import group_and_batch_mm_items
+
+        outputs: list[torch.Tensor] = []
+        with (
+            torch.inference_mode(),
+            set_current_vllm_config(self._config),
+            set_forward_context(None, self._config),
+        ):
+            for _, batch in group_and_batch_mm_items(items, device=torch.device(self.device)):
+                outputs.extend(self._model.embed_multimodal(**batch))
+        return outputs
+
+    def metadata(self, item: Any) -> dict[str, list[int]]:
+        """What the language model must know beside the embedding, by vLLM's field name.
+
+        Empty for families whose embedding says it all (LLaVA); ``{"image_grid_thw": [t, h, w]}`` for Qwen-VL.
+        """
+        return {name: item[name].data.flatten().tolist() for name in self._metadata_fields if name in item}
+
+
+def _join_world_of_one() -> None:
+    """vLLM's layers ask for tensor-parallel groups even where there is one process."""
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.platforms import current_platform
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+        backend=current_platform.dist_backend,
+    )
+    initialize_model_parallel(1, 1)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine as a stage uses it: prefill and hand over the KV cache, take it over and decode, or both in one.
+
+Which of them an engine can do is its ``kv_role``; the calls are the same. Prompts are token ids with one placeholder an
+image (vLLM expands them) or, where the KV cache is taken over, the expanded ids that prefill returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.errors import InvalidRequest, Preempted, Retryable
+
+if TYPE_CHECKING:
+    import torch
+
+KV_LEASE_SECONDS = 10
+"""How long prefill keeps blocks that nobody came for. vLLM's default is 30 s; DESIGN.md bounds ours."""
+
+Role = Literal["both", "prefill", "decode"]
+
+_KV_ROLE = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image of a prompt, in prompt order.
+
+    Attributes:
+        uuid: identity of the content for vLLM's caches (DESIGN.md: tenant, image digest, size, tower revision).
+        embedding: (tokens, hidden) tensor; None where the KV cache is taken over and only ``metadata`` is needed.
+        pixels: (height, width, 3) uint8 tensor, for families whose vLLM model takes no embeddings.
+        metadata: what the model needs beside the embedding, such as ``image_grid_thw``.
+    """
+
+    uuid: str
+    embedding: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    metadata: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt whose KV cache waits to be pulled, once."""
+
+    kv: dict[str, Any]
+    token_ids: list[int]
+
+
+class LanguageEngine:
+    """An AsyncLLM and its EngineCore process. Build it with `start`, end it with `close`."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self._max_model_len: int = engine.model_config.max_model_len
+
+    @classmethod
+    async def start(cls, engine_args: Mapping[str, Any], role: Role) -> LanguageEngine:
+        """Loads the model in a child process (tens of seconds).
+
+        ``engine_args`` are vLLM's by name and win over what the role sets. Raises whatever vLLM raises for arguments
+        that do not fit the model.
+        """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments: dict[str, Any] = {
+            "enable_mm_embeds": True,
+            # Embeddings bypass it, and it would hold every image twice (front and EngineCore).
+            "mm_processor_cache_gb": 0,
+            "disable_log_stats": True,
+        }
+        if current_platform.is_cpu():
+            # Without it vLLM adds a Worker process that spins for a second after every step.
+            arguments["distributed_executor_backend"] = "uni"
+        if role != "both":
+            arguments["kv_transfer_config"] = kv_transfer_config(_KV_ROLE[role], current_platform.device_type)
+            os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", routable_host())
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+        if role == "decode":
+            arguments["scheduler_cls"] = "dynamo_epd.engine.scheduler.FailOnPreemption"
+        arguments.update(engine_args)
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+        engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+        return cls(engine)
+
+    async def prefill(
+        self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], *, cache_salt: str | None
+    ) -> Prefilled:
+        """Fills the KV cache of a prompt and keeps it for one reader. The one sampled token is thrown away.
+
+        Raises:
+            InvalidRequest: the expanded prompt does not fit the model.
+            Retryable: the engine gave the request up.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        params.extra_args = {
+            "kv_transfer_params": {
+                "do_remote_decode": True,
+                "do_remote_prefill": False,
+                "remote_engine_id": None,
+                "remote_block_ids": None,
+                "remote_host": None,
+                "remote_port": None,
+            }
+        }
+        last = None
+        async for last in self._run(request_id, token_ids, images, cache_salt, params):
+            pass
+        if last is None or last.kv_transfer_params is None:
+            raise Retryable("prefill ended without a KV cache to hand over")
+        return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids))
+
+    async def generate(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        images: Sequence[ImageInput],
+        *,
+        sampling: str,
+        cache_salt: str | None,
+        kv: dict[str, Any] | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Streams the answer. With ``kv`` the prompt's KV cache is pulled from the engine that prefilled it.
+
+        ``sampling`` is `encode_sampling`'s text. Closing the iterator aborts the request in the engine.
+
+        Raises:
+            InvalidRequest: the expanded prompt does not fit the model.
+            Preempted: the engine lost the KV cache (preemption, or it could not be pulled).
+        """
+        from vllm.sampling_params import RequestOutputKind
+
+        params = decode_sampling(sampling)
+        params.output_kind = RequestOutputKind.DELTA
+        if kv is not None:
+            params.extra_args = {"kv_transfer_params": kv}
+        first = True
+        outputs = self._run(request_id, token_ids, images, cache_salt, params)
+        try:
+            async for output in outputs:
+                completion = output.outputs[0]
+                if completion.finish_reason in ("error", "abort"):
+                    raise Preempted("the decode engine lost the KV cache of this request")
+                if not completion.token_ids and completion.finish_reason is None:
+                    continue
+                yield Delta(
+                    token_ids=list(completion.token_ids),
+                    finish_reason=completion.finish_reason,
+                    stop_reason=completion.stop_reason,
+                    logprobs=_logprobs(completion.logprobs, completion.token_ids),
+                    prompt_tokens=len(output.prompt_token_ids) if first else None,
+                )
+                first = False
+        finally:
+            await outputs.aclose()
+
+    async def reject(self, request_id: str, kv: dict[str, Any]) -> None:
+        """Tells the engine that prefilled it that nobody will pull this KV cache, so that it frees the blocks now."""
+        await self._engine.notify_kv_transfer_request_rejected(request_id, kv)
+
+    async def check(self) -> None:
+        """Raises when the engine's process is gone."""
+        await self._engine.check_health()
+
+    @property
+    def dead(self) -> bool:
+        return bool(self._engine.errored)
+
+    def close(self) -> None:
+        """Ends the EngineCore process; running requests fail."""
+        self._engine.shutdown()
+
+    async def _run(
+        self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], cache_salt: str | None, params: Any
+    ) -> AsyncIterator[Any]:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        if images:
+            prompt["multi_modal_data"] = {"image": multi_modal_data(images)}
+            prompt["multi_modal_uuids"] = {"image": [image.uuid for image in images]}
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        (rendered,) = await self._engine.renderer.render_cmpl_async(
+            [prompt], self._engine.renderer.default_cmpl_tok_params.with_kwargs(max_length=None)
+        )
+        length = len(rendered["prompt_token_ids"])
+        room = self._max_model_len - length
+        if room < 1:
+            raise InvalidRequest(
+                f"This model's maximum context length is {self._max_model_len} tokens. However, your messages resulted "
+                f"in {length} tokens. Please reduce the length of the messages.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        params.max_tokens = min(params.max_tokens or room, room)
+        params.min_tokens = min(params.min_tokens, params.max_tokens)
+        try:
+            outputs = self._engine.generate(rendered, params, request_id)
+            async for output in outputs:
+                yield output
+        except VLLMValidationError as error:
+            raise InvalidRequest(str(error), param=error.parameter) from error
+
+
+def multi_modal_data(images: Sequence[ImageInput]) -> Any:
+    """The ``image`` entry of vLLM's ``multi_modal_data`` for images that all came the same way."""
+    import torch
+
+    if images[0].pixels is not None:
+        from PIL import Image
+
+        return [Image.fromarray(image.pixels.numpy()) for image in images if image.pixels is not None]
+    names = images[0].metadata.keys()
+    if not names:
+        # One tensor an image: (tokens, hidden). vLLM knows embeddings from pixels by their two dimensions.
+        return [image.embedding for image in images]
+    data: dict[str, Any] = {name: torch.tensor([image.metadata[name] for image in images]) for name in names}
+    embeddings = [image.embedding for image in images if image.embedding is not None]
+    if embeddings:
+        data["image_embeds"] = torch.cat(embeddings)
+    return data
+
+
+def kv_transfer_config(kv_role: str, device: str) -> dict[str, Any]:
+    """vLLM's own NIXL connector, with our lease and without silent recomputation."""
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": kv_role,
+        "kv_buffer_device": device,
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": KV_LEASE_SECONDS},
+    }
+
+
+def encode_sampling(params: Any) -> str:
+    """vLLM's SamplingParams as JSON. Detokenizing and stop strings stay with the processor, so they are left out."""
+    params = params.clone()
+    params.n = 1
+    params.detokenize = False
+    params.stop = []
+    params.output_text_buffer_length = 0
+    return msgspec.json.encode(params).decode()
+
+
+def decode_sampling(text: str) -> Any:
+    """What `encode_sampling` wrote. Raises InvalidRequest on anything else."""
+    from vllm import SamplingParams
+
+    try:
+        return msgspec.json.decode(text, type=SamplingParams)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest("malformed sampling parameters") from error
+
+
+def _logprobs(positions: Any, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
+    if positions is None:
+        return None
+    return [
+        TokenLogprobs(list(entry), [value.logprob for value in entry.values()], entry[token].rank)
+        for entry, token in zip(positions, token_ids, strict=True)
+    ]
+
+
+def routable_host() -> str:
+    """The address under which peers reach this process: ``DYNAMO_HOST``, else loopback."""
+    return os.environ.get("DYNAMO_HOST", "127.0.0.1")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes tiny checkpoints of the real architectures with random, seeded weights.
+
+They stand in for the 7B models wherever the machinery is tested and not the answer: hub layout, safetensors,
+processor, tokenizer and chat template, loaded by exactly the code that loads the big ones.
+
+    python models/untrained.py llava DIRECTORY
+    python models/untrained.py qwen2_5_vl DIRECTORY
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] if message['content'] is string "
+    "else message['content'] | map(attribute='text') | join('') }} "
+    "{% else %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str):
+    """A byte-level tokenizer without merges: 256 byte tokens, then ``specials`` in order."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=8192
+    )
+
+
+def randomise(model, seed: int, std: float) -> None:
+    """Draws every matrix from N(0, (std / sqrt(fan_in))²) so that answers depend on the whole prompt, images included.
+
+    transformers' own initialisation (0.02) leaves a toy-sized model whose greedy answer ignores its input.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                fan_in = parameter[0].numel()
+                scale = 1.0 if "embed" in name else std / fan_in**0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+
+def write_llava(directory: Path) -> None:
+    """LlavaForConditionalGeneration: a CLIP tower (56×56 pixels, 16 patches) and a Llama of two layers."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos="<s>", eos="</s>", pad="<pad>")
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=16, vision_feature_layer=-2
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    randomise(model, seed=1, std=1.6)
+    model.save_pretrained(directory)
+    rename_tensors(directory, "vision_tower.", "vision_tower.vision_model.")
+    side = {"shortest_edge": 56}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=side, crop_size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+
+
+def write_qwen2_5_vl(directory: Path) -> None:
+    """Qwen2_5_VLForConditionalGeneration: dynamic resolution (28-pixel merges), mRoPE, two text layers."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+    )
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    specials = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    tokenizer = byte_tokenizer(specials, bos=None, eos="<|im_end|>", pad="<|endoftext|>")
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1000000.0},
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomise(model, seed=2, std=1.6)
+    model.save_pretrained(directory)
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def rename_tensors(directory: Path, old: str, new: str) -> None:
+    """transformers 5 writes ``vision_tower.*``; vLLM 0.31 and the hub's checkpoints say ``vision_tower.vision_model.*``."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    renamed = {}
+    for name, tensor in tensors.items():
+        at = name.find(old)
+        if at >= 0 and new not in name:
+            name = name[:at] + new + name[at + len(old) :]
+        renamed[name] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {"llava": write_llava, "qwen2_5_vl": write_qwen2_5_vl}
+
+
+def write(family: str, directory: Path) -> None:
+    """Writes the checkpoint of ``family`` (a key of `WRITERS`) unless ``directory`` already holds a whole one."""
+    done = directory / "untrained.json"
+    if done.exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    WRITERS[family](directory)
+    done.write_text(json.dumps({"family": family, "weights": "random"}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=sorted(WRITERS))
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    write(arguments.family, arguments.directory)
+
+
+if __name__ == "__main__":
+    main()
