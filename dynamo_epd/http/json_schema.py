@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on a JSON schema that a client sends, before a grammar compiler sees it."""
+
+from __future__ import annotations
+
+import graphlib
+import json
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
+
+MAX_DEPTH = 64
+MAX_BYTES = 64 * 1024
+MAX_COUNT = 4096
+"""Highest minLength, maxItems and their like: a grammar spells repetitions out."""
+MAX_PATTERN = 256
+MAX_REPETITION = 256
+
+_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+_ELSEWHERE = frozenset({"$dynamicRef", "$recursiveRef"})
+_Pointer = tuple[str, ...]
+
+
+def check_schema(schema: Any, param: str) -> dict[str, Any]:
+    """``schema`` itself, if it is an object within the bounds. Raises `InvalidRequest` that blames ``param``.
+
+    References must point into the schema and must not lead back to themselves.
+    """
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"'{param}' must be an object", param=param)
+    _check_depth(schema, param)
+    if len(json.dumps(schema)) > MAX_BYTES:
+        raise InvalidRequest(f"'{param}' is longer than {MAX_BYTES} bytes", param=param)
+    for node in _objects(schema):
+        for key, value in node.items():
+            if key == "pattern" and isinstance(value, str):
+                _check_pattern(value, param)
+            elif key == "patternProperties" and isinstance(value, dict):
+                for pattern in value:
+                    _check_pattern(pattern, param)
+            elif key in _COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
+                raise InvalidRequest(f"'{key}' in '{param}' is above {MAX_COUNT}", param=param)
+            elif key in _ELSEWHERE and isinstance(value, str):
+                raise UnsupportedParameter(f"'{key}' in '{param}' is not supported", param=param)
+    _check_references(schema, param)
+    return schema
+
+
+def _check_depth(schema: dict[str, Any], param: str) -> None:
+    level: list[Any] = [schema]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"'{param}' is nested more than {MAX_DEPTH} deep", param=param)
+
+
+def _check_pattern(pattern: str, param: str) -> None:
+    """A regular expression without the forms that make automata or backtracking explode."""
+    refusal = InvalidRequest(f"a pattern in '{param}' is too long or too complex", param=param)
+    if len(pattern) > MAX_PATTERN or re.search(r"\\[1-9]|\\k<", pattern):
+        raise refusal
+    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
+    if re.search(r"\)\s*[*+{]|\(\?(?!:)", plain):  # a repeated group; lookaround, recursion, flags
+        raise refusal
+    counts = re.findall(r"\{(\d*)(?:,(\d*))?\}", plain)
+    if any(len(count) > 4 or int(count or 0) > MAX_REPETITION for pair in counts for count in pair):
+        raise refusal
+
+
+def _check_references(schema: dict[str, Any], param: str) -> None:
+    graph: dict[_Pointer, set[_Pointer]] = {}
+    waiting: list[_Pointer] = [()]
+    while waiting:
+        pointer = waiting.pop()
+        if pointer not in graph:
+            graph[pointer] = {_pointer(text, param) for text in _references(_target(schema, pointer, param))}
+            waiting.extend(graph[pointer])
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise InvalidRequest(f"a reference in '{param}' leads back to itself", param=param) from error
+
+
+def _references(node: Any) -> set[str]:
+    return {item["$ref"] for item in _objects(node) if isinstance(item.get("$ref"), str)}
+
+
+def _pointer(reference: str, param: str) -> _Pointer:
+    """RFC 6901 in its URI form: ``#`` or ``#/a/b``."""
+    if reference != "#" and not reference.startswith("#/"):
+        raise InvalidRequest(f"a reference in '{param}' does not point into it", param=param)
+    return tuple(unquote(step).replace("~1", "/").replace("~0", "~") for step in reference.split("/")[1:])
+
+
+def _target(schema: dict[str, Any], pointer: _Pointer, param: str) -> Any:
+    node: Any = schema
+    for step in pointer:
+        if isinstance(node, dict) and step in node:
+            node = node[step]
+        elif isinstance(node, list) and step.isdecimal() and step.isascii() and int(step[:9]) < len(node):
+            node = node[int(step[:9])]
+        else:
+            raise InvalidRequest(f"a reference in '{param}' points to nothing", param=param)
+    return node
+
+
+def _objects(node: Any) -> list[dict[str, Any]]:
+    """Every object at or below ``node``."""
+    found: list[dict[str, Any]] = []
+    waiting = [node]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            found.append(item)
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+    return found

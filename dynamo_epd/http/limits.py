@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on a request before any route sees it, and its id."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dynamo_epd.errors import EpdError, InvalidRequest, PayloadTooLarge
+from dynamo_epd.http.errors import HeadersTooLarge, RequestTimeout, answer_errors, error_response
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True)
+class RequestBounds:
+    """How much of a request is taken, and how long its body may take to arrive."""
+
+    body_bytes: int = 16 * 1024 * 1024
+    body_seconds: float = 30.0
+    idle_seconds: float = 10.0
+    """Between two pieces of a body."""
+    headers: int = 100
+    header_bytes: int = 16 * 1024
+    drain_bytes: int = 64 * 1024 * 1024
+    """Of a body that was refused: read and dropped, so that a client that is still writing gets to read the reply."""
+    drain_seconds: float = 5.0
+
+
+def guard(app: FastAPI, bounds: RequestBounds | None = None) -> None:
+    """Put the whole edge round ``app``: bounds and request id outside, errors as OpenAI's bodies inside.
+
+    Middleware added later stands outside of it and sees requests of any size.
+    """
+    answer_errors(app)
+    app.add_middleware(RequestLimits, bounds=bounds)
+
+
+class RequestLimits:
+    """ASGI middleware, the outermost one: headers 431, body 413, slow body 408, ``x-request-id`` on every reply.
+
+    The body is read here in full and handed on in one piece, so no route can forget a bound. The id is the client's
+    if it is harmless, else a new one; routes find it as ``request.state.request_id``.
+    """
+
+    def __init__(self, app: ASGIApp, bounds: RequestBounds | None = None):
+        self.app = app
+        self.bounds = bounds or RequestBounds()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def identify(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            self._check_headers(scope)
+            body = await self._read(receive)
+        except EpdError as error:
+            await self._refuse(error, receive, identify)
+            return
+        if body is None:  # the client left while sending
+            return
+        await self.app(scope, _replay(body, receive), identify)
+
+    def _check_headers(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        if len(headers) > self.bounds.headers:
+            raise HeadersTooLarge(f"the request has more than {self.bounds.headers} headers")
+        if sum(len(name) + len(value) for name, value in headers) > self.bounds.header_bytes:
+            raise HeadersTooLarge(f"the headers have more than {self.bounds.header_bytes} bytes")
+        for name, value in headers:
+            if name == b"content-length":
+                if not value.isdigit():
+                    raise InvalidRequest("the Content-Length is not a number")
+                if len(value) > 18 or int(value) > self.bounds.body_bytes:
+                    raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.bounds.body_seconds):
+                while True:
+                    async with asyncio.timeout(self.bounds.idle_seconds):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > self.bounds.body_bytes:
+                        raise self._too_large()
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError as error:
+            raise RequestTimeout("the body did not arrive in time") from error
+
+    async def _refuse(self, error: EpdError, receive: Receive, send: Send) -> None:
+        """Reply at once, then read on for a while: closing on unread bytes would reset the reply away."""
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        if not isinstance(error, RequestTimeout):
+            await self._drain(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _drain(self, receive: Receive) -> None:
+        left = self.bounds.drain_bytes
+        try:
+            async with asyncio.timeout(self.bounds.drain_seconds):
+                while left > 0:
+                    message = await receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            return
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body has more than {self.bounds.body_bytes} bytes")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """``receive`` as if the body had come in one message; later calls wait for the client to leave."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(text):
+                return str(text)
+            break
+    return uuid.uuid4().hex
