@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The READ of one handle, in pieces.
+
+Over shared memory NIXL copies inside the call that starts a READ. One READ of 64 MiB would hold the event loop for
+tens of milliseconds, so a large one goes in pieces, each followed by its share of the digest while the bytes are
+still in the processor's cache. The last piece is started when all others have arrived, for it carries the notice.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from dynamo_epd.errors import DigestMismatch, HandOffFailed
+from dynamo_epd.transfer.agent import Agent, Read
+from dynamo_epd.transfer.handle import Handle
+from dynamo_epd.transfer.memory import Digest, Memory
+from dynamo_epd.transfer.peers import Peer, Peers
+
+PIECE_BYTES = 1 << 20
+PIECES_IN_FLIGHT = 4
+"""Enough to keep a network busy while the digest runs."""
+
+
+class Pull:
+    """Brings the bytes of ``handle`` to ``offset`` of ``memory``. Its user calls `step` until it says True."""
+
+    def __init__(self, agent: Agent, peers: Peers, peer: Peer, handle: Handle, memory: Memory, offset: int):
+        self._agent = agent
+        self._peers = peers
+        self.peer = peer
+        self._handle = handle
+        self._memory = memory
+        self._offset = offset
+        self._started = 0
+        self.taken = 0
+        """Bytes that have arrived and went into the digest."""
+        self._reads: deque[tuple[Read, int]] = deque()
+        self._digest = Digest()
+        self.done = False
+
+    def step(self) -> bool:
+        """Start at most one piece, take what has arrived, in order. True when all is here and the digest is right.
+
+        Raises `HandOffFailed` when NIXL fails and `DigestMismatch`; after either the pull still has to be settled.
+        """
+        if self.done:
+            return True
+        try:
+            self._start()
+            arrived = self._arrived()
+        except HandOffFailed:
+            self._peers.drop(self.peer)  # NIXL says so at once when a peer dies; the next read asks who is there now
+            raise
+        for nbytes in arrived:
+            self._digest.update(self._memory.bytes_at(self._offset + self.taken, nbytes))
+            self.taken += nbytes
+        if self.taken == self._handle.length:
+            if self._digest.hexdigest() != self._handle.digest:
+                raise DigestMismatch("the bytes that arrived are not those that the handle promised")
+            self.done = True
+        return self.done
+
+    def _start(self) -> None:
+        length, left = self._handle.length, self._handle.length - self._started
+        if length == 0:
+            if self._handle.ends_on_read:
+                self._agent.notify(self.peer.incarnation, self._handle.lease.encode())
+            return
+        last = left <= PIECE_BYTES
+        if left == 0 or len(self._reads) >= (1 if last else PIECES_IN_FLIGHT):
+            return
+        nbytes = min(left, PIECE_BYTES)
+        notice = self._handle.lease.encode() if last and self._handle.ends_on_read else b""
+        read = self._agent.read(
+            self.peer.incarnation,
+            self._memory.address + self._offset + self._started,
+            self.peer.address + self._handle.offset + self._started,
+            nbytes,
+            notice,
+        )
+        self.peer.in_flight += 1
+        self._reads.append((read, nbytes))
+        self._started += nbytes
+
+    def _arrived(self) -> list[int]:
+        """Sizes of the pieces that have arrived since the last call, in order."""
+        arrived = []
+        while self._reads and self._reads[0][0].poll():
+            arrived.append(self._reads.popleft()[1])
+            self._peers.finished(self.peer)
+        return arrived
+
+    def settle(self) -> bool:
+        """Start nothing more. True when NIXL can write to this process's memory no more."""
+        while self._reads and self._reads[0][0].settle():
+            self._reads.popleft()
+            self._peers.finished(self.peer)
+        return not self._reads
