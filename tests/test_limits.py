@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edge in front of a real server, spoken to over raw sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+
+from dynamo_epd.http.connection import BoundedConnection
+from dynamo_epd.http.limits import RequestBounds, guard
+
+BOUNDS = RequestBounds(body_bytes=100_000, body_seconds=1.0, idle_seconds=0.4, drain_seconds=1.0)
+
+
+def application() -> FastAPI:
+    app = FastAPI()
+    guard(app, BOUNDS)
+    app.state.seen = []
+
+    @app.post("/echo")
+    async def echo(request: Request) -> dict[str, object]:
+        body = await request.body()
+        app.state.seen.append(len(body))
+        return {"digest": hashlib.sha256(body).hexdigest(), "id": request.state.request_id}
+
+    @app.post("/wait")
+    async def wait(request: Request) -> dict[str, object]:
+        await request.body()
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.01)
+        app.state.seen.append("left")
+        return {}
+
+    @app.post("/defect")
+    async def defect() -> None:
+        raise RuntimeError("secret")
+
+    @app.get("/")
+    async def root() -> dict[str, object]:
+        return {}
+
+    return app
+
+
+class Running:
+    def __init__(self, app: FastAPI, port: int):
+        self.app = app
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def send(self, *pieces: bytes, pause: float = 0.0) -> bytes:
+        """Everything that the server says until it hangs up."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+            for piece in pieces:
+                try:
+                    connection.sendall(piece)
+                except OSError:
+                    break
+                time.sleep(pause)
+            said = b""
+            while got := self._read(connection):
+                said += got
+            return said
+
+    @staticmethod
+    def _read(connection: socket.socket) -> bytes:
+        try:
+            return connection.recv(65536)
+        except ConnectionResetError:
+            return b""
+
+
+@contextmanager
+def running(kind: str | type[BoundedConnection]) -> Iterator[Running]:
+    app = application()
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, http=kind, log_level="error", h11_max_incomplete_event_size=1 << 20)  # type: ignore[arg-type]
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Running(app, listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module", params=["httptools", "h11", BoundedConnection])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(request.param) as up:
+        yield up
+
+
+def head(length: int | None, *lines: str) -> bytes:
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return "\r\n".join(["POST /echo HTTP/1.1", "Host: x", size, *lines]).encode() + b"\r\n\r\n"
+
+
+def refused(said: bytes, status: int, code: str) -> None:
+    top, _, body = said.partition(b"\r\n\r\n")
+    assert top.startswith(f"HTTP/1.1 {status} ".encode()), said[:200]
+    assert re.search(rb"(?im)^x-request-id: [0-9a-f]{32}\r?$", top)
+    assert re.search(rb"(?im)^connection: close\r?$", top)
+    assert json.loads(body)["error"]["code"] == code and len(body) <= 2048
+
+
+def alive(server: Running) -> None:
+    assert httpx.get(server.url).status_code == 200
+
+
+def test_a_body_arrives_whole(server: Running) -> None:
+    for size in (0, 1, 70_000, BOUNDS.body_bytes):
+        body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+        for content in (body, iter([body[:10], body[10:]])):
+            reply = httpx.post(f"{server.url}/echo", content=content)
+            assert reply.json()["digest"] == hashlib.sha256(body).hexdigest()
+
+
+def test_a_declared_body_over_the_bound_is_413_at_once(server: Running) -> None:
+    seen = list(server.app.state.seen)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head(BOUNDS.body_bytes + 1))
+        said = connection.recv(65536)  # nothing of the body was sent
+        while b"}}" not in said:
+            said += connection.recv(65536)
+    refused(said, 413, "payload_too_large")
+    refused(server.send(head(10**17)), 413, "payload_too_large")
+    assert server.app.state.seen == seen
+    alive(server)
+
+
+def test_a_chunked_body_over_the_bound_is_413(server: Running) -> None:
+    seen = list(server.app.state.seen)
+    chunk = b"4000\r\n" + bytes(0x4000) + b"\r\n"
+    refused(server.send(head(None), chunk * 7), 413, "payload_too_large")
+    assert server.app.state.seen == seen
+    alive(server)
+
+
+def test_a_client_that_writes_all_before_it_reads_gets_to_read_the_413(server: Running) -> None:
+    for content in (bytes(20_000_000), iter([bytes(100_000)] * 100)):
+        reply = httpx.post(f"{server.url}/echo", content=content)
+        assert reply.status_code == 413 and reply.json()["error"]["code"] == "payload_too_large"
+
+
+def test_a_body_that_stalls_is_408(server: Running) -> None:
+    refused(server.send(head(1000), b"x" * 10), 408, "request_timeout")
+    alive(server)
+
+
+def test_a_body_that_drips_is_408(server: Running) -> None:
+    refused(server.send(head(1000), *[b"x"] * 20, pause=0.1), 408, "request_timeout")
+    alive(server)
+
+
+def test_too_many_headers_are_431(server: Running) -> None:
+    lines = [f"X-{i}: y" for i in range(10_000)]
+    refused(server.send(head(0, *lines)), 431, "headers_too_large")
+    refused(server.send(head(0, *lines[:101])), 431, "headers_too_large")
+    alive(server)
+
+
+def test_large_headers_are_431(server: Running) -> None:
+    refused(server.send(head(0, "X-Big: " + "y" * 20_000)), 431, "headers_too_large")
+    alive(server)
+
+
+def test_the_clients_request_id_is_echoed_where_it_is_harmless(server: Running) -> None:
+    for name in ("abc", "A-1_2.3", "z" * 128):
+        reply = httpx.post(f"{server.url}/echo", headers={"x-request-id": name})
+        assert reply.headers["x-request-id"] == name == reply.json()["id"]
+    seen = set()
+    for name in ("", "z" * 129, "a b", "a/../b", "\u00e9", "<script>", "a;b"):
+        reply = httpx.post(f"{server.url}/echo", headers={"x-request-id": name.encode()})
+        given = reply.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", given) and given == reply.json()["id"]
+        seen.add(given)
+    assert len(seen) == 7
+
+
+def test_errors_carry_the_id_too(server: Running) -> None:
+    for method, path, status in (("POST", "/defect", 500), ("GET", "/nowhere", 404), ("GET", "/echo", 405)):
+        reply = httpx.request(method, server.url + path, headers={"x-request-id": "mine"})
+        assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine")
+        assert "secret" not in reply.text and reply.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_a_client_that_leaves_while_sending_reaches_no_route(server: Running) -> None:
+    seen = list(server.app.state.seen)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head(1000) + b"x" * 10)
+        time.sleep(0.1)
+    alive(server)
+    assert server.app.state.seen == seen
+
+
+def test_a_route_still_notices_that_the_client_left(server: Running) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head(3).replace(b"/echo", b"/wait") + b"abc")
+        time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while "left" not in server.app.state.seen and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.app.state.seen.count("left") == 1
