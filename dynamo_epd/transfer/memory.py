@@ -87,12 +87,9 @@ class Memory:
         return memoryview(value).nbytes
 
     def close(self) -> None:
-        """Unmap. A tensor that someone still holds keeps the mapping alive until it goes."""
+        """Unmap, once the last tensor that someone still holds is gone."""
         if self._pinned:
             loaded_torch().cuda.cudart().cudaHostUnregister(self.address)
             self._pinned = False
-        self._bytes.release()
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # a view is still held outside: unmapping under it would crash, the last one frees the memory
+        # Not closed but let go: torch holds the mapping without locking it, and would read unmapped memory.
+        del self._bytes, self._map

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An arena in a process of its own, for tests: run as a program it obeys JSON lines, `ArenaOwner` sends them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dynamo_epd.transfer import Arena, Entry, Handle
+
+def content(seed: int, nbytes: int) -> bytes:
+    """The bytes that a seed stands for: the same in both processes, different for every seed."""
+    return random.Random(seed).randbytes(nbytes)
+
+
+class ArenaOwner:
+    """The test's end. Its calls wait for the other process's answer."""
+
+    def __init__(self, name: str, nbytes: int, **environment: str):
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        opened = self.ask("open", name=name, nbytes=nbytes)
+        self.card = base64.b64decode(opened["card"])
+
+    async def resolve(self, owner: str) -> bytes:
+        """For the reader's `Arena.open`."""
+        assert owner == self.name
+        return self.card
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
+        self._process.stdin.flush()
+        while not (line := self._process.stdout.readline()).startswith("{"):  # UCX reports errors on stdout
+            assert line, "the owner has died"
+        return json.loads(line)
+
+    def publish(self, seed: int, nbytes: int, *, seconds: float = 60.0, **arguments: Any) -> Handle:
+        """Publish `content` of ``seed`` and lease it. Arguments: key, shape, dtype, ends_on_read."""
+        return msgspec.convert(self.ask("publish", seed=seed, nbytes=nbytes, seconds=seconds, **arguments), Handle)
+
+    def stats(self) -> dict[str, Any]:
+        return self.ask("stats")
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is dead."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class Commands:
+    """The other process's end: one method for each command."""
+
+    arena: Arena
+
+    async def open(self, name: str, nbytes: int) -> dict[str, Any]:
+        async def resolve(owner: str) -> bytes:
+            raise LookupError(owner)
+
+        self.arena = await Arena.open(nbytes, owner=name, resolve=resolve)
+        return {"card": base64.b64encode(self.arena.metadata()).decode()}
+
+    async def publish(
+        self,
+        seed: int,
+        nbytes: int,
+        seconds: float,
+        key: str | None = None,
+        shape: list[int] | None = None,
+        dtype: str = "bytes",
+        ends_on_read: bool = True,
+    ) -> dict[str, Any]:
+        with await self.arena.reserve([nbytes], 5.0) as (slot,):
+            slot.write(content(seed, nbytes))
+            entry: Entry = slot.publish(key, (nbytes,) if shape is None else tuple(shape), dtype)
+        return msgspec.to_builtins(self.arena.lease(entry, seconds, ends_on_read=ends_on_read))
+
+    async def release(self, lease: str) -> dict[str, Any]:
+        self.arena.release(lease)
+        return {}
+
+    async def flip(self, offset: int) -> dict[str, Any]:
+        """A fault that no caller can cause: one bit of published memory changes."""
+        self.arena._memory.bytes_at(offset, 1)[0] ^= 1
+        return {}
+
+    async def stats(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.arena.stats())
+
+
+async def obey() -> None:
+    commands = Commands()
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        request = json.loads(line)
+        reply = await getattr(commands, request.pop("what"))(**request)
+        print(json.dumps(reply), flush=True)
+    await commands.arena.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(obey())
