@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,9 @@ from typing import Any
 
 import msgspec
 
+from dynamo_epd.errors import HandOffFailed
 from dynamo_epd.transfer import Arena, Entry, Handle
+
 
 def content(seed: int, nbytes: int) -> bytes:
     """The bytes that a seed stands for: the same in both processes, different for every seed."""
@@ -36,8 +39,8 @@ class ArenaOwner:
             stdout=subprocess.PIPE,
             text=True,
         )
-        opened = self.ask("open", name=name, nbytes=nbytes)
-        self.card = base64.b64decode(opened["card"])
+        self.begin("open", name=name, nbytes=nbytes)
+        self.card = base64.b64decode(self.answer()["card"])
 
     async def resolve(self, owner: str) -> bytes:
         """For the reader's `Arena.open`."""
@@ -45,9 +48,17 @@ class ArenaOwner:
         return self.card
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.begin(what, **arguments)
+        return self.answer()
+
+    def begin(self, what: str, **arguments: Any) -> None:
+        """Ask without waiting: `answer` does."""
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
         self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         while not (line := self._process.stdout.readline()).startswith("{"):  # UCX reports errors on stdout
             assert line, "the owner has died"
         return json.loads(line)
@@ -77,8 +88,10 @@ class Commands:
     arena: Arena
 
     async def open(self, name: str, nbytes: int) -> dict[str, Any]:
+        self.others: dict[str, bytes] = {}
+
         async def resolve(owner: str) -> bytes:
-            raise LookupError(owner)
+            return self.others[owner]
 
         self.arena = await Arena.open(nbytes, owner=name, resolve=resolve)
         return {"card": base64.b64encode(self.arena.metadata()).decode()}
@@ -97,6 +110,15 @@ class Commands:
             slot.write(content(seed, nbytes))
             entry: Entry = slot.publish(key, (nbytes,) if shape is None else tuple(shape), dtype)
         return msgspec.to_builtins(self.arena.lease(entry, seconds, ends_on_read=ends_on_read))
+
+    async def read(self, handle: dict[str, Any], card: str) -> dict[str, Any]:
+        """Be a reader: READ the handle of the owner with this card; reply with a digest of the bytes or the error."""
+        self.others[handle["owner"]] = base64.b64decode(card)
+        try:
+            async with self.arena.read([msgspec.convert(handle, Handle)], timeout=30.0) as (value,):
+                return {"sha256": hashlib.sha256(value).hexdigest()}
+        except HandOffFailed as error:
+            return {"error": type(error).__name__}
 
     async def release(self, lease: str) -> dict[str, Any]:
         self.arena.release(lease)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +19,28 @@ from dynamo_epd.errors import DigestMismatch, HandOffFailed, LeaseExpired, Overl
 from dynamo_epd.transfer import Arena
 
 MIB = 1 << 20
+
+
+BYTES_ONLY = """
+import asyncio, sys
+from dynamo_epd.transfer import Arena
+
+async def run():
+    arena = await Arena.open(4096, owner="me", resolve=None)
+    with await arena.reserve([5], 1) as (slot,):
+        slot.write(b"hello")
+        handle = arena.lease(slot.publish(), 60)
+    async with arena.read([handle], timeout=5) as (value,):
+        print(bytes(value), "torch" in sys.modules)
+    await arena.close()
+
+asyncio.run(run())
+"""
+
+
+def test_who_hands_on_only_bytes_never_loads_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", BYTES_ONLY], capture_output=True, text=True, check=True)
+    assert done.stdout == "b'hello' False\n"
 
 
 async def nobody(owner: str) -> bytes:
@@ -149,8 +173,8 @@ def test_close_refuses_what_waits_and_what_comes() -> None:
 
 def test_open_and_close_leave_no_descriptor_no_shared_memory_and_no_mapping() -> None:
     def left() -> tuple[int, int, list[str]]:
-        large = sum("anon" not in line and "/dev/shm" in line for line in Path("/proc/self/maps").read_text().splitlines())
-        return len(os.listdir("/proc/self/fd")), large, sorted(os.listdir("/dev/shm"))
+        mapped = Path("/proc/self/maps").read_text().count("/dev/shm")
+        return len(os.listdir("/proc/self/fd")), mapped, sorted(os.listdir("/dev/shm"))
 
     async def test(arena: Arena) -> None:
         with await arena.reserve([100], 1) as (slot,):

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import math
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -445,7 +448,71 @@ def test_a_close_with_reads_in_flight(over_tcp: ArenaOwner) -> None:
     asyncio.run(run())
 
 
-def test_a_reader_killed_before_it_reads_holds_the_slot_only_as_long_as_its_lease(owner: ArenaOwner) -> None:
+def serving(test: Callable[[Arena, dict[str, str]], Awaitable[None]]) -> None:
+    """Run ``test`` with an arena that other processes read from, and its card for `Commands.read`."""
+
+    async def nobody(owner: str) -> bytes:
+        raise LookupError(owner)
+
+    async def run() -> None:
+        arena = await Arena.open(32 * MIB, owner="encode/9", resolve=nobody)
+        try:
+            await test(arena, {"card": base64.b64encode(arena.metadata()).decode()})
+        finally:
+            await arena.close()
+
+    asyncio.run(run())
+
+
+async def publish(arena: Arena, data: bytes, seconds: float) -> Handle:
+    with await arena.reserve([len(data)], 5) as (slot,):
+        slot.write(data)
+        return arena.lease(slot.publish(), seconds)
+
+
+def test_reader_processes_read_at_once_and_their_notices_end_the_leases() -> None:
+    async def test(arena: Arena, card: dict[str, str]) -> None:
+        data = [content(seed, 5 * MIB) for seed in range(3)]
+        for reader, mine in zip(readers, data, strict=True):
+            reader.begin("read", handle=msgspec.to_builtins(await publish(arena, mine, 60)), **card)
+        answers = [await asyncio.to_thread(reader.answer) for reader in readers]
+        assert [answer.get("sha256") for answer in answers] == [hashlib.sha256(mine).hexdigest() for mine in data]
+        await until(lambda: arena.stats().leases == 0)
+        assert arena.stats().bytes_used == 0
+
+    with ThreadPoolExecutor() as pool:
+        readers = list(pool.map(lambda number: ArenaOwner(f"prefill/{number}", 8 * MIB), range(3)))
+    try:
+        serving(test)
+    finally:
+        for reader in readers:
+            reader.kill()
+
+
+def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_itself(over_tcp: ArenaOwner) -> None:
+    async def test(arena: Arena, card: dict[str, str]) -> None:
+        first = await publish(arena, content(1, MIB), 60)
+        over_tcp.begin("read", handle=msgspec.to_builtins(first), **card)
+        assert "sha256" in await asyncio.to_thread(over_tcp.answer)
+        await until(lambda: arena.stats().leases == 0)
+        handle = await publish(arena, content(2, 15 * MIB), 1)
+        over_tcp.signal(signal.SIGSTOP)
+        over_tcp.begin("read", handle=msgspec.to_builtins(handle), **card)
+        over_tcp.signal(signal.SIGCONT)
+        await asyncio.sleep(0.002)
+        over_tcp.kill()
+        assert arena.stats().leases == 1
+        await until(lambda: arena.stats().leases == 0)
+        assert arena.stats().leases_expired == 1 and arena.stats().bytes_used == 0
+        assert bytes(await own(arena)) == b"still here"
+
+    async def own(arena: Arena) -> bytes:
+        return await read_bytes(arena, await publish(arena, b"still here", 60))
+
+    serving(test)
+
+
+def test_a_reader_that_never_comes_holds_the_slot_only_as_long_as_its_lease(owner: ArenaOwner) -> None:
     handle = owner.publish(1, 100, seconds=0.2)
     assert owner.stats()["leases"] == 1 and math.isfinite(handle.lease_end)
 

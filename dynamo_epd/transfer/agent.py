@@ -8,6 +8,9 @@ slower. One thread calls an agent: the event loop's.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from dynamo_epd.errors import HandOffFailed
@@ -15,12 +18,18 @@ from dynamo_epd.errors import HandOffFailed
 PROGRESS_DELAY_US = 1000
 
 
+def _bindings() -> Any:
+    """NIXL's binding. Package ``nixl`` chooses between the CUDA 12 and 13 wheels, and imports torch to ask which (two
+    seconds, 200 MB) where torch is a CPU build; where only one wheel is installed there is nothing to choose."""
+    wheels = [wheel for wheel in ("nixl_cu13", "nixl_cu12") if find_spec(wheel)]
+    return import_module(f"{wheels[0] if len(wheels) == 1 else 'nixl'}._bindings")
+
+
 class Agent:
     """One NIXL agent with the UCX backend and one registered range of host memory."""
 
     def __init__(self, name: str, address: int, nbytes: int):
-        import nixl._bindings as binding
-
+        binding = _bindings()
         self._nixl = binding
         self._error = tuple(
             error for key, error in vars(binding).items() if key.startswith("nixl") and key.endswith("Error")
@@ -36,7 +45,8 @@ class Agent:
         self._agent.registerMem(self._registered, self._ucx)
 
     def metadata(self) -> bytes:
-        return self._agent.getLocalMD()
+        """How to connect and what is registered, in NIXL's own coding."""
+        return bytes(self._agent.getLocalMD())
 
     def add_peer(self, metadata: bytes) -> str:
         """Load a peer's metadata; returns its agent name. Raises `HandOffFailed` for garbage and for a dead peer."""
@@ -55,10 +65,8 @@ class Agent:
 
     def remove_peer(self, peer: str) -> None:
         """Disconnect and forget. What is in flight with this peer ends with an error."""
-        try:
+        with suppress(*self._error):  # NIXL may have seen the peer die and forgotten it by itself
             self._agent.invalidateRemoteMD(peer)
-        except self._error:
-            pass  # NIXL has seen the peer die and forgotten it by itself
 
     def read(self, peer: str, local: int, remote: int, nbytes: int, notice: bytes) -> Read:
         """Start to READ ``nbytes`` at address ``remote`` of ``peer`` to address ``local``. Raises `HandOffFailed`.
@@ -80,6 +88,7 @@ class Agent:
         return Read(self._nixl, self._error, self._agent, request)
 
     def notify(self, peer: str, notice: bytes) -> None:
+        """Send a notice that belongs to no READ. Raises `HandOffFailed`."""
         try:
             self._agent.genNotif(peer, notice)
         except self._error as error:

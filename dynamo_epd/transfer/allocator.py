@@ -15,7 +15,7 @@ def aligned(nbytes: int) -> int:
 
 
 class Allocator:
-    """Blocks of ``[start, end)``, each a multiple of `ALIGNMENT`. A block of no bytes takes none and lies at ``start``."""
+    """Blocks of ``[start, end)``, each a multiple of `ALIGNMENT`. A block of no bytes takes no room."""
 
     def __init__(self, start: int, end: int):
         self._start = start

@@ -74,7 +74,7 @@ class Arena:
         self._slots = Slots(memory, max_waiters=max_waiters)
         self._peers = Peers(agent, resolve)
         self._listener: asyncio.Task[None] | None = None
-        self._heard = asyncio.Event()
+        self._hurry = False
         self._reaper: asyncio.Task[None] | None = None
         self._quarantine: list[Quarantined] = []
         self._closed = False
@@ -117,10 +117,9 @@ class Arena:
         """Slots of these ``sizes`` (bytes), all at once or none, in the order of asking; a context manager.
 
         Ask for all that a request needs in one call: waiting for more while holding some is how deadlocks begin.
-        Raises `PayloadTooLarge` if the arena is too small, `Overloaded` after ``timeout`` seconds or when too many wait.
+        Raises `PayloadTooLarge` if the arena is too small, `Overloaded` after ``timeout`` seconds or if too many wait.
         """
         self._check_open()
-        self._heard.set()  # a lease may have ended unnoticed
         return await self._slots.reserve(sizes, timeout)
 
     def lease(self, entry: Entry, seconds: float, *, ends_on_read: bool = True) -> Handle:
@@ -131,7 +130,7 @@ class Arena:
         self._check_open()
         lease = self._slots.lease(entry, seconds, ends_on_read=ends_on_read)
         if ends_on_read:
-            self._heard.set()
+            self._hurry = True  # a READ follows soon
             if self._listener is None:
                 self._listener = asyncio.get_running_loop().create_task(self._listen())
         return Handle(
@@ -154,13 +153,15 @@ class Arena:
     async def _listen(self) -> None:
         """Take notices while a lease waits for one, then end: an idle process polls nothing."""
         pause = 0.0
-        while self._slots.leases_that_notice:
-            for notice in self._agent.notices():
-                self._slots.notice(notice[:64].decode("ascii", "replace"))
-            pause = 0.002 if self._heard.is_set() or self._slots.waiters else min(pause * 2, 0.02)
-            self._heard.clear()
-            await asyncio.sleep(pause)
-        self._listener = None
+        try:
+            while self._slots.leases_that_notice:
+                for notice in self._agent.notices():
+                    self._slots.notice(notice[:64].decode("ascii", "replace"))
+                pause = 0.002 if self._hurry or self._slots.waiters else min(pause * 2, 0.02)
+                self._hurry = False
+                await asyncio.sleep(pause)
+        finally:
+            self._listener = None
 
     # Reader's side
 
@@ -281,11 +282,13 @@ class Arena:
 
     async def _reap(self) -> None:
         pause = 0.001
-        while self._quarantine:
-            self._reap_once(asyncio.get_running_loop().time())
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.1)
-        self._reaper = None
+        try:
+            while self._quarantine:
+                self._reap_once(asyncio.get_running_loop().time())
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.1)
+        finally:
+            self._reaper = None
 
     def _reap_once(self, now: float) -> None:
         for held in list(self._quarantine):
@@ -361,4 +364,5 @@ class Quarantined:
 
 
 def _settled(pulls: list[Pull]) -> bool:
-    return all([pull.settle() for pull in pulls])  # every one of them is asked, hence the list
+    settled = [pull.settle() for pull in pulls]  # every one of them is asked
+    return all(settled)

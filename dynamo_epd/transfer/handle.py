@@ -48,11 +48,13 @@ class Handle(msgspec.Struct, frozen=True):
     """True: the READ's completion notice ends the lease. False: it lives until released or expired."""
 
     def check(self) -> None:
-        """Raise `HandOffFailed` unless the handle agrees with itself; its owner's bounds are checked by `check_within`."""
+        """Raise `HandOffFailed` unless the handle agrees with itself. `check_within` knows its owner's bounds."""
         if not (self.length >= 0 <= self.offset and nbytes_of(self.shape, self.dtype) == self.length):
             raise HandOffFailed("the handle's shape, dtype and length disagree")
-        if len(self.digest) != DIGEST_CHARACTERS or not 0 < len(self.lease) <= 64 or not 0 < len(self.incarnation) <= 256:
-            raise HandOffFailed("the handle's digest, lease or incarnation is malformed")
+        if len(self.digest) != DIGEST_CHARACTERS:
+            raise HandOffFailed("the handle's digest is malformed")
+        if not (0 < len(self.lease) <= 64 and 0 < len(self.incarnation) <= 256):
+            raise HandOffFailed("the handle's lease or incarnation is malformed")
         if not math.isfinite(self.lease_end):
             raise HandOffFailed("the handle's lease has no end")
 

@@ -67,7 +67,7 @@ class Memory:
         return torch.frombuffer(self._map, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
 
     def write(self, offset: int, value: Any) -> tuple[tuple[int, ...], str]:
-        """Copy a tensor (any device) or a contiguous buffer in; returns its shape and dtype. The caller keeps bounds."""
+        """Copy a tensor (any device) or a contiguous buffer in; returns shape and dtype. The caller keeps bounds."""
         if is_tensor(value):
             shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
             self.view(offset, shape, dtype).copy_(value)
@@ -83,7 +83,7 @@ class Memory:
             dtype = str(value.dtype).removeprefix("torch.")
             if dtype not in ITEM_BYTES:
                 raise TypeError(f"{dtype} tensors do not travel")
-            return value.numel() * value.element_size()
+            return int(value.nbytes)
         return memoryview(value).nbytes
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from dynamo_epd.errors import HandOffFailed, Overloaded, PayloadTooLarge
@@ -78,9 +77,7 @@ class Slot:
             raise ValueError(f"{Memory.nbytes_of(value)} bytes do not fit in a slot of {self.nbytes}")
         self._shape, self._dtype = self._slots.memory.write(self.offset, value)
 
-    def publish(
-        self, key: str | None = None, shape: tuple[int, ...] | None = None, dtype: str | None = None
-    ) -> Entry:
+    def publish(self, key: str | None = None, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Entry:
         """Give the bytes a digest and make an entry of them, found again by ``key`` if there is one.
 
         Shape and dtype default to those of `write` or `view`. Takes 60 microseconds a MiB of the event loop.
@@ -102,10 +99,11 @@ class Reservation:
     def __enter__(self) -> list[Slot]:
         return self.slots
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.free()
 
     def free(self) -> None:
+        """Give back what was not published. Safe to call twice."""
         self._slots._free_unpublished(self.slots)
         self.slots = []
 
