@@ -48,7 +48,12 @@ HONOURED: dict[str, Any] = {
 
 
 def test_honoured_fields_pass_unchanged() -> None:
-    more = {"max_completion_tokens": 7, "logprobs": True, "top_logprobs": 20, "response_format": {"type": "json_object"}}
+    more = {
+        "max_completion_tokens": 7,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "response_format": {"type": "json_object"},
+    }
     body = chat(**HONOURED, **more)
     assert check_chat(body, LIMITS).body == body
     body = completion(**HONOURED, logprobs=3)
@@ -161,8 +166,9 @@ def test_a_value_out_of_bounds_is_refused_with_its_name(name: str, value: Any) -
 
 def test_values_at_their_bounds_pass() -> None:
     for fields in (
-        {"n": 16}, {"max_tokens": 2**31}, {"temperature": 0}, {"temperature": 2}, {"top_p": 1}, {"stop": ["x" * 256] * 16},
-        {"logit_bias": {str(i): 100 for i in range(1024)}}, {"seed": 2**63 - 1}, {"top_k": -1}, {"max_tokens": 5.0},
+        {"n": 16}, {"max_tokens": 2**31}, {"temperature": 0}, {"temperature": 2}, {"top_p": 1},
+        {"stop": ["x" * 256] * 16}, {"logit_bias": {str(i): 100 for i in range(1024)}}, {"seed": 2**63 - 1},
+        {"top_k": -1}, {"max_tokens": 5.0},
         {"messages": [{"role": "user", "content": "x"}] * 1024},
     ):  # fmt: skip
         assert check_chat(chat(**fields), LIMITS).body.keys() >= fields.keys()
@@ -180,18 +186,25 @@ def test_top_logprobs_need_logprobs() -> None:
     assert refused(chat(top_logprobs=3)).param == "top_logprobs"
 
 
-# --- content parts ------------------------------------------------------------------------------------------------------
+# --- content parts
 
 
 def test_images_come_out_in_order_of_appearance_and_can_be_replaced() -> None:
     body = chat(
         messages=[
             {"role": "system", "content": "look"},
-            {"role": "user", "content": [image("https://a.example/1"), {"type": "text", "text": "?"}, image("https://a.example/2", detail="low")]},
+            {
+                "role": "user",
+                "content": [
+                    image("https://a.example/1"),
+                    {"type": "text", "text": "?"},
+                    image("https://a.example/2", detail="low"),
+                ],
+            },
             {"role": "assistant", "content": "fine"},
             {"role": "user", "content": [{"type": "image_url", "image_url": "https://a.example/3"}]},
         ]
-    )  # fmt: skip
+    )
     checked = check_chat(body, LIMITS)
     assert [ref.url for ref in checked.images] == [f"https://a.example/{i}" for i in (1, 2, 3)]
     assert [ref.param for ref in checked.images] == [
@@ -304,7 +317,7 @@ def test_arguments_of_a_past_call_are_an_object_within_bounds(arguments: Any) ->
     assert error.param == "messages[0].tool_calls[0].function.arguments"
 
 
-# --- tools and formats --------------------------------------------------------------------------------------------------
+# --- tools and formats
 
 
 def schema_format(schema: Any) -> dict[str, Any]:
@@ -334,7 +347,7 @@ def test_tool_choice_names_one_of_the_tools() -> None:
     assert refused(chat(tools=tools, tool_choice="any")).param == "tool_choice"
 
 
-# --- completions --------------------------------------------------------------------------------------------------------
+# --- completions
 
 
 @pytest.mark.parametrize("prompt", ["hi", ["a", "b"], [1, 2], [[1], [2, 3]]])
@@ -342,7 +355,9 @@ def test_every_form_of_a_prompt_passes(prompt: Any) -> None:
     assert check_completion(completion(prompt=prompt), LIMITS).body["prompt"] == prompt
 
 
-@pytest.mark.parametrize("prompt", [None, [], 5, {}, [[]], ["a", 1], [1, "a"], [-1], [True], [[1], "a"], ["a"] * 17, [2**31]])
+@pytest.mark.parametrize(
+    "prompt", [None, [], 5, {}, [[]], ["a", 1], [1, "a"], [-1], [True], [[1], "a"], ["a"] * 17, [2**31]]
+)
 def test_another_prompt_is_refused(prompt: Any) -> None:
     error = refused(completion(prompt=prompt), check_completion)
     assert error.param is not None and error.param.startswith("prompt")

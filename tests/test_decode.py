@@ -173,12 +173,20 @@ BOMBS = {
     "png": png(13_377, 13_377),
     "png over Pillow's own bound": png(60_000, 60_000),
     "jpeg": jpeg_that_claims(16_000, 16_000),
-    "gif": b"GIF89a" + struct.pack("<HHBBB", 16_000, 16_000, 0, 0, 0) + b"\x2c" + struct.pack("<HHHHB", 0, 0, 16_000, 16_000, 0) + b"\x02\x00;",
-    "gif frame over its screen": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + b"\x2c" + struct.pack("<HHHHB", 0, 0, 9_000, 9_000, 0) + b"\x02\x00;",
+    "gif": b"GIF89a"
+    + struct.pack("<HHBBB", 16_000, 16_000, 0, 0, 0)
+    + b"\x2c"
+    + struct.pack("<HHHHB", 0, 0, 16_000, 16_000, 0)
+    + b"\x02\x00;",
+    "gif frame over its screen": b"GIF89a"
+    + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
+    + b"\x2c"
+    + struct.pack("<HHHHB", 0, 0, 9_000, 9_000, 0)
+    + b"\x02\x00;",
     "webp canvas": webp(16_000, 16_000, b"VP8X"),
     "webp lossless": webp(16_000, 16_000, b"VP8L"),
     "webp lossy": webp(16_000, 16_000, b"VP8 "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -176,7 +176,7 @@ def test_the_bound_itself_is_allowed() -> None:
     asyncio.run(run())
 
 
-# --- what is dialled ----------------------------------------------------------------------------------------------------
+# --- what is dialled
 
 
 def test_nothing_inside_is_dialled() -> None:
@@ -287,14 +287,17 @@ def test_check_refuses_without_dialling() -> None:
     asyncio.run(run())
 
 
-# --- redirects ----------------------------------------------------------------------------------------------------------
+# --- redirects
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
 def test_a_redirect_is_followed(status: str) -> None:
     async def run() -> None:
         async with serving(reply(b"picture")) as last:
-            async with serving(to(f"http://localhost:{last.port}/p%20q?r=1", status)) as first, Fetcher(OPEN) as fetcher:
+            async with (
+                serving(to(f"http://localhost:{last.port}/p%20q?r=1", status)) as first,
+                Fetcher(OPEN) as fetcher,
+            ):
                 assert await fetcher.fetch(f"http://127.0.0.1:{first.port}/") == b"picture"
             assert last.requests[0].startswith(b"GET /p%20q?r=1 ")
 
@@ -346,7 +349,7 @@ def test_a_redirect_loop_ends() -> None:
     asyncio.run(run())
 
 
-# --- what is read -------------------------------------------------------------------------------------------------------
+# --- what is read
 
 READ: dict[str, tuple[Answer, type[EpdError]]] = {
     "endless body": (endless, MediaTooLarge),
@@ -429,13 +432,17 @@ def test_a_slow_name_server_runs_out_of_time() -> None:
 
 def test_slow_fetches_do_not_spend_the_time_of_those_behind_them() -> None:
     async def run() -> None:
-        async with serving(dripping) as slow, serving(reply(b"picture")) as server:
-            async with Fetcher(replace(OPEN, timeout=0.5), max_concurrent=1) as fetcher:
-                first = asyncio.create_task(fetcher.fetch(f"http://127.0.0.1:{slow.port}/"))
-                await asyncio.sleep(0.1)
-                assert await fetcher.fetch(f"http://127.0.0.1:{server.port}/") == b"picture"
-                with pytest.raises(MediaTimeout):
-                    await first
+        media = replace(OPEN, timeout=0.5)
+        async with (
+            serving(dripping) as slow,
+            serving(reply(b"picture")) as server,
+            Fetcher(media, max_concurrent=1) as fetcher,
+        ):
+            first = asyncio.create_task(fetcher.fetch(f"http://127.0.0.1:{slow.port}/"))
+            await asyncio.sleep(0.1)
+            assert await fetcher.fetch(f"http://127.0.0.1:{server.port}/") == b"picture"
+            with pytest.raises(MediaTimeout):
+                await first
 
     asyncio.run(run())
 
@@ -485,7 +492,7 @@ def test_data_urls_need_no_server() -> None:
     asyncio.run(run())
 
 
-# --- TLS ----------------------------------------------------------------------------------------------------------------
+# --- TLS
 
 
 @pytest.fixture(scope="module")
@@ -510,9 +517,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     form = serialization.PrivateFormat.PKCS8
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    )
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     return folder / "cert.pem", folder / "key.pem"
 
 
@@ -564,9 +569,12 @@ def test_http_to_https_is_followed(authority: tuple[Path, Path], server_tls: ssl
     media = replace(OPEN, ca_file=str(authority[0]))
 
     async def run() -> None:
-        async with serving(reply(b"picture"), tls=server_tls) as last:
-            async with serving(to(f"https://127.0.0.1:{last.port}/")) as first, Fetcher(media) as fetcher:
-                assert await fetcher.fetch(f"http://127.0.0.1:{first.port}/") == b"picture"
+        async with (
+            serving(reply(b"picture"), tls=server_tls) as last,
+            serving(to(f"https://127.0.0.1:{last.port}/")) as first,
+            Fetcher(media) as fetcher,
+        ):
+            assert await fetcher.fetch(f"http://127.0.0.1:{first.port}/") == b"picture"
 
     asyncio.run(run())
 

@@ -68,7 +68,11 @@ def test_a_known_error_speaks_for_itself(error: EpdError) -> None:
 
 @pytest.mark.parametrize(
     ("error", "seconds"),
-    [(Overloaded("full"), "1"), (Overloaded("full", retry_after=2.2), "3"), (StageUnavailable("gone", retry_after=0.05), "1")],
+    [
+        (Overloaded("full"), "1"),
+        (Overloaded("full", retry_after=2.2), "3"),
+        (StageUnavailable("gone", retry_after=0.05), "1"),
+    ],
 )
 def test_overload_says_when_to_come_back(error: EpdError, seconds: str) -> None:
     reply = TestClient(app_raising(error)).get("/fail")
@@ -104,7 +108,15 @@ def test_an_unknown_route_and_method_have_the_same_body() -> None:
     assert method.headers["allow"] == "GET"
 
 
-@pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (418, "invalid_request_error"), (503, "internal_error"), (499, "invalid_request_error")])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (418, "invalid_request_error"),
+        (503, "internal_error"),
+        (499, "invalid_request_error"),
+    ],
+)
 def test_an_http_exception_keeps_its_status_and_loses_its_detail(status: int, kind: str) -> None:
     reply = TestClient(app_raising(HTTPException(status, detail="secret"))).get("/fail")
     assert reply.status_code == status and reply.json()["error"]["type"] == kind
@@ -123,7 +135,9 @@ def test_a_typed_parameter_that_is_wrong_is_named_and_not_echoed() -> None:
     assert reply.json()["error"]["param"] == "n" and "secret" not in reply.text
 
 
-@pytest.mark.parametrize("text", ["x" * 10_000, "\u00e9" * 10_000, "\U0001f600" * 10_000, "\x01" * 10_000, "\ud800" * 10_000, '"' * 10_000])
+@pytest.mark.parametrize(
+    "text", ["x" * 10_000, "\u00e9" * 10_000, "\U0001f600" * 10_000, "\x01" * 10_000, "\ud800" * 10_000, '"' * 10_000]
+)
 def test_no_body_is_longer_than_it_may_be(text: str) -> None:
     raw = error_body(InvalidRequest(text, param=text))
     assert len(raw) <= MAX_BODY

@@ -99,6 +99,12 @@ _NULLABLE = frozenset(
     }
 )  # fmt: skip
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_NULLABLE_IN_MESSAGE = frozenset(
+    {
+        "annotations", "audio", "content", "function_call", "name", "reasoning", "refusal", "tool_call_id",
+        "tool_calls",
+    }
+)  # fmt: skip
 _FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -182,7 +188,7 @@ def _fields(body: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, A
     return clean
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- messages
 
 
 def _messages(value: Any, name: str, limits: BodyLimits, images: list[ImageRef]) -> list[dict[str, Any]]:
@@ -199,27 +205,19 @@ def _message(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"'{name}.role' must be one of {', '.join(sorted(_ROLES))}", param=f"{name}.role")
+    own: dict[str, Check] = {"content": lambda item, param: _content(item, param, images), "name": _text(1, MAX_TEXT)}
+    if role == "tool":
+        own["tool_call_id"] = _text(1, MAX_TEXT)
+    if role == "assistant":
+        own |= {"tool_calls": _list_of(_tool_call, 0, 128), "reasoning": _text(0, None)}
     clean: dict[str, Any] = {"role": role}
     for key, item in message.items():
-        param = f"{name}.{_shown(key)}"
-        if key == "role" or item is None and key in ("refusal", "annotations", "audio", "function_call", "content"):
+        # What a reply carries with nothing in it comes back as history.
+        if key == "role" or (key in _NULLABLE_IN_MESSAGE and item is None) or (key == "annotations" and item == []):
             continue
-        if key == "annotations" and item == []:  # a reply of ours or OpenAI's, sent back as history
-            continue
-        if item is None and key in ("name", "tool_calls", "tool_call_id", "reasoning"):
-            continue
-        if key == "content":
-            clean[key] = _content(item, param, images)
-        elif key == "name":
-            clean[key] = _text(1, MAX_TEXT)(item, param)
-        elif key == "tool_call_id" and role == "tool":
-            clean[key] = _text(1, MAX_TEXT)(item, param)
-        elif key == "tool_calls" and role == "assistant":
-            clean[key] = _list_of(_tool_call, 0, 128)(item, param)
-        elif key == "reasoning" and role == "assistant":
-            clean[key] = _text(0, None)(item, param)
-        else:
-            raise _unsupported(param)
+        if key not in own:
+            raise _unsupported(f"{name}.{_shown(key)}")
+        clean[key] = own[key](item, f"{name}.{key}")
     if role == "tool" and "tool_call_id" not in clean:
         raise InvalidRequest(f"'{name}.tool_call_id' is required", param=f"{name}.tool_call_id")
     if "content" not in clean and not clean.get("tool_calls"):
@@ -294,7 +292,7 @@ def _prompt(value: Any, name: str, limits: BodyLimits) -> Any:
     return [_list_of(token, 1, None)(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
 
 
-# --- fields with a structure --------------------------------------------------------------------------------------------
+# --- fields with a structure
 
 
 def _stream_options(value: Any, name: str) -> dict[str, Any]:
@@ -336,7 +334,7 @@ def _response_format(value: Any, name: str) -> dict[str, Any]:
         return {"type": kind}
     param = f"{name}.json_schema"
     given = _known(wanted.get("json_schema"), param, "name", "description", "schema", "strict")
-    clean = {
+    clean: dict[str, Any] = {
         "name": _function_name(given.get("name"), f"{param}.name"),
         "schema": check_schema(given.get("schema"), f"{param}.schema"),
     }
@@ -356,7 +354,7 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
     _one_of(tool.get("type"), f"{name}.type", "function")
     param = f"{name}.function"
     given = _known(tool.get("function"), param, "name", "description", "parameters", "strict")
-    function = {"name": _function_name(given.get("name"), f"{param}.name")}
+    function: dict[str, Any] = {"name": _function_name(given.get("name"), f"{param}.name")}
     if given.get("description") is not None:
         function["description"] = _text(0, None)(given["description"], f"{param}.description")
     if given.get("parameters") is not None:
@@ -384,7 +382,7 @@ def _check_named_tool(clean: Mapping[str, Any]) -> None:
             raise InvalidRequest("'tool_choice' names none of 'tools'", param="tool_choice")
 
 
-# --- plain values -------------------------------------------------------------------------------------------------------
+# --- plain values
 
 
 def _integer(low: int, high: int) -> Check:
@@ -462,9 +460,7 @@ def _list(value: Any, name: str, least: int, most: int | None) -> list[Any]:
 
 
 def _list_of(check: Check, least: int, most: int | None) -> Check:
-    return lambda value, name: [
-        check(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name, least, most))
-    ]
+    return lambda value, name: [check(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name, least, most))]
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
@@ -475,10 +471,11 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 def _known(value: Any, name: str, *keys: str) -> dict[str, Any]:
     """An object with no keys but these."""
-    for key in _object(value, name):
+    found = _object(value, name)
+    for key in found:
         if key not in keys:
             raise _unsupported(f"{name}.{_shown(key)}")
-    return value
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

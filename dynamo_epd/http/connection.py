@@ -16,7 +16,7 @@ from dynamo_epd.http.errors import HeadersTooLarge, RequestTimeout, error_body
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with a bound on each request's head, and OpenAI's body for requests it cannot read."""
+    """uvicorn's HTTP/1.1 protocol with a bound on each request's head, and OpenAI's body for what it cannot read."""
 
     head_seconds = 10.0
     """From the connection's start, or from a request's first byte, to the end of its headers."""

@@ -16,7 +16,7 @@ MAX_BYTES = 64 * 1024
 MAX_COUNT = 4096
 """Highest minLength, maxItems and their like: a grammar spells repetitions out."""
 MAX_PATTERN = 256
-MAX_REPETITION = 256
+MAX_REPETITION = 64
 
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _ELSEWHERE = frozenset({"$dynamicRef", "$recursiveRef"})

@@ -49,8 +49,12 @@ def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Networ
 
 
 # Metadata services that live on addresses which a rule below would allow, under `allow_private` or at all.
-_METADATA_ADDRESSES = _networks("100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32", "fd00:ec2::/64", "fd20:ce::/64")
-_PRIVATE = _networks("10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7")
+_METADATA_ADDRESSES = _networks(
+    "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32", "fd00:ec2::/64", "fd20:ce::/64"
+)
+_PRIVATE = _networks(
+    "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7"
+)
 # IANA's special-purpose registries, written out: `is_global` differs between Python patch releases.
 _SPECIAL_V4 = _networks(
     "0.0.0.0/8",

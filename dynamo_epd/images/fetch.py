@@ -82,7 +82,9 @@ class Fetcher:
         self._backend = CheckedBackend(media, resolve or self._system_resolve)
         self._turn = asyncio.Semaphore(max_concurrent)
         # A given authority file replaces the public ones: an operator who names his own wants no other.
-        self._ssl = ssl.create_default_context(cafile=media.ca_file) if media.ca_file else httpcore.default_ssl_context()
+        self._ssl = (
+            ssl.create_default_context(cafile=media.ca_file) if media.ca_file else httpcore.default_ssl_context()
+        )
 
     async def __aenter__(self) -> Fetcher:
         return self
