@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old places of the SDK's names."""

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calling another service: choose an instance, send one message, read typed replies, and never hang on a dead peer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Collection
+from typing import Any, Literal
+
+from dynamo_epd.errors import InternalError, PayloadTooLarge, StageUnavailable, WorkerLost, from_wire
+from dynamo_epd.sdk import wire
+from dynamo_epd.sdk.context import dynamo_context, request_context
+from dynamo_epd.sdk.service import info_of
+
+log = logging.getLogger(__name__)
+
+Policy = Literal["round-robin", "least-loaded", "affinity"]
+POLICIES: tuple[Policy, ...] = ("round-robin", "least-loaded", "affinity")
+SUSPECT_SECONDS = 15.0
+"""How long a lost instance is passed over: longer than discovery needs to forget a dead one (10 s lease)."""
+HEADER_ROOM = 16 * 1024
+"""Bytes of a NATS message that the runtime's own headers may take."""
+FIRST_CONTACT_TRIES = 10
+FIRST_CONTACT_PAUSE = 0.05
+"""The runtime enters an instance into discovery a moment before NATS routes to it. So an instance that has never
+answered is asked again, this often and after this many seconds. Nobody had received the request."""
+
+
+class ServiceClient:
+    """Every instance of one service, as seen from this process. False where the graph pruned the dependency.
+
+    ``client.<endpoint>(request, instance=, key=, exclude=)`` gives a `Call`.
+    """
+
+    def __init__(self, name: str, address: tuple[str, str] | None, service: type | None):
+        self.name = name
+        self.address = address
+        self.endpoints: dict[str, EndpointClient] = {}
+        self.policy: Policy = "round-robin"
+        self._turn = 0
+        self._in_flight: dict[int, int] = {}
+        self._suspects: dict[int, float] = {}
+        self._met: set[int] = set()
+        if service is not None:
+            for attribute, mark in info_of(service).marked("endpoint").items():
+                self.endpoints[attribute] = EndpointClient(self, mark.name, wire.reply_type(getattr(service, attribute)))
+        self._by_name = {one.name: one for one in self.endpoints.values()} | self.endpoints
+
+    def __bool__(self) -> bool:
+        return self.address is not None
+
+    def __getattr__(self, name: str) -> EndpointClient:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._by_name:
+            return self._by_name[name]
+        if not self:
+            raise StageUnavailable(f"{self.name} is not linked in this graph")
+        raise AttributeError(f"{self.name} has no endpoint {name!r}; it has {', '.join(self.endpoints)}")
+
+    async def connect(self, runtime: Any) -> None:
+        """Starts watching discovery for every endpoint of the service."""
+        if self.address is None:
+            return
+        for one in self.endpoints.values():
+            one.remote = await runtime.endpoint(".".join([*self.address, one.name])).client()
+
+    def route(self, policy: Policy) -> None:
+        """How instances are chosen from now on. ``affinity`` needs a ``key`` with each call, else takes turns."""
+        if policy not in POLICIES:
+            raise ValueError(f"routing {policy!r} is none of {', '.join(POLICIES)}")
+        self.policy = policy
+
+    def instances(self) -> list[int]:
+        """Ids of the live instances of the first endpoint, in order; lost ones are left out at once."""
+        first = next(iter(self.endpoints.values()), None)
+        return self._healthy(first.known()) if first else []
+
+    async def ready(self, timeout: float | None = None) -> None:
+        """Returns once an instance is there. Raises StageUnavailable when none comes within ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.instances():
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise StageUnavailable(f"no {self.name} is running") from None
+
+    def _healthy(self, known: list[int]) -> list[int]:
+        now = time.monotonic()
+        self._suspects = {one: until for one, until in self._suspects.items() if until > now}
+        return [one for one in known if one not in self._suspects]
+
+    def _choose(self, known: list[int], instance: int | None, key: str | None, exclude: Collection[int]) -> int:
+        if instance is not None:
+            if instance not in known:
+                raise WorkerLost(f"this {self.name} is gone")
+            return instance
+        # When every instance is under suspicion one is tried all the same: the fault may have been ours.
+        allowed = [one for one in self._healthy(known) or known if one not in exclude]
+        if not allowed:
+            raise StageUnavailable(f"no {self.name} is running" if not known else f"no other {self.name} is left")
+        if self.policy == "affinity" and key is not None:
+            return max(allowed, key=lambda one: rendezvous_weight(key, one))
+        self._turn += 1
+        turn = self._turn % len(allowed)
+        allowed = allowed[turn:] + allowed[:turn]
+        if self.policy == "least-loaded":
+            return min(allowed, key=lambda one: self._in_flight.get(one, 0))
+        return allowed[0]
+
+    def _begin(self, instance: int) -> None:
+        self._in_flight[instance] = self._in_flight.get(instance, 0) + 1
+
+    def _end(self, instance: int, *, lost: bool, answered: bool) -> None:
+        self._in_flight[instance] -= 1
+        if not self._in_flight[instance]:
+            del self._in_flight[instance]
+        if lost:
+            self._suspects[instance] = time.monotonic() + SUSPECT_SECONDS
+        elif answered:
+            self._met.add(instance)
+            self._suspects.pop(instance, None)
+
+
+def rendezvous_weight(key: str, instance: int) -> bytes:
+    """Highest-random-weight hashing (Thaler and Ravishankar, 1998): only a lost instance's keys move."""
+    return hashlib.blake2b(f"{instance}:{key}".encode(), digest_size=8).digest()
+
+
+class EndpointClient:
+    """One endpoint of a `ServiceClient`."""
+
+    def __init__(self, service: ServiceClient, name: str, reply: Any):
+        self.service = service
+        self.name = name
+        self.decode = wire.Decoder(reply)
+        self.remote: Any = None
+
+    def known(self) -> list[int]:
+        return sorted(self.remote.instance_ids()) if self.remote is not None else []
+
+    def __call__(
+        self, request: Any = None, *, instance: int | None = None, key: str | None = None, exclude: Collection[int] = ()
+    ) -> Call:
+        """The call, not yet sent: the first ``__anext__`` chooses an instance and sends it."""
+        return Call(self, request, instance, key, exclude)
+
+
+class Call:
+    """Async iterator of one call's replies.
+
+    ``instance`` is the chosen instance's id from the first ``__anext__`` on. Leaving early (``aclose``, cancellation,
+    dropping it) closes the generator at the other end. Raises what the endpoint raised, if it is an EpdError;
+    InternalError for anything else it raised; StageUnavailable with no instance to ask; WorkerLost when the instance
+    cannot be reached or its stream breaks off; PayloadTooLarge above what NATS takes.
+    """
+
+    def __init__(
+        self, endpoint: EndpointClient, request: Any, instance: int | None, key: str | None, exclude: Collection[int]
+    ):
+        self.instance: int | None = None
+        self._endpoint = endpoint
+        self._request = request
+        self._wanted = (instance, key, exclude)
+        self._context: Any = None
+        self._stream: Any = None
+        self._done = False
+        self._answered = False
+
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._done:
+            raise StopAsyncIteration
+        try:
+            if self._stream is None:
+                await self._open()
+            frame = await self._receive()
+        except BaseException:
+            self._finish(stop=True)
+            raise
+        if isinstance(frame, bytes):
+            self._answered = True
+            try:
+                return self._endpoint.decode(frame)
+            except BaseException as error:
+                self._finish(stop=True)
+                raise InternalError(f"{self._endpoint.service.name} sent a reply of another shape") from error
+        self._answered = True
+        self._finish(stop=False)
+        if frame is wire.END:
+            raise StopAsyncIteration
+        if isinstance(frame, dict):
+            raise from_wire(frame)
+        raise InternalError(f"{self._endpoint.service.name} sent a reply of another shape")
+
+    async def _open(self) -> None:
+        from dynamo._core import Context
+
+        service = self._endpoint.service
+        payload = wire.encode(self._request)
+        self._request = None
+        limit = dynamo_context.get("max_payload")
+        if limit and len(payload) > limit - HEADER_ROOM:
+            raise PayloadTooLarge(f"the request is too large for {service.name} ({len(payload)} bytes)")
+        self.instance = service._choose(self._endpoint.known(), *self._wanted)
+        served = request_context.get()
+        self._context = Context() if served is None else served.detached(Context().id())
+        service._begin(self.instance)
+        for attempt in range(1, FIRST_CONTACT_TRIES + 1):
+            try:
+                self._stream = await self._endpoint.remote.direct(
+                    payload, self.instance, annotated=False, context=self._context
+                )
+                return
+            except Exception as error:  # the runtime raises plain Exception and ValueError for every kind of loss
+                if self.instance in service._met or attempt == FIRST_CONTACT_TRIES:
+                    raise self._lost(error) from error
+            await asyncio.sleep(FIRST_CONTACT_PAUSE)
+
+    async def _receive(self) -> Any:
+        try:
+            return await self._stream.__anext__()
+        except StopAsyncIteration:
+            raise self._lost("the stream ended without its end marker") from None
+        except Exception as error:  # see _open
+            raise self._lost(error) from error
+
+    def _lost(self, why: Any) -> WorkerLost:
+        log.debug("%s %s lost: %s", self._endpoint.service.name, self.instance, why)
+        self._finish(stop=True, lost=True)
+        return WorkerLost(f"a {self._endpoint.service.name} went away during the request")
+
+    def _finish(self, *, stop: bool, lost: bool = False) -> None:
+        if self._done:
+            return
+        self._done = True
+        if stop and self._context is not None:
+            self._context.stop_generating()
+        self._stream = None
+        if self._context is not None and self.instance is not None:
+            self._endpoint.service._end(self.instance, lost=lost, answered=self._answered)
+
+    async def aclose(self) -> None:
+        """Leaves the call: the generator at the other end is closed."""
+        self._finish(stop=True)
+
+    def __del__(self) -> None:
+        self._finish(stop=True)
+
+
+_clients: dict[tuple[type, str], ServiceClient] = {}
+
+
+def client_for(owner: type, attribute: str) -> ServiceClient:
+    """The client behind ``owner``'s depends ``attribute`` in this process; a falsy one where nothing is linked."""
+    if (owner, attribute) not in _clients:
+        graph, addresses = dynamo_context.get("graph"), dynamo_context.get("addresses", {})
+        target = graph.edges.get((owner, attribute)) if graph is not None else None
+        address = addresses.get(target.__name__) if target is not None else None
+        name = target.__name__ if target is not None else attribute
+        _clients[owner, attribute] = ServiceClient(name, address, target)
+    return _clients[owner, attribute]

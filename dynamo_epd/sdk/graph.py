@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph: a root service and what it reaches over its links."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from dynamo_epd.sdk.service import info_of, is_service
+
+
+class GraphError(ValueError):
+    """The graph string names nothing, or not one root."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """``edges``: (service, attribute of its depends) → the service that answers there. Pruned depends are not in it."""
+
+    root: type
+    services: dict[str, type]
+    edges: dict[tuple[type, str], type]
+
+    def service(self, name: str) -> type:
+        if name not in self.services:
+            raise GraphError(f"no service {name!r} in this graph; it has {', '.join(self.services)}")
+        return self.services[name]
+
+
+def build_graph(root: type, module: str) -> Graph:
+    """The graph of ``root`` under the links that ``module`` made. Without any link every depends counts."""
+    edges: dict[tuple[type, str], type] = {}
+    linked = _linked_in(module, root)
+    services: dict[str, type] = {}
+    todo = [root]
+    while todo:
+        current = todo.pop(0)
+        known = services.setdefault(current.__name__, current)
+        if known is not current:
+            raise GraphError(f"two services of this graph are called {current.__name__}")
+        info = info_of(current)
+        for attribute, dependency in info.dependencies.items():
+            target = linked.get((current, attribute)) if linked else dependency.on
+            if target is None or not is_service(target):
+                continue
+            edges[current, attribute] = target
+            if target not in todo and target is not services.get(target.__name__):
+                todo.append(target)
+    return Graph(root, services, edges)
+
+
+def _linked_in(module: str, root: type) -> dict[tuple[type, str], type]:
+    found: dict[tuple[type, str], type] = {}
+    todo, seen = [root], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for origin, attribute, target in info_of(current).links:
+            if origin == module:
+                found[current, attribute] = target
+                todo.append(target)
+    return found
+
+
+def load_graph(spec: str, working_dir: str | None = None) -> Graph:
+    """The graph that ``module[:attr]`` or ``path/to/file.py[:attr]`` names.
+
+    Without ``attr`` it is the one root service of the module. An ImportError inside the user's module comes through.
+    Raises GraphError when nothing, or more than one root, is found.
+    """
+    directory = Path(working_dir or ".").resolve()
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    place, _, attribute = spec.partition(":")
+    module = _import(place, directory)
+    if not attribute:
+        return build_graph(_only_root(module, spec), module.__name__)
+    root = getattr(module, attribute, None)
+    if root is None:
+        names = [name for name, value in vars(module).items() if is_service(value)]
+        raise GraphError(f"{place} has no {attribute!r}; its services are {', '.join(names) or 'none'}")
+    if not is_service(root):
+        raise GraphError(f"{spec} is not a @service")
+    return build_graph(root, module.__name__)
+
+
+def _import(place: str, directory: Path) -> ModuleType:
+    if place.endswith(".py"):
+        path = (directory / place).resolve()
+        if not path.is_file():
+            raise GraphError(f"no such file: {place}")
+        if path.is_relative_to(directory):
+            dotted = ".".join(path.relative_to(directory).with_suffix("").parts)
+            if all(part.isidentifier() for part in dotted.split(".")):
+                return importlib.import_module(dotted)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise GraphError(f"no module {place!r} below {directory.name}/ or on the Python path") from error
+        raise
+
+
+def _only_root(module: ModuleType, spec: str) -> type:
+    services = list({value for value in vars(module).values() if is_service(value)})
+    reached: set[type] = set()
+    linked = [one for one in services if any(origin == module.__name__ for origin, _, _ in info_of(one).links)]
+    for one in services:
+        if linked:
+            reached |= {target for origin, _, target in info_of(one).links if origin == module.__name__}
+        else:
+            reached |= {d.on for d in info_of(one).dependencies.values() if d.on is not None}
+    roots = [one for one in (linked or services) if one not in reached]
+    if len(roots) != 1:
+        found = ", ".join(sorted(one.__name__ for one in roots)) or "none"
+        raise GraphError(f"{spec} has not one root service but: {found}; name it as {spec}:Service")
+    return roots[0]

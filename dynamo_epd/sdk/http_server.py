@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP of a service: its own FastAPI app, or a small one made of its `@api` functions, under uvicorn in its process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from dynamo_epd.errors import EpdError
+from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.service import ServiceInfo
+
+HOST = "DYNAMO_HTTP_HOST"
+PORT = "DYNAMO_HTTP_PORT"
+SHARED_PORT = "DYNAMO_HTTP_SHARED_PORT"
+"""Set when several workers of one service share the port."""
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # the worker has handlers of its own
+
+
+class HttpServer:
+    """Opens with `start`; `stop` closes the door, lets running responses finish within ``drain`` seconds, and returns."""
+
+    def __init__(self, app: Any, drain: float):
+        self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(drain)),
+            timeout_keep_alive=75,
+            server_header=False,
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def start(self) -> asyncio.Task[None]:
+        """Returns, once requests are taken, the task that ends when the server does."""
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if serving.done():
+                await serving
+                raise RuntimeError("the HTTP server ended while starting")
+            await asyncio.sleep(0.01)
+        self._serving = serving
+        return serving
+
+    async def stop(self) -> None:
+        if self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+        self._socket.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.environ.get(SHARED_PORT):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot open http://{host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def app_of(info: ServiceInfo, instance: Any) -> Any | None:
+    """The service's app with its `@api` routes added, or None when it has neither."""
+    routes = info.marked("api")
+    if info.app is None and not routes:
+        return None
+    app = info.app if info.app is not None else FastAPI()
+    for attribute, mark in routes.items():
+        app.add_api_route(f"/{mark.name}", _answering(getattr(instance, attribute)), methods=["POST"], response_model=None)
+    if info.app is None:
+        app.add_exception_handler(EpdError, _refuse)
+    return app
+
+
+def _answering(function: Any) -> Any:
+    """The function as a route: its parameters stay, an async generator becomes a streamed answer."""
+    if not inspect.isasyncgenfunction(function):
+        return function
+
+    async def route(*args: Any, **kwargs: Any) -> Response:
+        replies = function(*args, **kwargs)
+        try:
+            first = await anext(replies)
+        except StopAsyncIteration:
+            return StreamingResponse(iter(()))
+
+        async def body() -> Any:
+            try:
+                yield _text(first)
+                async for item in replies:
+                    yield _text(item)
+            finally:
+                await replies.aclose()
+
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    route.__signature__ = _resolved_signature(function)  # type: ignore[attr-defined]
+    route.__name__ = function.__name__
+    return route
+
+
+def _resolved_signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function, eval_str=True).replace(return_annotation=inspect.Signature.empty)
+
+
+def _text(item: Any) -> str | bytes:
+    if isinstance(item, str | bytes):
+        return item
+    if hasattr(item, "model_dump_json"):
+        return str(item.model_dump_json())
+    import msgspec
+
+    return msgspec.json.encode(item)
+
+
+async def _refuse(_: Any, error: Exception) -> Response:
+    assert isinstance(error, EpdError)
+    headers = {"Retry-After": str(max(1, round(error.retry_after)))} if error.retry_after else None
+    return JSONResponse(error.to_openai(), status_code=error.status, headers=headers)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Telling the supervisor how a worker fares: the sd_notify protocol of systemd (datagrams to ``$NOTIFY_SOCKET``)."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify(**fields: str | int) -> None:
+    """Sends ``KEY=value`` lines. Nothing happens where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    text = "\n".join([f"MAINPID={os.getpid()}", *(f"{key}={value}" for key, value in fields.items())])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError:
+            pass  # the supervisor is gone; PR_SET_PDEATHSIG tells us in its own way

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of one service: ``python -m dynamo_epd.sdk.worker GRAPH --service-name X --worker-index i``.
+
+Its life: connect → construct → start hooks → serve endpoints → open HTTP → say ready → wait → drain → shutdown hooks.
+Exit status 0 after a drain, 2 when the configuration cannot work (no use in trying again), 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import inspect
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+from dynamo_epd.sdk.client import client_for
+from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
+from dynamo_epd.sdk.context import dynamo_context
+from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
+from dynamo_epd.sdk.handler import EndpointHandler, InFlight
+from dynamo_epd.sdk.nats import server_info
+from dynamo_epd.sdk.notify import notify
+from dynamo_epd.sdk.old_sdk import ENVIRONMENT
+from dynamo_epd.sdk.service import info_of
+
+log = logging.getLogger(__name__)
+
+SUPERVISOR = "DYNAMO_SUPERVISOR_PID"
+DEPENDS = "DYNAMO_DEPENDS"
+"""JSON of ``{service: "namespace/component"}``: dependencies that are served elsewhere."""
+DRAIN = "DYNAMO_DRAIN_SECONDS"
+DEFAULT_DRAIN = 30.0
+SETTLE = 0.25
+"""Seconds after leaving discovery in which callers that have not noticed yet may still send."""
+BAD_CONFIG = 2
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """The process's one service instance and what it serves."""
+
+    def __init__(self, graph: Graph, settings: dict[str, ServiceSettings], service_name: str, index: int):
+        self.graph = graph
+        self.service = graph.service(service_name)
+        self.info = info_of(self.service)
+        self.settings = settings[service_name]
+        self.addresses = {name: one.address for name, one in settings.items()} | _depends_elsewhere()
+        self.index = index
+        self.drain_seconds = float(os.environ.get(DRAIN, DEFAULT_DRAIN))
+        self.instance: Any = None
+        self.runtime: Any = None
+        self.in_flight: InFlight
+        self.stopping: asyncio.Event
+        self._endpoints: list[Any] = []
+        self._serving: list[asyncio.Future[Any]] = []
+        self._http: Any = None
+        self._ready = False
+        self._draining = False
+
+    async def run(self) -> None:
+        """From connecting to the last hook. Raises what broke."""
+        self.stopping = asyncio.Event()
+        self.in_flight = InFlight()
+        loop = asyncio.get_running_loop()
+
+        def on_signal(*_: Any) -> None:
+            if self._draining:
+                _end_now()
+            if not self._ready:
+                raise SystemExit(0)  # nothing is accepted yet: leave, through every finally
+            self._draining = True
+            loop.call_soon_threadsafe(self.stopping.set)
+
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        try:
+            await self._connect()
+            self.instance = self.service()
+            await self._run_hooks("on_start")
+            await self._serve()
+            self._ready = True
+            await self._wait()
+            await self._drain()
+        finally:
+            if self.instance is not None:
+                await self._run_hooks("on_shutdown")
+            await self._disconnect()
+
+    async def _connect(self) -> None:
+        from dynamo._core import DistributedRuntime
+
+        notify(STATUS="connecting")
+        plane = os.environ.get("DYN_REQUEST_PLANE", "nats")
+        discovery = os.environ.get("DYN_DISCOVERY_BACKEND", "file")
+        namespace, component = self.settings.address
+        dynamo_context.update(
+            graph=self.graph,
+            addresses=self.addresses,
+            config=self.settings.config,
+            namespace=namespace,
+            component=component,
+            service_name=self.settings.name,
+            worker_index=self.index,
+        )
+        if plane == "nats":
+            url = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
+            dynamo_context["max_payload"] = int((await server_info(url)).get("max_payload", 0))
+        self.runtime = DistributedRuntime(asyncio.get_running_loop(), discovery, plane)
+        dynamo_context["runtime"] = self.runtime
+        dynamo_context["instance_id"] = self._endpoint("lifecycle").connection_id()
+        for attribute in self.info.dependencies:
+            await client_for(self.service, attribute).connect(self.runtime)
+        notify(STATUS="starting")
+
+    def _endpoint(self, name: str) -> Any:
+        return self.runtime.endpoint(".".join([*self.settings.address, name]))
+
+    async def _run_hooks(self, kind: str) -> None:
+        names = list(self.info.marked(kind))
+        for name in reversed(names) if kind == "on_shutdown" else names:
+            result = getattr(self.instance, name)()
+            if inspect.isawaitable(result):
+                await result
+
+    async def _serve(self) -> None:
+        for attribute, mark in self.info.marked("endpoint").items():
+            handler = EndpointHandler(getattr(self.instance, attribute), mark, self.in_flight)
+            endpoint = self._endpoint(mark.name)
+            self._endpoints.append(endpoint)
+            self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handler.handle, graceful_shutdown=True)))
+        for endpoint in self._endpoints:
+            await self._until_registered(endpoint)
+        self._publish_metrics()
+        ready: dict[str, str | int] = {"READY": 1, "X_INSTANCE": dynamo_context["instance_id"]}
+        await self._open_http(ready)
+        self.runtime.set_health_status(True)
+        notify(STATUS="ready", **ready)
+
+    async def _open_http(self, ready: dict[str, str | int]) -> None:
+        if self.info.app is None and not self.info.marked("api"):
+            return
+        from dynamo_epd.sdk.http_server import HttpServer, app_of
+
+        self._http = HttpServer(app_of(self.info, self.instance), self.drain_seconds)
+        self._serving.append(await self._http.start())
+        ready["X_URL"] = self._http.url
+
+    async def _until_registered(self, endpoint: Any) -> None:
+        client = await endpoint.client()
+        while dynamo_context["instance_id"] not in client.instance_ids():
+            self._raise_if_ended()
+            await asyncio.sleep(0.01)
+
+    def _raise_if_ended(self) -> None:
+        for one in self._serving:
+            if one.done():
+                one.result()
+                raise RuntimeError("an endpoint ended by itself")
+
+    def _publish_metrics(self) -> None:
+        if int(os.environ.get("DYN_SYSTEM_PORT") or -1) < 0:
+            return
+        from prometheus_client import generate_latest
+
+        endpoint = self._endpoints[0] if self._endpoints else self._endpoint("lifecycle")
+        endpoint.metrics.register_prometheus_expfmt_callback(lambda: generate_latest().decode())
+
+    async def _wait(self) -> None:
+        stop = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait([stop, *self._serving], return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            stop.cancel()
+            self._raise_if_ended()
+
+    async def _drain(self) -> None:
+        """Leaves discovery, then finishes what was accepted, within the bound."""
+        self._draining = True
+        notify(STOPPING=1, STATUS="draining")
+        _end_after(self.drain_seconds + 15)
+        for endpoint in self._endpoints:
+            await endpoint.unregister_endpoint_instance()
+        if self._http is not None:
+            await self._http.stop()
+        if self._endpoints:
+            await asyncio.sleep(SETTLE)
+        try:
+            await asyncio.wait_for(self.in_flight.idle(), self.drain_seconds)
+        except TimeoutError:
+            log.warning("%d requests were still running after %g s", self.in_flight.count, self.drain_seconds)
+
+    async def _disconnect(self) -> None:
+        if self.runtime is None:
+            return
+        self.runtime.shutdown()
+        rest = [one for one in self._serving if not one.done()]
+        if rest:
+            await asyncio.wait(rest, timeout=2)
+
+
+def _depends_elsewhere() -> dict[str, tuple[str, str]]:
+    given: dict[str, str] = json.loads(os.environ.get(DEPENDS) or "{}")
+    return {service: (address.split("/")[0], address.split("/")[1]) for service, address in given.items()}
+
+
+def _end_after(seconds: float) -> None:
+    """A drain that hangs, in Python or below it, ends all the same."""
+    timer = threading.Timer(seconds, _end_now)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_now() -> None:
+    """Ends this process and, where it leads a group of its own (engines fork children), the group."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _die_with_supervisor() -> int | None:
+    """Asks Linux for a SIGTERM when the supervisor is gone, however it went. Returns the supervisor's pid."""
+    supervisor = os.environ.get(SUPERVISOR)
+    if not supervisor:
+        return None
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(supervisor):
+        sys.exit(1)
+    return int(supervisor)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dynamo-worker", description=__doc__.splitlines()[0])
+    parser.add_argument("graph")
+    parser.add_argument("--service-name", required=True)
+    parser.add_argument("--worker-index", type=int, default=0)
+    parser.add_argument("--working-dir")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one worker to its end and returns the exit status."""
+    arguments = _arguments(argv)
+    supervisor = _die_with_supervisor()
+    logging.basicConfig(level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
+    status = 0
+    try:
+        graph = load_graph(arguments.graph, arguments.working_dir)
+        document = Document()
+        document.values = json.loads(os.environ.get(ENVIRONMENT) or "{}")
+        worker = Worker(graph, resolve(graph, document), arguments.service_name, arguments.worker_index)
+        asyncio.run(worker.run())
+    except (ConfigError, GraphError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = BAD_CONFIG
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except Exception:  # the process boundary
+        traceback.print_exc()
+        status = 1
+    if supervisor is not None and os.getppid() != supervisor:
+        _end_now()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

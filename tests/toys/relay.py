@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A toy graph: Front asks Middle, Middle asks Back. Every fault that a test needs can be asked for in the request."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """``mode``: count, hang, refuse, break, die, or identity."""
+
+    mode: str = "count"
+    number: int = 3
+    pause: float = 0.0
+    trace: str = ""
+
+
+class Tick(msgspec.Struct, frozen=True):
+    index: int
+    worker: int
+    instance: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BackConfig:
+    """``events``: a file that lines are appended to."""
+
+    events: str = ""
+    fail_start: bool = False
+
+
+def note(config: BackConfig, text: str) -> None:
+    if config.events:
+        with Path(config.events).open("a") as file:
+            file.write(text + "\n")
+
+
+@service(config=BackConfig)
+class Back:
+    def __init__(self) -> None:
+        self.config = service_config(BackConfig)
+
+    @async_on_start
+    async def start(self) -> None:
+        if self.config.fail_start:
+            raise RuntimeError("back cannot start")
+        note(self.config, f"start {dynamo_context['worker_index']}")
+
+    @on_shutdown
+    async def first_hook(self) -> None:
+        note(self.config, "shutdown first")
+
+    @on_shutdown
+    def second_hook(self) -> None:
+        note(self.config, "shutdown second")
+
+    @endpoint(max_in_flight=8)
+    async def answer(self, ask: Ask) -> AsyncIterator[Tick]:
+        try:
+            async with asyncio.timeout(60):
+                for index in range(ask.number):
+                    yield Tick(index, dynamo_context["worker_index"], dynamo_context["instance_id"])
+                    if ask.pause:
+                        await asyncio.sleep(ask.pause)
+                if ask.mode == "hang":
+                    await asyncio.sleep(60)
+                if ask.mode == "refuse":
+                    raise InvalidRequest("not this one", param="mode", code="no_thanks")
+                if ask.mode == "break":
+                    raise RuntimeError("secret of the inside")
+                if ask.mode == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            note(self.config, f"closed {ask.trace}")
+
+
+@service
+class Middle:
+    back = depends(Back)
+
+    @endpoint()
+    async def relay(self, ask: Ask) -> AsyncIterator[Tick]:
+        async for tick in self.back.answer(ask):
+            yield tick
+
+    @endpoint()
+    async def free(self, anything: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield anything
+
+
+@service
+class Front:
+    middle = depends(Middle)
+
+
+Front.link(Middle).link(Back)
