@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -21,8 +21,8 @@ class Impatient(BoundedConnection):
     head_seconds = 0.4
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+@contextmanager
+def running(protocol: type[BoundedConnection]) -> Iterator[int]:
     app = FastAPI()
     guard(app)
 
@@ -31,14 +31,28 @@ def port() -> Iterator[int]:
         return "here"
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=Impatient, log_level="error", timeout_keep_alive=30))
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_level="error", timeout_keep_alive=30))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield listener.getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with running(Impatient) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def patient_port() -> Iterator[int]:
+    with running(BoundedConnection) as port:
+        yield port
 
 
 def say(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
@@ -97,9 +111,9 @@ def test_the_second_request_of_a_connection_has_the_same_patience(port: int) -> 
 
 
 @pytest.mark.parametrize("piece", [b"x", b"X-A: b\r\n"], ids=["one header without end", "headers without end"])
-def test_a_head_without_end_is_cut_off(port: int, piece: bytes) -> None:
+def test_a_head_without_end_is_cut_off(patient_port: int, piece: bytes) -> None:
     said = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", patient_port), timeout=10) as connection:
         connection.sendall(GET + b"X-B: ")
         sent = 0
         try:
