@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dynamo_epd.errors import InternalError, PayloadTooLarge, StageUnavailable, WorkerLost, from_wire
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.context import dynamo_context, request_context
+from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,21 @@ class ServiceClient:
             raise StageUnavailable(f"{self.name} is not linked in this graph")
         raise AttributeError(f"{self.name} has no endpoint {name!r}; it has {', '.join(self.endpoints)}")
 
-    async def connect(self, runtime: Any) -> None:
+    def locate(self, runtime: Any) -> None:
+        """Names every endpoint to the runtime. Must precede all else that is asked of it.
+
+        ``runtime.endpoint`` blocks on the runtime's threads with the GIL held. Once these have results to hand to
+        Python they wait for the GIL, and the process stands still for good.
+        """
+        if self.address is not None:
+            for one in self.endpoints.values():
+                one.place = runtime.endpoint(endpoint_path(self.address, one.name))
+
+    async def connect(self) -> None:
         """Starts watching discovery for every endpoint of the service."""
-        if self.address is None:
-            return
         for one in self.endpoints.values():
-            one.remote = await runtime.endpoint(".".join([*self.address, one.name])).client()
+            if one.place is not None:
+                one.remote = await one.place.client()
 
     def route(self, policy: Policy) -> None:
         """How instances are chosen from now on. ``affinity`` needs a ``key`` with each call, else takes turns."""
@@ -137,6 +147,7 @@ class EndpointClient:
         self.service = service
         self.name = name
         self.decode = wire.Decoder(reply)
+        self.place: Any = None
         self.remote: Any = None
 
     def known(self) -> list[int]:

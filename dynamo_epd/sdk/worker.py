@@ -23,11 +23,13 @@ from typing import Any
 from dynamo_epd.sdk.client import client_for
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.context import dynamo_context
+from dynamo_epd.sdk.endpoints import Mark
 from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
 from dynamo_epd.sdk.nats import server_info
 from dynamo_epd.sdk.notify import notify
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
+from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
 log = logging.getLogger(__name__)
@@ -114,13 +116,18 @@ class Worker:
             dynamo_context["max_payload"] = int((await server_info(url)).get("max_payload", 0))
         self.runtime = DistributedRuntime(asyncio.get_running_loop(), discovery, plane)
         dynamo_context["runtime"] = self.runtime
-        dynamo_context["instance_id"] = self._endpoint("lifecycle").connection_id()
-        for attribute in self.info.dependencies:
-            await client_for(self.service, attribute).connect(self.runtime)
+        clients = [client_for(self.service, attribute) for attribute in self.info.dependencies]
+        for client in clients:
+            client.locate(self.runtime)
+        names = [mark.name for mark in self.info.marked("endpoint").values()]
+        self._endpoints = [self._endpoint(name) for name in names or ["lifecycle"]]  # see `locate`: before any await
+        dynamo_context["instance_id"] = self._endpoints[0].connection_id()
+        for client in clients:
+            await client.connect()
         notify(STATUS="starting")
 
     def _endpoint(self, name: str) -> Any:
-        return self.runtime.endpoint(".".join([*self.settings.address, name]))
+        return self.runtime.endpoint(endpoint_path(self.settings.address, name))
 
     async def _run_hooks(self, kind: str) -> None:
         names = list(self.info.marked(kind))
@@ -130,18 +137,19 @@ class Worker:
                 await result
 
     async def _serve(self) -> None:
-        for attribute, mark in self.info.marked("endpoint").items():
+        for endpoint, (attribute, mark) in self._served():
             handler = EndpointHandler(getattr(self.instance, attribute), mark, self.in_flight)
-            endpoint = self._endpoint(mark.name)
-            self._endpoints.append(endpoint)
             self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handler.handle, graceful_shutdown=True)))
-        for endpoint in self._endpoints:
+        for endpoint, _ in self._served():
             await self._until_registered(endpoint)
         self._publish_metrics()
         ready: dict[str, str | int] = {"READY": 1, "X_INSTANCE": dynamo_context["instance_id"]}
         await self._open_http(ready)
         self.runtime.set_health_status(True)
         notify(STATUS="ready", **ready)
+
+    def _served(self) -> list[tuple[Any, tuple[str, Mark]]]:
+        return list(zip(self._endpoints, self.info.marked("endpoint").items(), strict=False))
 
     async def _open_http(self, ready: dict[str, str | int]) -> None:
         if self.info.app is None and not self.info.marked("api"):
@@ -169,8 +177,7 @@ class Worker:
             return
         from prometheus_client import generate_latest
 
-        endpoint = self._endpoints[0] if self._endpoints else self._endpoint("lifecycle")
-        endpoint.metrics.register_prometheus_expfmt_callback(lambda: generate_latest().decode())
+        self._endpoints[0].metrics.register_prometheus_expfmt_callback(lambda: generate_latest().decode())
 
     async def _wait(self) -> None:
         stop = asyncio.ensure_future(self.stopping.wait())
@@ -184,11 +191,11 @@ class Worker:
         self._draining = True
         notify(STOPPING=1, STATUS="draining")
         _end_after(self.drain_seconds + 15)
-        for endpoint in self._endpoints:
+        for endpoint, _ in self._served():
             await endpoint.unregister_endpoint_instance()
         if self._http is not None:
             await self._http.stop()
-        if self._endpoints:
+        if self._served():
             await asyncio.sleep(SETTLE)
         try:
             await asyncio.wait_for(self.in_flight.idle(), self.drain_seconds)
