@@ -12,9 +12,20 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dynamo_epd.families import family_of
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+
+def load_encoder(engine_args: dict[str, Any]) -> Encoder | PixelEncoder:
+    """The encoder that the checkpoint's family hands off with (seconds to minutes). Raises ValueError for no family."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model_config = EngineArgs(**engine_args).create_model_config()
+    family = family_of(model_config.architectures)
+    return PixelEncoder() if family.hand_off == "pixels" else Encoder(engine_args)
 
 
 class Encoder:
@@ -101,6 +112,23 @@ class Encoder:
         Empty for families whose embedding says it all (LLaVA); ``{"image_grid_thw": [t, h, w]}`` for Qwen-VL.
         """
         return {name: item[name].data.flatten().tolist() for name in self._metadata_fields if name in item}
+
+
+class PixelEncoder:
+    """For families whose tower runs where the prompt is prefilled: the hand-off is the decoded picture itself."""
+
+    def process(self, image: Image.Image) -> torch.Tensor:
+        """(height, width, 3) uint8."""
+        import numpy
+        import torch
+
+        return torch.from_numpy(numpy.array(image))
+
+    def embed(self, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return items
+
+    def metadata(self, item: torch.Tensor) -> dict[str, list[int]]:
+        return {}
 
 
 def _join_world_of_one() -> None:

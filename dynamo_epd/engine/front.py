@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Prompt:
     """`dynamo_epd.engine.language.encode_sampling`'s text."""
 
 
-Conduct = Callable[[Prompt], AsyncIterator[Delta]]
+Conduct = Callable[[Prompt], AsyncGenerator[Delta, None]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Answer:
 
     status: int
     body: str | None
-    events: AsyncIterator[str] | None = None
+    events: AsyncGenerator[str, None] | None = None
 
 
 class OpenAIFront:
@@ -125,6 +125,19 @@ class OpenAIFront:
         self._completion = OpenAIServingCompletion(
             self._engine, models, online_renderer=renderer, request_logger=None
         )
+
+    @property
+    def architectures(self) -> list[str]:
+        """As in the checkpoint's ``config.json``."""
+        return list(self._engine.model_config.architectures)
+
+    def refuse_token_ids(self, reserved: tuple[str, ...], prompt: Any) -> None:
+        """Raises InvalidRequest where a prompt given as token ids holds a token of ``reserved``."""
+        ids = set(self._engine.renderer.tokenizer.convert_tokens_to_ids(list(reserved)))
+        rows = prompt if isinstance(prompt, list) else []
+        for row in rows if rows and isinstance(rows[0], list) else [rows]:
+            if ids.intersection(token for token in row if isinstance(token, int)):
+                raise InvalidRequest("the prompt holds a token that stands for an image", param="prompt")
 
     async def warm_up(self) -> None:
         """Compiles the chat template and loads the tokenizer's tables, so that the first request is not slow."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
-from dynamo_epd.errors import InvalidRequest, Preempted, Retryable
+from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +36,13 @@ class ImageInput:
 
     Attributes:
         uuid: identity of the content for vLLM's caches (DESIGN.md: tenant, image digest, size, tower revision).
-        embedding: (tokens, hidden) tensor; None where the KV cache is taken over and only ``metadata`` is needed.
-        pixels: (height, width, 3) uint8 tensor, for families whose vLLM model takes no embeddings.
+        tensor: (tokens, hidden) embedding or, for families whose vLLM model takes none, (height, width, 3) uint8 pixels;
+            None where the KV cache is taken over and only ``metadata`` is needed.
         metadata: what the model needs beside the embedding, such as ``image_grid_thw``.
     """
 
     uuid: str
-    embedding: torch.Tensor | None = None
-    pixels: torch.Tensor | None = None
+    tensor: torch.Tensor | None = None
     metadata: Mapping[str, list[int]] = field(default_factory=dict)
 
 
@@ -58,8 +57,9 @@ class Prefilled:
 class LanguageEngine:
     """An AsyncLLM and its EngineCore process. Build it with `start`, end it with `close`."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, role: Role):
         self._engine = engine
+        self._role = role
         self._max_model_len: int = engine.model_config.max_model_len
 
     @classmethod
@@ -91,7 +91,7 @@ class LanguageEngine:
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
         engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
-        return cls(engine)
+        return cls(engine, role)
 
     async def prefill(
         self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], *, cache_salt: str | None
@@ -145,6 +145,9 @@ class LanguageEngine:
         params = decode_sampling(sampling)
         params.output_kind = RequestOutputKind.DELTA
         if kv is not None:
+            if self._role != "decode":
+                # vLLM would ignore it and prefill the placeholder tokens: a wrong answer in silence.
+                raise InternalError("this engine cannot take a KV cache over")
             params.extra_args = {"kv_transfer_params": kv}
         first = True
         outputs = self._run(request_id, token_ids, images, cache_salt, params)
@@ -177,6 +180,11 @@ class LanguageEngine:
     @property
     def dead(self) -> bool:
         return bool(self._engine.errored)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return int(self._engine.output_processor.get_num_unfinished_requests())
 
     def close(self) -> None:
         """Ends the EngineCore process; running requests fail."""
@@ -220,18 +228,18 @@ def multi_modal_data(images: Sequence[ImageInput]) -> Any:
     """The ``image`` entry of vLLM's ``multi_modal_data`` for images that all came the same way."""
     import torch
 
-    if images[0].pixels is not None:
+    tensors = [image.tensor for image in images if image.tensor is not None]
+    if tensors and tensors[0].dtype == torch.uint8:
         from PIL import Image
 
-        return [Image.fromarray(image.pixels.numpy()) for image in images if image.pixels is not None]
+        return [Image.fromarray(tensor.numpy()) for tensor in tensors]
     names = images[0].metadata.keys()
     if not names:
         # One tensor an image: (tokens, hidden). vLLM knows embeddings from pixels by their two dimensions.
-        return [image.embedding for image in images]
+        return tensors
     data: dict[str, Any] = {name: torch.tensor([image.metadata[name] for image in images]) for name in names}
-    embeddings = [image.embedding for image in images if image.embedding is not None]
-    if embeddings:
-        data["image_embeds"] = torch.cat(embeddings)
+    if tensors:
+        data["image_embeds"] = torch.cat(tensors)
     return data
 
 

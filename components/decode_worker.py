@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode stage: a KV cache that another engine filled, or a prompt of its own, becomes a stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.protocol import Completed, DecodeRequest, Delta, RejectRequest
+from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Keys of the ``DecodeWorker`` section beside vLLM's engine arguments."""
+
+    arena_bytes: int = 64 * 1024 * 1024
+    """Embeddings of the prompts that are prefilled here."""
+    transfer_timeout: float = 10.0
+    """Seconds for the READ of one prompt's embeddings, waiting for room included."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@service(dynamo={"namespace": "dynamo"}, config=DecodeConfig, engine_args=True)
+class DecodeWorker(ArenaOwner):
+    """Streams token deltas. A request whose KV cache the engine gives up fails as `Preempted`, never wrongly."""
+
+    def __init__(self) -> None:
+        self.config = service_config(DecodeConfig)
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.engine.environment import prepare
+        from dynamo_epd.metrics import Metrics
+
+        prepare(self.config.engine_args)
+        from dynamo_epd.engine.language import LanguageEngine, Role
+
+        # What this engine must be able to do is the graph's to say, not a flag's: with prefill workers in it, KV caches
+        # are taken over; without, prompts are prefilled here.
+        role: Role = "decode" if "PrefillWorker" in dynamo_context["graph"].services else "both"
+        self.engine = await LanguageEngine.start(self.config.engine_args, role)
+        metrics = Metrics(dynamo_context["namespace"], "DecodeWorker", self.config.engine_args["model"])
+        self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
+        await self.open_arena(self.config.arena_bytes)
+        metrics.watch_arena(self.arena.stats, cache=False)
+
+    @endpoint()
+    async def generate(self, request: DecodeRequest) -> AsyncIterator[Delta]:
+        """One answer. Leaving early aborts it in the engine."""
+        with self.metrics.running():
+            async with AsyncExitStack() as held:
+                images = await held.enter_async_context(
+                    self.prompt_images(request.images, self.config.transfer_timeout)
+                )
+                deltas = self.engine.generate(
+                    request.request_id,
+                    request.token_ids,
+                    images,
+                    sampling=request.sampling,
+                    cache_salt=request.cache_salt,
+                    kv=request.kv,
+                )
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        # The engine has its own copy by the first token: the arena's room is for the next prompt.
+                        await held.aclose()
+                        yield delta
+
+    @endpoint()
+    async def reject(self, request: RejectRequest) -> AsyncIterator[Completed]:
+        """Lets a prefill worker free the blocks of a KV cache that nobody will decode."""
+        await self.engine.reject(request.request_id, request.kv)
+        yield Completed()
+
+    @on_shutdown
+    async def stop(self) -> None:
+        await self.close_arena()
+        self.engine.close()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encode stage: a picture becomes an embedding that lies in this worker's arena until it is READ."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from components.protocol import Completed, EncodeRequest, Encoded, Picture, ReleaseRequest
+from dynamo_epd.batching import Batcher
+from dynamo_epd.errors import MediaError
+from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.flights import Flights
+from dynamo_epd.images.config import MediaConfig
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.transfer import Entry
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Keys of the ``EncodeWorker`` section beside vLLM's engine arguments."""
+
+    arena_bytes: int = 256 * 1024 * 1024
+    """Embeddings kept and pictures being READ, together."""
+    lease_seconds: float = 30.0
+    """How long an embedding waits for the prefill worker that was promised it."""
+    max_batch: int = 16
+    """Images in one forward of the vision tower."""
+    max_waiting: int = 1024
+    """Images that may wait for the tower; one more is refused."""
+    media: MediaConfig = field(default_factory=MediaConfig)
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@service(dynamo={"namespace": "dynamo"}, config=EncodeConfig, engine_args=True)
+class EncodeWorker(ArenaOwner):
+    """Fetches, decodes, batches, runs vision tower and projector, and keeps what it encoded, keyed on content."""
+
+    def __init__(self) -> None:
+        self.config = service_config(EncodeConfig)
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.engine.environment import prepare
+        from dynamo_epd.images.fetch import Fetcher
+        from dynamo_epd.metrics import Metrics
+
+        prepare(self.config.engine_args)
+        from dynamo_epd.engine.checkpoint import revision_of
+        from dynamo_epd.engine.encoder import load_encoder
+
+        self.encoder = await asyncio.to_thread(load_encoder, self.config.engine_args)
+        self.revision = revision_of(self.config.engine_args)
+        metrics = Metrics(dynamo_context["namespace"], "EncodeWorker", self.config.engine_args["model"])
+        self.metrics = metrics.stage(lambda: float(len(self.batcher)))
+        self.batcher: Batcher[Any, Any] = Batcher(
+            self.encoder.embed,
+            most=self.config.max_batch,
+            waiting=self.config.max_waiting,
+            observe=metrics.batch_size().observe,
+        )
+        self.flights: Flights[Entry] = Flights()
+        self.fetcher = Fetcher(self.config.media)
+        self.metadata: WeakKeyDictionary[Entry, dict[str, list[int]]] = WeakKeyDictionary()
+        await self.open_arena(self.config.arena_bytes)
+        metrics.watch_arena(self.arena.stats, cache=True)
+
+    @endpoint()
+    async def encode(self, request: EncodeRequest) -> AsyncIterator[Encoded]:
+        """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
+        arrived = perf_counter()
+        data = await self._bytes(request.picture)
+        uuid = self._uuid(request.tenant, data)
+        entry = self.arena.lookup(uuid)
+        if entry is None:
+            entry = await self.flights.join(uuid, lambda: self._encode(uuid, data))
+        self.metrics.run.observe(perf_counter() - arrived)
+        yield Encoded(self.arena.lease(entry, self.config.lease_seconds), uuid, self.metadata[entry])
+
+    @endpoint()
+    async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
+        """Ends leases whose request is over before they were READ."""
+        for lease in request.leases:
+            self.arena.release(lease)
+        yield Completed()
+
+    @on_shutdown
+    async def stop(self) -> None:
+        self.batcher.close()
+        await self.fetcher.close()
+        await self.close_arena()
+
+    async def _bytes(self, picture: Picture) -> bytes:
+        if picture.handle is None:
+            return await self.fetcher.fetch(picture.url or "")
+        async with self.arena.read([picture.handle], timeout=self.config.lease_seconds) as (view,):
+            return bytes(view)
+
+    async def _encode(self, uuid: str, data: bytes) -> Entry:
+        item = await asyncio.to_thread(self._process, data)
+        waited = perf_counter()
+        embedding = await self.batcher.submit(item)
+        self.metrics.queue.observe(perf_counter() - waited)
+        size = embedding.numel() * embedding.element_size()
+        with await self.arena.reserve([size], timeout=self.config.lease_seconds) as (slot,):
+            slot.write(embedding)
+            entry = slot.publish(uuid)
+            self.metadata[entry] = self.encoder.metadata(item)
+            return entry
+
+    def _process(self, data: bytes) -> Any:
+        from dynamo_epd.images.decode import decode
+
+        image = decode(data, self.config.media.max_pixels)
+        try:
+            return self.encoder.process(image)
+        except ValueError as error:
+            raise MediaError(f"the model's image processor refuses this image: {error}") from error
+
+    def _uuid(self, tenant: str, data: bytes) -> str:
+        """H(tenant, content, processor and tower revision): never the address that the content came from."""
+        content = hashlib.sha256(data).digest()
+        return hashlib.sha256(b"\0".join((tenant.encode(), content, self.revision.encode()))).hexdigest()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frontend: HTTP, as OpenAI's clients speak it. It checks, passes on, and passes bytes back.
+
+Pictures that came in a body go into this process' arena and stay there until the request is over: a retry READs them
+again. Only handles travel on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from components.planner import Planner
+from components.processor import REFERENCE, Processor
+from components.protocol import HealthQuery, HttpReply, HttpRequest, ModelsQuery, Picture
+from dynamo_epd.errors import EpdError, Overloaded, StageUnavailable, WorkerLost
+from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.http.body import BodyLimits, ImageRef, check_chat, check_completion, parse_json
+from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.limits import RequestBounds, guard
+from dynamo_epd.images.addresses import check_url
+from dynamo_epd.images.config import MediaConfig
+from dynamo_epd.images.data_url import parse_data_url
+from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
+
+Result = TypeVar("Result")
+
+HEALTH_SECONDS = 2.0
+"""A processor that does not say within this long how its stages are counts as gone."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """How much is taken on at once."""
+
+    max_in_flight: int = 256
+    deadline: float = 300.0
+    """Seconds that one request may take."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large one request may be."""
+
+    body_bytes: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FrontendConfig:
+    """Keys of the ``Frontend`` section."""
+
+    arena_bytes: int = 256 * 1024 * 1024
+    """Pictures that came in the bodies of requests that are running."""
+    media: MediaConfig = field(default_factory=MediaConfig)
+    admission: Admission = field(default_factory=Admission)
+    limits: Limits = field(default_factory=Limits)
+
+
+app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
+
+
+@service(dynamo={"namespace": "dynamo"}, config=FrontendConfig, app=app)
+class Frontend(ArenaOwner):
+    """``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``, ``/live``, ``/metrics``."""
+
+    processor = depends(Processor)
+    planner = depends(Planner)
+
+    def __init__(self) -> None:
+        self.config = service_config(FrontendConfig)
+        self.in_flight = 0
+        for path, route, method in (
+            ("/v1/chat/completions", self.chat, "POST"),
+            ("/v1/completions", self.complete, "POST"),
+            ("/v1/models", self.models, "GET"),
+            ("/health", self.health, "GET"),
+            ("/live", self.live, "GET"),
+            ("/metrics", self.scrape, "GET"),
+        ):
+            app.add_api_route(path, route, methods=[method], response_model=None)
+        guard(app, RequestBounds(body_bytes=self.config.limits.body_bytes))
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.metrics import Metrics
+
+        metrics = Metrics(dynamo_context["namespace"], "Frontend", "")
+        self.metrics = metrics.requests()
+        await self.open_arena(self.config.arena_bytes)
+        metrics.watch_arena(self.arena.stats, cache=False)
+
+    @on_shutdown
+    async def stop(self) -> None:
+        await self.close_arena()
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        body = check_chat(parse_json(await request.body()), BodyLimits(max_images=self.config.media.max_images))
+        return await self._answer(request, self.processor.chat, body.body, body.images)
+
+    async def complete(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        body = check_completion(parse_json(await request.body()), BodyLimits())
+        return await self._answer(request, self.processor.complete, body.body, ())
+
+    async def models(self) -> Response:
+        """``GET /v1/models``."""
+        async with aclosing(self.processor.models(ModelsQuery())) as call:
+            reply = await anext(call)
+        return Response(reply.body, media_type="application/json")
+
+    async def health(self) -> Response:
+        """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
+        stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS), aclosing(self.processor.health(HealthQuery())) as call:
+                stages |= (await anext(call)).stages
+            whole = all(stages.values())
+        except (EpdError, TimeoutError):
+            whole = False
+        return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
+
+    async def live(self) -> Response:
+        """``GET /live``: this process answers."""
+        return JSONResponse({"status": "live"})
+
+    async def scrape(self) -> Response:
+        """``GET /metrics``: this process' own; every other stage serves its own on its system port."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+        return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _answer(
+        self, request: Request, stage: Callable[..., Any], body: dict[str, Any], images: tuple[ImageRef, ...]
+    ) -> Response:
+        """Passes a checked body to a processor. What is held for the request is freed when its last byte is out."""
+        began = time.perf_counter()
+        async with AsyncExitStack() as held:
+            held.enter_context(self._admitted())
+            held.callback(lambda: self.metrics.duration.observe(time.perf_counter() - began))
+            message = HttpRequest(
+                request.state.request_id,
+                "",
+                body,
+                await held.enter_async_context(self._pictures(images)),
+                time.time() + self.config.admission.deadline,
+            )
+            call, head = await unless_gone(request, first_reply(stage, message))
+            await held.enter_async_context(aclosing(call))
+            self.metrics.count(head.status)
+            if head.body is not None:
+                return Response(head.body, head.status, media_type="application/json")
+            return StreamingResponse(events(call, held.pop_all()), head.status, media_type="text/event-stream")
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self.in_flight >= self.config.admission.max_in_flight:
+            raise Overloaded(f"{self.in_flight} requests are being answered; try again later")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    @asynccontextmanager
+    async def _pictures(self, images: tuple[ImageRef, ...]) -> AsyncIterator[list[Picture]]:
+        """The request's pictures in order, those from the body leased until the request is over.
+
+        The body's parts then say where in this list their picture is. All room is reserved at once.
+        """
+        pictures: list[Picture] = []
+        bodies: list[tuple[int, bytes]] = []
+        for index, image in enumerate(images):
+            url = image.url
+            if url[:5].lower() == "data:":
+                bodies.append((index, parse_data_url(url, self.config.media.max_bytes)))
+                pictures.append(Picture())
+            else:
+                check_url(url, self.config.media)
+                pictures.append(Picture(url=url))
+            image.replace(f"{REFERENCE}{index}")
+        seconds = self.config.admission.deadline
+        with await self.arena.reserve([len(data) for _, data in bodies], timeout=seconds) as slots:
+            leases = []
+            try:
+                for slot, (index, data) in zip(slots, bodies, strict=True):
+                    slot.write(data)
+                    handle = self.arena.lease(slot.publish(), seconds, ends_on_read=False)
+                    leases.append(handle.lease)
+                    pictures[index] = Picture(handle=handle)
+                yield pictures
+            finally:
+                for lease in leases:
+                    self.arena.release(lease)
+
+
+async def first_reply(stage: Callable[..., Any], message: HttpRequest) -> tuple[Any, HttpReply]:
+    """The call and its first reply. A processor that is lost before it is asked once more elsewhere."""
+    call = stage(message)
+    try:
+        return call, await anext(call)
+    except WorkerLost:
+        pass
+    except BaseException:
+        await call.aclose()
+        raise
+    call = stage(message)
+    try:
+        return call, await anext(call)
+    except WorkerLost as error:
+        raise StageUnavailable("The request could not be completed; it can be sent again.") from error
+    except BaseException:
+        await call.aclose()
+        raise
+
+
+async def events(call: Any, held: AsyncExitStack) -> AsyncGenerator[bytes, None]:
+    """The rest of a stream. Where it breaks off it ends in an error event, and not in silence."""
+    async with held:
+        try:
+            async for reply in call:
+                yield reply.event.encode()
+        except EpdError as error:
+            yield b"data: " + error_body(error) + b"\n\n"
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client goes away first. Raises ClientDisconnect then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor: it conducts. Encode and tokenizing run at once, then prefill, then decode; nothing flows backwards.
+
+One answer is one `Conduct`: it holds what the answer has cost so far (leases, a KV cache, tokens already streamed) and
+gives all of it back, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from components.decode_worker import DecodeWorker
+from components.encode_worker import EncodeWorker
+from components.prefill_worker import PrefillWorker
+from components.protocol import (
+    DecodeRequest,
+    Delta,
+    Encoded,
+    EncodeRequest,
+    HealthQuery,
+    HttpReply,
+    HttpRequest,
+    ModelsQuery,
+    Picture,
+    PrefillReply,
+    PrefillRequest,
+    PromptImage,
+    RejectRequest,
+    ReleaseRequest,
+    StageHealth,
+)
+from dynamo_epd.errors import DeadlineExceeded, EpdError, Retryable, StageUnavailable, WorkerLost
+from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
+from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
+from dynamo_epd.sdk.client import Policy
+
+if TYPE_CHECKING:
+    from dynamo_epd.engine.front import Answer, Prompt
+
+REFERENCE = "image:"
+"""What stands in an ``image_url`` part instead of the client's URL: this, and an index into the request's pictures."""
+
+GIVE_BACK_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a worker of each stage is chosen."""
+
+    encode: Policy = "affinity"
+    prefill: Policy = "least-loaded"
+    decode: Policy = "least-loaded"
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """Keys of the ``Processor`` section beside vLLM's engine arguments."""
+
+    served_model_name: str | list[str] | None = None
+    """Names under which clients ask for the model; the first is the one in replies. Default: the model's own."""
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
+    """A Jinja template, or the path of one, in place of the checkpoint's."""
+    attempts: int = 3
+    """How often one answer is begun at most: a lost worker or hand-off costs one."""
+    prefill_threshold: int = 0
+    """Prompts without images up to this many tokens are prefilled where they decode."""
+    routing: Routing = field(default_factory=Routing)
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@service(dynamo={"namespace": "dynamo"}, config=ProcessorConfig, engine_args=True)
+class Processor:
+    """OpenAI bodies in, OpenAI bodies and events out."""
+
+    encode_worker = depends(EncodeWorker)
+    prefill_worker = depends(PrefillWorker)
+    decode_worker = depends(DecodeWorker)
+
+    def __init__(self) -> None:
+        self.config = service_config(ProcessorConfig)
+        self._afterwards: set[asyncio.Task[None]] = set()
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.engine.environment import prepare
+        from dynamo_epd.metrics import Metrics
+
+        prepare(self.config.engine_args)
+        from dynamo_epd.engine.front import OpenAIFront
+
+        model = self.config.engine_args["model"]
+        names = self.config.served_model_name or model
+        self.front = await asyncio.to_thread(
+            OpenAIFront,
+            self.config.engine_args,
+            [names] if isinstance(names, str) else names,
+            tool_parser=self.config.tool_call_parser,
+            reasoning_parser=self.config.reasoning_parser,
+            chat_template=self.config.chat_template,
+        )
+        self.family: Family = family_of(self.front.architectures)
+        await self.front.warm_up()
+        self.metrics = Metrics(dynamo_context["namespace"], "Processor", model).tokens()
+        for stage, policy in (
+            (self.encode_worker, self.config.routing.encode),
+            (self.prefill_worker, self.config.routing.prefill),
+            (self.decode_worker, self.config.routing.decode),
+        ):
+            stage.route(policy)
+
+    @endpoint()
+    async def chat(self, request: HttpRequest) -> AsyncIterator[HttpReply]:
+        """Answers ``POST /v1/chat/completions``."""
+        refuse_typed_placeholders(self.family, texts_of(request.body))
+        async with Conversation(self, request) as conversation:
+            async for reply in replies(await self.front.chat(request.body, conversation.answer)):
+                yield reply
+
+    @endpoint()
+    async def complete(self, request: HttpRequest) -> AsyncIterator[HttpReply]:
+        """Answers ``POST /v1/completions``."""
+        refuse_typed_placeholders(self.family, texts_of(request.body))
+        self.front.refuse_token_ids(self.family.placeholders, request.body.get("prompt"))
+        async with Conversation(self, request) as conversation:
+            async for reply in replies(await self.front.complete(request.body, conversation.answer)):
+                yield reply
+
+    @endpoint()
+    async def models(self, query: ModelsQuery) -> AsyncIterator[HttpReply]:
+        """Answers ``GET /v1/models``."""
+        yield HttpReply(status=200, body=await self.front.models())
+
+    @endpoint()
+    async def health(self, query: HealthQuery) -> AsyncIterator[StageHealth]:
+        """Live workers of every stage that this graph links."""
+        linked = [stage for stage in (self.encode_worker, self.prefill_worker, self.decode_worker) if stage]
+        yield StageHealth({stage.name: len(stage.instances()) for stage in linked})
+
+    def prefills_apart(self, token_ids: list[int], images: list[Leased]) -> bool:
+        """Whether this prompt goes through a prefill worker: there is one, and the prompt is worth the hand-off."""
+        return bool(self.prefill_worker) and (bool(images) or len(token_ids) > self.config.prefill_threshold)
+
+    def take_over(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        images: list[Leased],
+        prefilled: PrefillReply,
+        sampling: str,
+        tenant: str,
+    ) -> DecodeRequest:
+        """What a decode worker needs of a prompt whose KV cache it takes over.
+
+        Where it gets no image at all, two images under the same text would share KV in its prefix cache: their
+        identities then go into the salt.
+        """
+        if images and self.family.decode_reads == "metadata":
+            known = [PromptImage(leased.encoded.uuid, None, leased.encoded.metadata) for leased in images]
+            return DecodeRequest(request_id, token_ids, known, sampling, tenant_salt(tenant), prefilled.kv)
+        salt = hashed(tenant, *(leased.encoded.uuid for leased in images)) if images else tenant_salt(tenant)
+        return DecodeRequest(request_id, prefilled.token_ids, [], sampling, salt, prefilled.kv)
+
+    def afterwards(self, work: Coroutine[Any, Any, None]) -> None:
+        """Lets ``work`` go on although the request that it belongs to is over."""
+        task = asyncio.create_task(work)
+        self._afterwards.add(task)
+        task.add_done_callback(self._afterwards.discard)
+
+
+@dataclass(frozen=True)
+class Leased:
+    """An embedding that an encode worker keeps for one READ."""
+
+    encoded: Encoded
+    worker: int
+
+
+class Conversation:
+    """One HTTP request while it runs. Its pictures begin to be encoded on entry, while the prompt is rendered."""
+
+    def __init__(self, processor: Processor, request: HttpRequest):
+        self._processor = processor
+        self._request = request
+        self._arrived = time.perf_counter()
+        self._deadline = asyncio.get_running_loop().time() + request.deadline - time.time()
+        self._ahead: dict[int, asyncio.Task[Leased]] = {}
+
+    async def __aenter__(self) -> Conversation:
+        for index, picture in enumerate(self._request.pictures):
+            self._ahead[index] = asyncio.create_task(self._encode(picture))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
+        for task in self._ahead.values():
+            task.cancel()
+        for result in await asyncio.gather(*self._ahead.values(), return_exceptions=True):
+            if isinstance(result, Leased):
+                self._release([result])
+
+    async def answer(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
+        """The deltas of one answer; begun again elsewhere, within the deadline, where a worker or hand-off is lost.
+
+        Tokens that were already streamed are then part of the prompt, so that the stream simply goes on.
+
+        Raises:
+            StageUnavailable: nobody is left to ask, or this request has had its attempts.
+            DeadlineExceeded: the request's time is up.
+            EpdError: any refusal of a stage (a picture that cannot be fetched, a prompt too long).
+        """
+        streamed: list[int] = []
+        metrics = self._processor.metrics
+        last = self._arrived
+        lost: EpdError | None = None
+        for attempt in range(self._processor.config.attempts):
+            if lost is not None and streamed and not resumable(prompt.sampling):
+                break
+            try:
+                async with aclosing(self._attempt(prompt, attempt, streamed)) as deltas:
+                    async for delta in deltas:
+                        now = time.perf_counter()
+                        (metrics.inter_token if streamed else metrics.first_token).observe(now - last)
+                        last = now
+                        streamed += delta.token_ids
+                        yield delta
+                return
+            except Retryable as error:
+                lost = error
+                log.info("%s attempt %d: %s", prompt.request_id, attempt + 1, error.message)
+        raise StageUnavailable("The request could not be completed; it can be sent again.") from lost
+
+    async def _attempt(self, prompt: Prompt, attempt: int, streamed: list[int]) -> AsyncGenerator[Delta, None]:
+        """Encode → prefill → decode, once. ``streamed`` is the beginning of the answer, if there is one already."""
+        processor = self._processor
+        request_id = f"{prompt.request_id}.{attempt}"
+        token_ids = prompt.token_ids + streamed
+        sampling = continued(prompt.sampling, len(streamed))
+        images = await self._images(prompt)
+        unread = images
+        kv: dict[str, Any] | None = None
+        try:
+            if processor.prefills_apart(token_ids, images):
+                prefilled = await self._prefill(request_id, token_ids, images)
+                unread, kv = [], prefilled.kv
+                decode = processor.take_over(request_id, token_ids, images, prefilled, sampling, self._request.tenant)
+            else:
+                decode = DecodeRequest(
+                    request_id,
+                    token_ids,
+                    [prompt_image(leased) for leased in images],
+                    sampling,
+                    tenant_salt(self._request.tenant),
+                )
+            call = processor.decode_worker.generate(decode)
+            async with aclosing(call):
+                while (delta := await self._before_deadline(anext(call, None))) is not None:
+                    unread, kv = [], None
+                    if streamed and delta.prompt_tokens is not None:
+                        delta = msgspec.structs.replace(delta, prompt_tokens=None)
+                    yield delta
+        finally:
+            self._release(unread)
+            if kv is not None:
+                processor.afterwards(self._reject(request_id, kv))
+
+    async def _images(self, prompt: Prompt) -> list[Leased]:
+        """The prompt's embeddings, in its order; those encoded ahead go to the first prompt that asks."""
+        tasks = []
+        for reference in prompt.images:
+            index = int(reference.removeprefix(REFERENCE))
+            ahead = self._ahead.pop(index, None)
+            tasks.append(ahead or asyncio.create_task(self._encode(self._request.pictures[index])))
+        try:
+            return await self._before_deadline(asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            self._release([result for result in results if isinstance(result, Leased)])
+            raise
+
+    async def _encode(self, picture: Picture) -> Leased:
+        request = EncodeRequest(self._request.request_id, self._request.tenant, picture)
+        call = self._processor.encode_worker.encode(request, key=picture.key)
+        try:
+            return await only(call)
+        except WorkerLost:
+            # Nothing was handed on yet: asking another worker costs the answer none of its attempts.
+            call = self._processor.encode_worker.encode(request, key=picture.key)
+            return await only(call)
+
+    async def _prefill(self, request_id: str, token_ids: list[int], images: list[Leased]) -> PrefillReply:
+        request = PrefillRequest(
+            request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
+        )
+        async with aclosing(self._processor.prefill_worker.prefill(request)) as call:
+            return await self._before_deadline(anext(call))
+
+    async def _before_deadline(self, work: Awaitable[Any]) -> Any:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await work
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's time is up") from error
+
+    def _release(self, unread: list[Leased]) -> None:
+        by_worker: dict[int, list[str]] = {}
+        for leased in unread:
+            by_worker.setdefault(leased.worker, []).append(leased.encoded.handle.lease)
+        for worker, leases in by_worker.items():
+            self._processor.afterwards(
+                give_back(self._processor.encode_worker.release(ReleaseRequest(leases), instance=worker))
+            )
+
+    async def _reject(self, request_id: str, kv: dict[str, Any]) -> None:
+        await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv)))
+
+
+async def only(call: Any) -> Leased:
+    async with aclosing(call):
+        return Leased(await anext(call), call.instance)
+
+
+async def give_back(call: Any) -> None:
+    """A release that fails has nobody to tell: the lease then ends by itself."""
+    try:
+        async with asyncio.timeout(GIVE_BACK_SECONDS), aclosing(call):
+            await anext(call)
+    except (EpdError, TimeoutError) as error:
+        log.info("a lease is left to expire: %s", error)
+
+
+async def replies(answer: Answer) -> AsyncIterator[HttpReply]:
+    """The status first, then what follows it."""
+    yield HttpReply(status=answer.status, body=answer.body)
+    if answer.events is not None:
+        async with aclosing(answer.events):
+            async for event in answer.events:
+                yield HttpReply(event=event)
+
+
+def prompt_image(leased: Leased) -> PromptImage:
+    return PromptImage(leased.encoded.uuid, leased.encoded.handle, leased.encoded.metadata)
+
+
+def texts_of(body: dict[str, Any]) -> list[str]:
+    """Every text of a checked body that a template may put into the prompt."""
+    prompt = body.get("prompt", [])
+    texts = [prompt] if isinstance(prompt, str) else [one for one in prompt if isinstance(one, str)]
+    for message in body.get("messages", []):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        texts += [part.get("text") or "" for part in parts]
+        texts.append(message.get("name") or "")
+    return texts
+
+
+def tenant_salt(tenant: str) -> str | None:
+    """Prefix caches are a tenant's own. None where there is only one."""
+    return hashed("tenant", tenant) if tenant else None
+
+
+def hashed(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def resumable(sampling: str) -> bool:
+    """Whether an answer can go on with its beginning moved into the prompt: its distribution must not depend on where
+    the answer began. Penalties count output tokens, a grammar and a seeded generator have a state."""
+    params = json.loads(sampling)
+    return (
+        not params.get("structured_outputs")
+        and params.get("presence_penalty", 0.0) == 0.0
+        and params.get("frequency_penalty", 0.0) == 0.0
+        and (params.get("seed") is None or params.get("temperature", 1.0) == 0.0)
+    )
+
+
+def continued(sampling: str, streamed: int) -> str:
+    """The sampling parameters of the rest of an answer of which ``streamed`` tokens are there."""
+    if not streamed:
+        return sampling
+    params = json.loads(sampling)
+    if params.get("max_tokens") is not None:
+        params["max_tokens"] = max(1, params["max_tokens"] - streamed)
+    if params.get("min_tokens"):
+        params["min_tokens"] = max(0, params["min_tokens"] - streamed)
+    return json.dumps(params)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every message that crosses a process, grouped by who receives it.
+
+A message has only the fields that its receiver reads. Bytes never travel here: a `Handle` says where they can be READ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.transfer.handle import Handle
+
+__all__ = [
+    "Completed",
+    "DecodeRequest",
+    "Delta",
+    "EncodeRequest",
+    "Encoded",
+    "Handle",
+    "HealthQuery",
+    "HttpReply",
+    "HttpRequest",
+    "ModelsQuery",
+    "Picture",
+    "PrefillReply",
+    "PrefillRequest",
+    "PromptImage",
+    "RejectRequest",
+    "ReleaseRequest",
+    "StageHealth",
+    "TokenLogprobs",
+]
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    pass
+
+
+class Picture(Message):
+    """A picture as the client sent it: an address, or bytes that came in the body and lie in the frontend's arena."""
+
+    url: str | None = None
+    handle: Handle | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal pictures have equal keys, so that they meet in one encode worker and find its cache."""
+        return self.handle.digest if self.handle is not None else self.url or ""
+
+
+# To the processor
+
+
+class HttpRequest(Message):
+    """A checked OpenAI body. Its ``image_url`` parts say ``image:<index into pictures>``."""
+
+    request_id: str
+    tenant: str
+    body: dict[str, Any]
+    pictures: list[Picture]
+    deadline: float
+    """Unix seconds."""
+
+
+class ModelsQuery(Message):
+    pass
+
+
+class HealthQuery(Message):
+    pass
+
+
+# To the frontend
+
+
+class HttpReply(Message):
+    """First a status, with the whole body where nothing is streamed; then one server-sent event a message."""
+
+    status: int | None = None
+    body: str | None = None
+    event: str | None = None
+
+
+class StageHealth(Message):
+    """Live workers of each linked stage, by component name."""
+
+    stages: dict[str, int]
+
+
+# To an encode worker
+
+
+class EncodeRequest(Message):
+    request_id: str
+    tenant: str
+    picture: Picture
+
+
+class ReleaseRequest(Message):
+    """Leases that nobody will READ any more."""
+
+    leases: list[str]
+
+
+# To the processor, from an encode worker: the work-complete event
+
+
+class Encoded(Message):
+    handle: Handle
+    uuid: str
+    """Identity for every cache: H(tenant, content, processor and tower revision)."""
+    metadata: dict[str, list[int]] = {}
+    """What the language model must know beside the embedding (`image_grid_thw`)."""
+
+
+# To a prefill or decode worker
+
+
+class PromptImage(Message):
+    """One image of a prompt, in prompt order."""
+
+    uuid: str
+    handle: Handle | None = None
+    """None where the KV cache is taken over and only the metadata is needed."""
+    metadata: dict[str, list[int]] = {}
+
+
+class PrefillRequest(Message):
+    request_id: str
+    token_ids: list[int]
+    images: list[PromptImage]
+    cache_salt: str | None = None
+
+
+class DecodeRequest(Message):
+    request_id: str
+    token_ids: list[int]
+    images: list[PromptImage]
+    sampling: str
+    cache_salt: str | None = None
+    kv: dict[str, Any] | None = None
+
+
+class RejectRequest(Message):
+    """A KV cache that was prefilled and will not be decoded."""
+
+    request_id: str
+    kv: dict[str, Any]
+
+
+# To the processor, from a prefill worker
+
+
+class PrefillReply(Message):
+    kv: dict[str, Any]
+    token_ids: list[int]
+    """The prompt with its image tokens expanded."""
+
+
+class Completed(Message):
+    """A request without a result was carried out."""

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arenas over the graph: how a service offers its own to readers, and how it finds its peers'.
+
+The NIXL metadata of an arena is asked for over the control plane, once a peer (`Arena` caches it): its owner is named
+``namespace/component/instance``, and answers on an endpoint that `ArenaOwner` adds to the service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from dynamo_epd.errors import HandOffFailed
+from dynamo_epd.sdk import dynamo_context, endpoint
+from dynamo_epd.sdk.client import EndpointClient, ServiceClient
+
+if TYPE_CHECKING:
+    from dynamo_epd.transfer import Arena
+
+
+class CardQuery(msgspec.Struct, frozen=True):
+    """Asks an arena's owner how to READ from it."""
+
+
+class CardReply(msgspec.Struct, frozen=True):
+    card: bytes
+    """`Arena.metadata`."""
+
+
+class ArenaOwner:
+    """A service with one arena, ``self.arena``, between `open_arena` and `close_arena`."""
+
+    arena: Arena
+
+    async def open_arena(self, nbytes: int) -> None:
+        """Maps and registers ``nbytes`` of host memory."""
+        from dynamo_epd.transfer import Arena
+
+        owner = "/".join((dynamo_context["namespace"], dynamo_context["component"], str(dynamo_context["instance_id"])))
+        await connect_owners()
+        self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
+
+    async def close_arena(self) -> None:
+        """Refuses what waits and gives the memory back."""
+        await self.arena.close()
+
+    @endpoint()
+    async def arena_card(self, query: CardQuery) -> AsyncIterator[CardReply]:
+        """How to READ from this arena."""
+        yield CardReply(self.arena.metadata())
+
+    @asynccontextmanager
+    async def prompt_images(self, images: Sequence[Any], timeout: float) -> AsyncIterator[list[Any]]:
+        """A prompt's images as the engine takes them; READs those that have a handle, all at once.
+
+        Args:
+            images: messages with ``uuid``, ``handle`` (or None) and ``metadata``.
+            timeout: seconds for the READ, waiting for room included.
+
+        The tensors lie in the arena and are valid inside the block. Raises what `Arena.read` raises.
+        """
+        from dynamo_epd.engine.language import ImageInput
+
+        handles = [image.handle for image in images if image.handle is not None]
+        if not handles:
+            yield [ImageInput(image.uuid, metadata=image.metadata) for image in images]
+            return
+        async with self.arena.read(handles, timeout=timeout) as tensors:
+            views = iter(tensors)
+            yield [
+                ImageInput(image.uuid, next(views) if image.handle is not None else None, metadata=image.metadata)
+                for image in images
+            ]
+
+
+_clients: dict[str, ServiceClient] = {}
+
+
+async def connect_owners() -> None:
+    """Makes a client for every arena of the graph. At start, and not when one is needed: see `ServiceClient.locate`."""
+    graph, addresses = dynamo_context["graph"], dynamo_context["addresses"]
+    for name, service in graph.services.items():
+        if issubclass(service, ArenaOwner):
+            client = ServiceClient(name, addresses[name], None)
+            client.endpoints["arena_card"] = EndpointClient(client, "arena_card", CardReply)
+            client.locate(dynamo_context["runtime"])
+            _clients["/".join(addresses[name])] = client
+    for client in _clients.values():
+        await client.connect()
+
+
+async def card_of(owner: str) -> bytes:
+    """The metadata of ``owner``'s arena. Raises HandOffFailed for a name that is none, and WorkerLost when it is gone."""
+    name, _, instance = owner.rpartition("/")
+    client = _clients.get(name)
+    if client is None or not instance.isdigit():
+        raise HandOffFailed("the handle names no owner in this graph")
+    async for reply in client.endpoints["arena_card"](CardQuery(), instance=int(instance)):
+        return bytes(reply.card)
+    raise HandOffFailed("the owner did not answer")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric of ours, in base units, with the labels that name its stage.
+
+A process has one `Metrics`; prometheus_client's default registry holds what it makes, and each process serves that
+registry where its runtime serves its own (``DYN_SYSTEM_PORT``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+LABELS = ("dynamo_namespace", "dynamo_component", "model")
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The metrics of one stage. Attributes are prometheus_client's objects with this stage's labels filled in."""
+
+    def __init__(self, namespace: str, component: str, model: str):
+        self._labels = (namespace, component, model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Any:
+        return Histogram(name, text, LABELS, buckets=buckets).labels(*self._labels)
+
+    def requests(self) -> RequestMetrics:
+        """For the stage that sees whole requests."""
+        return RequestMetrics(
+            self._histogram("epd_request_duration_seconds", "Seconds from a request's arrival to its last byte"),
+            Counter("epd_requests", "Requests by HTTP status", (*LABELS, "status")),
+            self._labels,
+        )
+
+    def tokens(self) -> TokenMetrics:
+        """For the stage through which every token goes."""
+        return TokenMetrics(
+            self._histogram("epd_time_to_first_token_seconds", "Seconds from arrival to the first token"),
+            self._histogram("epd_inter_token_latency_seconds", "Seconds between two deltas of an answer"),
+        )
+
+    def stage(self, waiting: Callable[[], float]) -> StageMetrics:
+        """For any stage: how many wait, how long they waited, how long they ran."""
+        depth = Gauge("epd_stage_queue_depth", "Requests that wait or run in this stage", LABELS).labels(*self._labels)
+        depth.set_function(waiting)
+        return StageMetrics(
+            queue=self._histogram("epd_stage_queue_seconds", "Seconds a request waited in this stage"),
+            run=self._histogram("epd_stage_run_seconds", "Seconds a request ran in this stage"),
+        )
+
+    def batch_size(self) -> Any:
+        """Images in one forward of the vision tower."""
+        return self._histogram("epd_encode_batch_size", "Images in one forward", (1, 2, 4, 8, 16, 32, 64))
+
+    def watch_arena(self, stats: Callable[[], Any], *, cache: bool) -> None:
+        """Reports an arena's own counters whenever they are scraped. With ``cache`` it is the embedding cache too."""
+        REGISTRY.register(_ArenaCollector(stats, self._labels, cache))
+
+
+class RequestMetrics:
+    def __init__(self, duration: Any, outcomes: Counter, labels: tuple[str, ...]):
+        self.duration = duration
+        self._outcomes = outcomes
+        self._labels = labels
+
+    def count(self, status: int) -> None:
+        self._outcomes.labels(*self._labels, str(status)).inc()
+
+
+class TokenMetrics:
+    def __init__(self, first_token: Any, inter_token: Any):
+        self.first_token = first_token
+        self.inter_token = inter_token
+
+
+class StageMetrics:
+    def __init__(self, queue: Any, run: Any):
+        self.queue = queue
+        self.run = run
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Times the block as one run."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.run.observe(perf_counter() - started)
+
+
+class _ArenaCollector:
+    """Turns `dynamo_epd.transfer`'s plain numbers into metric families at scrape time."""
+
+    def __init__(self, stats: Callable[[], Any], labels: tuple[str, ...], cache: bool):
+        self._stats = stats
+        self._labels = labels
+        self._cache = cache
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield self._counter("nixl_transfer_bytes", "Bytes READ over NIXL", stats.transfer_bytes)
+        yield self._counter("nixl_transfer_seconds", "Seconds of READs over NIXL, digest included", stats.transfer_seconds)
+        yield self._counter("nixl_transfers", "READs over NIXL", stats.transfers)
+        yield self._counter("epd_digest_failures", "READs whose bytes were refused", stats.digest_failures)
+        yield self._gauge("epd_arena_used_bytes", "Bytes of the arena in use", stats.bytes_used)
+        yield self._gauge("epd_arena_leases", "Leases outstanding", stats.leases)
+        if self._cache:
+            yield self._counter("epd_embedding_cache_hits", "Images found encoded", stats.hits)
+            yield self._counter("epd_embedding_cache_misses", "Images that had to be encoded", stats.misses)
+            yield self._gauge("epd_embedding_cache_bytes", "Bytes of encoded images kept", stats.bytes_used)
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
