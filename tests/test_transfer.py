@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import math
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -348,7 +347,7 @@ def test_owners_killed_while_sixteen_readers_read() -> None:
 
         readers = [asyncio.create_task(reader(seed)) for seed in range(16)]
         await until(lambda: right > 32)
-        alive.signal(signal.SIGKILL)
+        alive.kill()
         await asyncio.wait_for(asyncio.gather(*readers), 20)
         assert failed == 16
         await until(lambda: arena.stats().bytes_quarantined == 0)
@@ -372,7 +371,7 @@ def test_slots_of_a_read_that_was_given_up_wait_until_nothing_can_write_to_them(
     async def test(arena: Arena) -> None:
         await arena.connect(over_tcp.name)
         handles = [over_tcp.publish(seed, 6 * MIB, ends_on_read=False) for seed in range(2)]
-        over_tcp.signal(signal.SIGSTOP)
+        over_tcp.stop()
         ticks = 0
 
         async def tick() -> None:
@@ -394,7 +393,7 @@ def test_slots_of_a_read_that_was_given_up_wait_until_nothing_can_write_to_them(
         assert stats.bytes_quarantined == stats.bytes_used == 12 * MIB and stats.reads_in_flight == 0
         with pytest.raises(Overloaded):
             await arena.reserve([6 * MIB], 0.1)
-        over_tcp.signal(signal.SIGCONT)
+        over_tcp.go_on()
         (await arena.reserve([6 * MIB], 10)).free()
         await until(lambda: arena.stats().bytes_quarantined == 0)
         assert await read_bytes(arena, handles[1]) == content(1, 6 * MIB)
@@ -408,12 +407,30 @@ def test_a_peer_that_holds_slots_for_too_long_is_cut_off(over_tcp: ArenaOwner, m
     async def test(arena: Arena) -> None:
         await arena.connect(over_tcp.name)
         handle = over_tcp.publish(1, 6 * MIB, ends_on_read=False)
-        over_tcp.signal(signal.SIGSTOP)
+        over_tcp.stop()
         await refused(arena, handle, TransferTimeout, timeout=0.2)
         assert arena.stats().bytes_quarantined == 6 * MIB
         await until(lambda: arena.stats().bytes_quarantined == 0)
-        over_tcp.signal(signal.SIGCONT)
+        over_tcp.go_on()
         assert await read_bytes(arena, handle) == content(1, 6 * MIB), "and it may come back"
+
+    reading(over_tcp.resolve, test, nbytes=16 * MIB)
+
+
+def test_a_handshake_that_hangs_is_tried_again(over_tcp: ArenaOwner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "CONNECT_SECONDS", 1.0)
+
+    async def test(arena: Arena) -> None:
+        over_tcp.stop()
+        connecting = asyncio.create_task(arena.connect(over_tcp.name))
+        await asyncio.sleep(1.2)
+        over_tcp.go_on()
+        await connecting
+        over_tcp.stop()
+        with pytest.raises(TransferTimeout):
+            await arena.connect(over_tcp.name)
+        over_tcp.go_on()
+        await until(lambda: arena.stats().bytes_quarantined == 0)
 
     reading(over_tcp.resolve, test, nbytes=16 * MIB)
 
@@ -422,7 +439,7 @@ def test_an_owner_killed_with_reads_in_flight(over_tcp: ArenaOwner) -> None:
     async def test(arena: Arena) -> None:
         await arena.connect(over_tcp.name)
         handles = [over_tcp.publish(seed, 3 * MIB) for seed in range(4)]
-        over_tcp.signal(signal.SIGSTOP)
+        over_tcp.stop()
         reads = [asyncio.create_task(read_bytes(arena, handle)) for handle in handles]
         await asyncio.sleep(0.2)
         assert not any(read.done() for read in reads)
@@ -439,7 +456,7 @@ def test_a_close_with_reads_in_flight(over_tcp: ArenaOwner) -> None:
         arena = await Arena.open(16 * MIB, owner="prefill/1", resolve=over_tcp.resolve)
         await arena.connect(over_tcp.name)
         handle = over_tcp.publish(1, 6 * MIB)
-        over_tcp.signal(signal.SIGSTOP)
+        over_tcp.stop()
         read = asyncio.create_task(read_bytes(arena, handle))
         await asyncio.sleep(0.1)
         await asyncio.wait_for(arena.close(), 10)
@@ -496,10 +513,8 @@ def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_it
         assert "sha256" in await asyncio.to_thread(over_tcp.answer)
         await until(lambda: arena.stats().leases == 0)
         handle = await publish(arena, content(2, 15 * MIB), 1)
-        over_tcp.signal(signal.SIGSTOP)
         over_tcp.begin("read", handle=msgspec.to_builtins(handle), **card)
-        over_tcp.signal(signal.SIGCONT)
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.005)
         over_tcp.kill()
         assert arena.stats().leases == 1
         await until(lambda: arena.stats().leases == 0)
