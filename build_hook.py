@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts ``dynamo_epd.pth`` beside the packages, in wheels and in editable installs: see dynamo_epd/torchvision_ops.py."""
+"""Puts ``dynamo_epd.pth`` beside the packages, in wheels and editable installs: see dynamo_epd/torchvision_ops.py."""
 
 from typing import Any
 

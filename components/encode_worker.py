@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from components.protocol import Completed, EncodeRequest, Encoded, Picture, ReleaseRequest
+from components.protocol import Completed, Encoded, EncodeRequest, Picture, ReleaseRequest
 from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import MediaError
 from dynamo_epd.exchange import ArenaOwner
@@ -92,7 +92,7 @@ class EncodeWorker(ArenaOwner):
     @on_shutdown
     async def stop(self) -> None:
         self.batcher.close()
-        await self.fetcher.close()
+        self.fetcher.close()
         await self.close_arena()
 
     async def _bytes(self, picture: Picture) -> bytes:

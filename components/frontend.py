@@ -155,10 +155,11 @@ class Frontend(ArenaOwner):
             )
             call, head = await unless_gone(request, first_reply(stage, message))
             await held.enter_async_context(aclosing(call))
-            self.metrics.count(head.status)
+            status = head.status or 500
+            self.metrics.count(status)
             if head.body is not None:
-                return Response(head.body, head.status, media_type="application/json")
-            return StreamingResponse(events(call, held.pop_all()), head.status, media_type="text/event-stream")
+                return Response(head.body, status, media_type="application/json")
+            return StreamingResponse(events(call, held.pop_all()), status, media_type="text/event-stream")
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

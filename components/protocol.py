@@ -35,11 +35,7 @@ __all__ = [
 ]
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    pass
-
-
-class Picture(Message):
+class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
     """A picture as the client sent it: an address, or bytes that came in the body and lie in the frontend's arena."""
 
     url: str | None = None
@@ -54,7 +50,7 @@ class Picture(Message):
 # To the processor
 
 
-class HttpRequest(Message):
+class HttpRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """A checked OpenAI body. Its ``image_url`` parts say ``image:<index into pictures>``."""
 
     request_id: str
@@ -65,18 +61,18 @@ class HttpRequest(Message):
     """Unix seconds."""
 
 
-class ModelsQuery(Message):
+class ModelsQuery(msgspec.Struct, frozen=True, omit_defaults=True):
     pass
 
 
-class HealthQuery(Message):
+class HealthQuery(msgspec.Struct, frozen=True, omit_defaults=True):
     pass
 
 
 # To the frontend
 
 
-class HttpReply(Message):
+class HttpReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """First a status, with the whole body where nothing is streamed; then one server-sent event a message."""
 
     status: int | None = None
@@ -84,7 +80,7 @@ class HttpReply(Message):
     event: str | None = None
 
 
-class StageHealth(Message):
+class StageHealth(msgspec.Struct, frozen=True, omit_defaults=True):
     """Live workers of each linked stage, by component name."""
 
     stages: dict[str, int]
@@ -93,13 +89,13 @@ class StageHealth(Message):
 # To an encode worker
 
 
-class EncodeRequest(Message):
+class EncodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     tenant: str
     picture: Picture
 
 
-class ReleaseRequest(Message):
+class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Leases that nobody will READ any more."""
 
     leases: list[str]
@@ -108,7 +104,7 @@ class ReleaseRequest(Message):
 # To the processor, from an encode worker: the work-complete event
 
 
-class Encoded(Message):
+class Encoded(msgspec.Struct, frozen=True, omit_defaults=True):
     handle: Handle
     uuid: str
     """Identity for every cache: H(tenant, content, processor and tower revision)."""
@@ -119,7 +115,7 @@ class Encoded(Message):
 # To a prefill or decode worker
 
 
-class PromptImage(Message):
+class PromptImage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One image of a prompt, in prompt order."""
 
     uuid: str
@@ -128,14 +124,14 @@ class PromptImage(Message):
     metadata: dict[str, list[int]] = {}
 
 
-class PrefillRequest(Message):
+class PrefillRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     token_ids: list[int]
     images: list[PromptImage]
     cache_salt: str | None = None
 
 
-class DecodeRequest(Message):
+class DecodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     token_ids: list[int]
     images: list[PromptImage]
@@ -144,7 +140,7 @@ class DecodeRequest(Message):
     kv: dict[str, Any] | None = None
 
 
-class RejectRequest(Message):
+class RejectRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """A KV cache that was prefilled and will not be decoded."""
 
     request_id: str
@@ -154,11 +150,11 @@ class RejectRequest(Message):
 # To the processor, from a prefill worker
 
 
-class PrefillReply(Message):
+class PrefillReply(msgspec.Struct, frozen=True, omit_defaults=True):
     kv: dict[str, Any]
     token_ids: list[int]
     """The prompt with its image tokens expanded."""
 
 
-class Completed(Message):
+class Completed(msgspec.Struct, frozen=True, omit_defaults=True):
     """A request without a result was carried out."""

@@ -93,7 +93,7 @@ async def connect_owners() -> None:
 
 
 async def card_of(owner: str) -> bytes:
-    """The metadata of ``owner``'s arena. Raises HandOffFailed for a name that is none, and WorkerLost when it is gone."""
+    """The metadata of ``owner``'s arena. Raises HandOffFailed for a name that is none, WorkerLost when it is gone."""
     name, _, instance = owner.rpartition("/")
     client = _clients.get(name)
     if client is None or not instance.isdigit():

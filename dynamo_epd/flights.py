@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ class Flights(Generic[Result]):
         if flight is None:
             flight = _Flight(asyncio.ensure_future(work()))
             self._flights[key] = flight
-            flight.task.add_done_callback(lambda _, landed=flight: self._land(key, landed))
+            flight.task.add_done_callback(partial(self._landed, key, flight))
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
@@ -37,9 +38,9 @@ class Flights(Generic[Result]):
             flight.waiting -= 1
             if flight.waiting == 0 and not flight.task.done():
                 # Off the board at once: who asks next must not join a flight that is being cancelled.
-                self._land(key, flight)
+                self._landed(key, flight)
                 flight.task.cancel()
 
-    def _land(self, key: str, flight: _Flight[Result]) -> None:
+    def _landed(self, key: str, flight: _Flight[Result], task: object = None) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]

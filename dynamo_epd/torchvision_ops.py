@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a CUDA build of torchvision importable beside a CPU build of torch.
 
-torchvision's registry wheel is built for CUDA. Beside CPU torch its ``_C`` library cannot load, and the import then fails
-on the missing schema of ``torchvision::nms``, although nothing on our path calls that operator. Declaring the schemas is
-enough. It must hold in every process, vLLM's children included, so a ``.pth`` file in the environment calls `install` at
-interpreter start-up. That costs an empty finder: torch is looked at only when somebody imports torchvision.
+torchvision's registry wheel is built for CUDA. Beside CPU torch its ``_C`` library cannot load, and the import then
+fails on the missing schema of ``torchvision::nms``, although nothing on our path calls that operator. Declaring the
+schemas is enough. It must hold in every process, vLLM's children included, so a ``.pth`` file in the environment calls
+`install` at interpreter start-up. That costs an empty finder: torch is looked at only when somebody imports
+torchvision.
 """
 
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
-_kept = []  # a torch.library.Library ends its declarations when it is collected
+_kept: list[object] = []  # a torch.library.Library ends its declarations when it is collected
 
 
 class _BeforeTorchvision(MetaPathFinder):

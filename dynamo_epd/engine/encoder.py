@@ -54,9 +54,7 @@ class Encoder:
             self._processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
             with set_default_torch_dtype(config.model_config.dtype):
                 self._model = get_model(vllm_config=config)
-        self._metadata_fields = sorted(
-            self._processor.info.get_data_parser().placeholder_metadata_fields("image")
-        )
+        self._metadata_fields = sorted(self._processor.info.get_data_parser().placeholder_metadata_fields("image"))
 
     @property
     def hidden_size(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NIXL_DELAY = "DYNAMO_NIXL_PROGRESS_DELAY_US"
-"""Microseconds that NIXL's progress thread sleeps between polls, in vLLM's processes too (`dynamo_epd.engine.plugin`)."""
+"""Microseconds that NIXL's progress thread sleeps between polls, in vLLM's processes too: see `plugin`."""
 
 
 def prepare(engine_args: Mapping[str, Any]) -> None:

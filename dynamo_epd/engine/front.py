@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.config import VllmConfig
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -94,7 +94,7 @@ class OpenAIFront:
         chat_template: str | None = None,
     ):
         os.environ["VLLM_MEDIA_CONNECTOR"] = _References.name
-        self._engine = _ConductedEngine(engine_args)
+        self._engine = _ConductedEngine(engine_args)  # type: ignore[abstract]
         config = self._engine.model_config
         models = OpenAIServingModels(
             self._engine, [BaseModelPath(name=name, model_path=config.model) for name in served_names]
@@ -122,9 +122,7 @@ class OpenAIFront:
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser or "",
         )
-        self._completion = OpenAIServingCompletion(
-            self._engine, models, online_renderer=renderer, request_logger=None
-        )
+        self._completion = OpenAIServingCompletion(self._engine, models, online_renderer=renderer, request_logger=None)
 
     @property
     def architectures(self) -> list[str]:
@@ -337,7 +335,9 @@ class _ConductedEngine(EngineClient):
             await deltas.aclose()
 
     async def abort(self, request_id: Any) -> None:
-        self.output_processor.abort_requests([request_id] if isinstance(request_id, str) else request_id, internal=False)
+        self.output_processor.abort_requests(
+            [request_id] if isinstance(request_id, str) else request_id, internal=False
+        )
 
     async def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)

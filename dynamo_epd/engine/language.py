@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +36,8 @@ class ImageInput:
 
     Attributes:
         uuid: identity of the content for vLLM's caches (DESIGN.md: tenant, image digest, size, tower revision).
-        tensor: (tokens, hidden) embedding or, for families whose vLLM model takes none, (height, width, 3) uint8 pixels;
-            None where the KV cache is taken over and only ``metadata`` is needed.
+        tensor: (tokens, hidden) embedding or, for families whose vLLM model takes none, (height, width, 3) uint8
+            pixels; None where the KV cache is taken over and only ``metadata`` is needed.
         metadata: what the model needs beside the embedding, such as ``image_grid_thw``.
     """
 
@@ -116,8 +116,8 @@ class LanguageEngine:
             }
         }
         last = None
-        async for last in self._run(request_id, token_ids, images, cache_salt, params):
-            pass
+        async for output in self._run(request_id, token_ids, images, cache_salt, params):
+            last = output
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
         return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids))
@@ -131,7 +131,7 @@ class LanguageEngine:
         sampling: str,
         cache_salt: str | None,
         kv: dict[str, Any] | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Streams the answer. With ``kv`` the prompt's KV cache is pulled from the engine that prefilled it.
 
         ``sampling`` is `encode_sampling`'s text. Closing the iterator aborts the request in the engine.
@@ -192,7 +192,7 @@ class LanguageEngine:
 
     async def _run(
         self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], cache_salt: str | None, params: Any
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
 

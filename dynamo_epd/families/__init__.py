@@ -65,7 +65,7 @@ def refuse_typed_placeholders(family: Family, texts: list[str]) -> None:
         for placeholder in family.placeholders:
             if placeholder in text:
                 raise InvalidRequest(
-                    f"the text contains {placeholder}, which stands for an image in this model's prompts; send images as "
-                    "image_url parts",
+                    f"the text contains {placeholder}, which stands for an image in this model's prompts; send images "
+                    "as image_url parts",
                     param="messages",
                 )
