@@ -12,7 +12,9 @@ def check(allocator: Allocator, held: dict[int, int]) -> None:
     gaps = [(offset, size, "gap") for offset, size in allocator._free]
     position, before = ALIGNMENT, "held"
     for offset, size, kind in sorted(spans + gaps):
-        assert offset == position and offset % ALIGNMENT == 0 and size > 0
+        assert offset == position
+        assert offset % ALIGNMENT == 0
+        assert size > 0
         assert not (kind == before == "gap"), "two gaps side by side"
         position, before = offset + size, kind
     assert position == ALIGNMENT + allocator.capacity

@@ -65,9 +65,11 @@ def test_a_tensor_is_written_published_and_read_back(dtype: str) -> None:
         with await arena.reserve([tensor.numel() * tensor.element_size()], 1) as (slot,):
             slot.write(tensor)
             handle = arena.lease(slot.publish("key"), 60)
-        assert handle.shape == (5, 3, 7) and handle.dtype == dtype
+        assert handle.shape == (5, 3, 7)
+        assert handle.dtype == dtype
         async with arena.read([handle], timeout=5) as (copy,):
-            assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+            assert copy.dtype == tensor.dtype
+            assert torch.equal(copy, tensor)
         assert arena.stats().leases == 0, "the read has ended the lease"
         with pytest.raises(LeaseExpired):
             async with arena.read([handle], timeout=5):
@@ -88,7 +90,8 @@ def test_a_slot_is_filled_through_its_view() -> None:
         async with arena.read(handles, timeout=5) as (numbers, text, empty):
             assert numbers.tolist() == [0, 1, 2, 3, 4, 5]
             assert bytes(text) == b"hello"
-            assert tuple(empty.shape) == (0, 4) and empty.dtype == torch.float32
+            assert tuple(empty.shape) == (0, 4)
+            assert empty.dtype == torch.float32
         assert arena.stats().bytes_used == 0
 
     on_arena(test)
@@ -97,7 +100,7 @@ def test_a_slot_is_filled_through_its_view() -> None:
 def test_a_view_made_into_a_tensor_of_another_size_is_refused() -> None:
     async def test(arena: Arena) -> None:
         with await arena.reserve([8], 1) as (slot,):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="does not fit"):
                 slot.view((3,), "float32")
             with pytest.raises(HandOffFailed):
                 slot.view((2,), "complex64")

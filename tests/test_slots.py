@@ -63,8 +63,10 @@ def test_fragments_are_evicted_until_it_fits() -> None:
         for key in "ace":  # make b, d, f the oldest
             slots.lookup(key)
         (await slots.reserve([BLOCK * 2], 0.05)).free()
-        assert slots.lookup("f") is None and slots.evictions == 4, "b, d, f leave three single gaps; a joins two"
-        assert slots.lookup("c") is not None and slots.lookup("e") is not None
+        assert slots.lookup("f") is None
+        assert slots.evictions == 4, "b, d, f leave three single gaps; a joins two"
+        assert slots.lookup("c") is not None
+        assert slots.lookup("e") is not None
 
     on_slots(6, test)
 
@@ -84,7 +86,8 @@ def test_a_waiter_is_served_when_a_lease_ends_and_in_order() -> None:
         await asyncio.sleep(0)
         waits.append(asyncio.create_task(wait("small", 1)))
         await asyncio.sleep(0)
-        assert slots.waiters == 2 and not order
+        assert slots.waiters == 2
+        assert not order
         slots.notice(lease)
         await asyncio.gather(*waits)
         assert order == ["large", "small"]
@@ -125,7 +128,8 @@ def test_a_cancelled_waiter_leaves_nothing_behind() -> None:
         third.cancel()  # which has its slot already, and does not know yet
         await asyncio.gather(third, return_exceptions=True)
         (await second).free()
-        assert slots.bytes_used == 0 and slots.waiters == 0
+        assert slots.bytes_used == 0
+        assert slots.waiters == 0
 
     on_slots(2, test)
 
@@ -151,7 +155,7 @@ def test_several_leases_hold_one_entry() -> None:
         leases = [slots.lease(entry, 60, ends_on_read=ends) for ends in (True, True, False)]
         for lease in leases:
             slots.notice(lease)
-        assert slots.leases == 1 and slots.bytes_used == BLOCK, "a notice does not end the lease of a request"
+        assert (slots.leases, slots.bytes_used) == (1, BLOCK), "a notice does not end the lease of a request"
         slots.release(leases[2])
         slots.release(leases[2])
         assert slots.bytes_used == 0, "an entry without key goes with its last lease"
@@ -169,7 +173,8 @@ def test_a_lease_ends_by_itself_after_the_grace(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(Overloaded):
             await slots.reserve([BLOCK], 0.1)
         (await slots.reserve([BLOCK], 5)).free()
-        assert slots.expired == 1 and slots.leases == 0
+        assert slots.expired == 1
+        assert slots.leases == 0
 
     on_slots(1, test)
 
@@ -179,9 +184,11 @@ def test_the_newer_entry_of_a_key_wins() -> None:
         old = await publish(slots, "a")
         lease = slots.lease(old, 60, ends_on_read=True)
         new = await publish(slots, "a")
-        assert slots.lookup("a") is new and slots.bytes_used == 2 * BLOCK
+        assert slots.lookup("a") is new
+        assert slots.bytes_used == 2 * BLOCK
         slots.release(lease)
-        assert slots.lookup("a") is new and slots.bytes_used == BLOCK
+        assert slots.lookup("a") is new
+        assert slots.bytes_used == BLOCK
         assert (slots.hits, slots.misses) == (2, 0)
 
     on_slots(2, test)
@@ -213,15 +220,15 @@ def test_what_is_published_can_be_leased_although_others_wait() -> None:
 def test_a_slot_refuses_what_does_not_fit() -> None:
     async def test(slots: Slots) -> None:
         with await slots.reserve([8], 5) as (slot,):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="nothing was written"):
                 slot.publish()
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="do not fit"):
                 slot.write(b"123456789")
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="cannot publish"):
                 slot.publish(shape=(3,), dtype="float32")
             slot.write(b"12345678")
             assert slot.publish(shape=(2,), dtype="int32").length == 8
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="cannot publish"):
                 slot.publish()
 
     on_slots(1, test)

@@ -60,14 +60,12 @@ async def read_bytes(arena: Arena, handle: Handle, timeout: float = 10.0) -> byt
         return bytes(value)
 
 
-async def refused(arena: Arena, handle: Handle, *errors: type[Exception], timeout: float = 10.0) -> Exception:
-    """The read of ``handle`` raises exactly one of ``errors``, and yields nothing."""
-    try:
+async def refused(arena: Arena, handle: Handle, error: type[Exception], timeout: float = 10.0) -> None:
+    """The read of ``handle`` raises exactly ``error``, and yields nothing."""
+    with pytest.raises(error) as raised:
         async with arena.read([handle], timeout=timeout):
             raise AssertionError("bytes were handed on")
-    except errors as error:
-        assert type(error) in errors
-        return error
+    assert raised.type is error
 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -83,7 +81,8 @@ def test_every_dtype_arrives(owner: ArenaOwner, dtype: str) -> None:
         nbytes = 6 * 35 * kind.itemsize
         handle = owner.publish(1, nbytes, shape=[6, 5, 7], dtype=dtype)
         async with arena.read([handle], timeout=10) as (tensor,):
-            assert tensor.dtype == kind and tuple(tensor.shape) == (6, 5, 7)
+            assert tensor.dtype == kind
+            assert tuple(tensor.shape) == (6, 5, 7)
             assert bytes(tensor.view(torch.uint8).numpy().tobytes()) == content(1, nbytes)
 
     reading(owner.resolve, test)
@@ -97,7 +96,8 @@ def test_pieces_of_every_size_arrive_together_and_in_order(owner: ArenaOwner) ->
             for seed, (size, value) in enumerate(zip(sizes, values, strict=True)):
                 assert bytes(value) == content(seed, size)
         stats = arena.stats()
-        assert (stats.transfers, stats.transfer_bytes) == (8, sum(sizes)) and stats.transfer_seconds > 0
+        assert (stats.transfers, stats.transfer_bytes) == (8, sum(sizes))
+        assert stats.transfer_seconds > 0
         await until(lambda: owner.stats()["leases"] == 0)
         assert owner.stats()["bytes_used"] == 0
 
@@ -129,7 +129,8 @@ def test_sixteen_readers_and_many_in_flight_each_get_their_own_bytes(owner: Aren
                 size = 1 + (seed * 7919) % 400_000
                 async with arena.read([owner.publish(seed, size), shared], timeout=30) as (own, common):
                     await asyncio.sleep(0)  # others write to this arena now
-                    assert bytes(own) == content(seed, size) and bytes(common) == content(99, 300_000)
+                    assert bytes(own) == content(seed, size)
+                    assert bytes(common) == content(99, 300_000)
 
         others = [await Arena.open(4 * MIB, owner=f"prefill/{n}", resolve=owner.resolve) for n in range(2, 5)]
         await asyncio.gather(*[reader(number) for number in range(16)])
@@ -137,7 +138,8 @@ def test_sixteen_readers_and_many_in_flight_each_get_their_own_bytes(owner: Aren
             assert await read_bytes(other, shared) == content(99, 300_000)
             await other.close()
         owner.ask("release", lease=shared.lease)
-        assert arena.stats().transfers == 16 * 6 * 2 and arena.stats().peers == 1
+        assert arena.stats().transfers == 16 * 6 * 2
+        assert arena.stats().peers == 1
 
     reading(owner.resolve, test, nbytes=8 * MIB)  # room for ten of the sixteen: the others wait
 
@@ -198,7 +200,8 @@ def test_a_lease_that_is_over_is_not_read(owner: ArenaOwner) -> None:
         await refused(arena, handle, LeaseExpired)
         assert arena.stats().peers == 0, "nobody was asked"
         await until(lambda: owner.stats()["leases"] == 0)  # its reader never came: it ends by itself
-        assert owner.stats()["leases_expired"] >= 1 and owner.stats()["bytes_used"] == 0
+        assert owner.stats()["leases_expired"] >= 1
+        assert owner.stats()["bytes_used"] == 0
 
     reading(owner.resolve, test)
 
@@ -339,7 +342,8 @@ def test_owners_killed_while_sixteen_readers_read() -> None:
             while True:
                 try:
                     async with arena.read([handles[seed]], timeout=10) as (value,):
-                        assert value[:64] == content(seed, 64) and value.nbytes == 3 * MIB
+                        assert value[:64] == content(seed, 64)
+                        assert value.nbytes == 3 * MIB
                         right += 1
                 except HandOffFailed:
                     failed += 1
@@ -390,7 +394,8 @@ def test_slots_of_a_read_that_was_given_up_wait_until_nothing_can_write_to_them(
             await cancelled
         ticking.cancel()
         stats = arena.stats()
-        assert stats.bytes_quarantined == stats.bytes_used == 12 * MIB and stats.reads_in_flight == 0
+        assert stats.bytes_quarantined == stats.bytes_used == 12 * MIB
+        assert stats.reads_in_flight == 0
         with pytest.raises(Overloaded):
             await arena.reserve([6 * MIB], 0.1)
         over_tcp.go_on()
@@ -518,7 +523,8 @@ def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_it
         over_tcp.kill()
         assert arena.stats().leases == 1
         await until(lambda: arena.stats().leases == 0)
-        assert arena.stats().leases_expired == 1 and arena.stats().bytes_used == 0
+        assert arena.stats().leases_expired == 1
+        assert arena.stats().bytes_used == 0
         assert bytes(await own(arena)) == b"still here"
 
     async def own(arena: Arena) -> bytes:
@@ -529,7 +535,8 @@ def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_it
 
 def test_a_reader_that_never_comes_holds_the_slot_only_as_long_as_its_lease(owner: ArenaOwner) -> None:
     handle = owner.publish(1, 100, seconds=0.2)
-    assert owner.stats()["leases"] == 1 and math.isfinite(handle.lease_end)
+    assert owner.stats()["leases"] == 1
+    assert math.isfinite(handle.lease_end)
 
     async def test(arena: Arena) -> None:
         await until(lambda: owner.stats()["leases"] == 0)

@@ -82,6 +82,9 @@ class Arena:
         self._quarantine: list[Quarantined] = []
         self._closed = False
         self._reads_in_flight = 0
+        self._quiet = asyncio.Event()
+        """Set while no read waits for bytes."""
+        self._quiet.set()
         self._transfers = 0
         self._transfer_bytes = 0
         self._transfer_seconds = 0.0
@@ -94,7 +97,7 @@ class Arena:
 
         ``owner`` is how readers reach this process on the control plane; ``resolve(owner)`` brings another owner's
         `metadata` from there. At most ``max_waiters`` wait for room at once. Memory is pinned if torch is imported and
-        CUDA is there.
+        CUDA is there. Who reads tensors imports torch before, or the first read takes the second that this takes.
         """
         memory = Memory(nbytes + ALIGNMENT)
         agent = Agent(f"arena-{uuid.uuid4().hex}", memory.address, memory.nbytes)
@@ -224,6 +227,7 @@ class Arena:
         reservation: Reservation | None = None
         pulls: list[Pull] = []
         self._reads_in_flight += 1
+        self._quiet.clear()
         try:
             async with asyncio.timeout_at(deadline):
                 peers = [await self._peer_of(handle) for handle in handles]
@@ -247,6 +251,8 @@ class Arena:
             raise
         finally:
             self._reads_in_flight -= 1
+            if not self._reads_in_flight:
+                self._quiet.set()
         self._transfers += len(handles)
         self._transfer_bytes += sum(handle.length for handle in handles)
         self._transfer_seconds += loop.time() - started
@@ -355,8 +361,7 @@ class Arena:
         self._closed = True
         self._slots.close()
         await self._peers.stop_resolving()
-        while self._reads_in_flight:
-            await asyncio.sleep(0.001)
+        await self._quiet.wait()
         for task in (self._listener, self._reaper):
             if task is not None:
                 task.cancel()
