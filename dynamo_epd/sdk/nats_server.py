@@ -18,7 +18,6 @@ import shutil
 import socket
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,12 +71,25 @@ class LocalNats:
             port = _free_port()
             self.url = f"nats://127.0.0.1:{port}"
             self.name = f"dynamo-{os.getpid()}"
-            self._directory = Path(tempfile.mkdtemp(prefix="nats-", dir=state_dir()))
+            self._remove_leftovers()
+            self._directory = state_dir() / f"nats-{os.getpid()}"
+            self._directory.mkdir(mode=0o700)
             self._write_config(port)
             shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
             if not alive:
                 _record_file().write_text(json.dumps({"url": self.url, "name": self.name, "pid": os.getpid()}))
                 self._recorded = True
+
+    @staticmethod
+    def _remove_leftovers() -> None:
+        """What was left by one that was killed with -9."""
+        for directory in state_dir().glob("nats-*"):
+            try:
+                os.kill(int(directory.name.removeprefix("nats-")), 0)
+            except PermissionError:
+                continue
+            except (ProcessLookupError, ValueError):
+                shutil.rmtree(directory, ignore_errors=True)
 
     @property
     def command(self) -> list[str]:

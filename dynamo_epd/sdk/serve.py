@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.gpus import Share, gpus_for, visible_gpus
@@ -121,13 +122,14 @@ def worker_environment(
         "DYN_REQUEST_PLANE": "nats",
         # A worker that was stopped (SIGSTOP) takes no request; its callers must not wait long to learn that.
         "DYN_NATS_REQUEST_TIMEOUT_SECS": "3",
-        "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off",
+        "DYN_SYSTEM_HOST": "127.0.0.1",
+        "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off,dynamo_runtime::storage=off",
         "DYNAMO_LOG": "INFO" if verbose else "WARNING",
         "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment = {key: os.environ.get(key, value) for key, value in defaults.items()}
-    for key in ("NATS_SERVER", "DYN_FILE_KV", "ETCD_ENDPOINTS", "DYN_SYSTEM_PORT"):
+    for key in ("NATS_SERVER", "DYN_FILE_KV", "ETCD_ENDPOINTS", "DYN_SYSTEM_PORT", "DYN_TCP_RESPONSE_STREAM_HOST"):
         if key in os.environ:
             environment[key] = os.environ[key]
     environment[ENVIRONMENT] = json.dumps({name: one.as_section() for name, one in settings.items()})
@@ -147,6 +149,9 @@ def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) 
     nats = LocalNats(join=bool(arguments.service_name)) if "NATS_SERVER" not in os.environ else None
     url = nats.url if nats is not None else os.environ["NATS_SERVER"]
     plan.environment["NATS_SERVER"] = url
+    if urlsplit(url if "//" in url else f"nats://{url}").hostname in ("127.0.0.1", "localhost", "::1"):
+        # Replies come back over TCP to the caller. Where all is on this machine nobody else should reach that port.
+        plan.environment.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")
     if plan.environment["DYN_DISCOVERY_BACKEND"] == "file":
         plan.environment.setdefault("DYN_FILE_KV", str(discovery_dir(url)))
         Path(plan.environment["DYN_FILE_KV"]).mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ class Supervisor:
         logging.getLogger("circus").setLevel(logging.CRITICAL)
         self._changed = asyncio.Event()
         self._failure = asyncio.get_running_loop().create_future()
-        self._directory = Path(tempfile.mkdtemp(prefix="dynamo-"))
+        _remove_leftovers()
+        self._directory = Path(tempfile.mkdtemp(prefix=f"dynamo-{os.getpid()}-"))
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._notify.bind(str(self._directory / "notify"))
         asyncio.get_running_loop().add_reader(self._notify, self._read_notice)
@@ -329,6 +330,17 @@ class Supervisor:
             self._failure.cancel()
         elif not self._failure.cancelled():
             self._failure.exception()
+
+
+def _remove_leftovers() -> None:
+    """Sockets of supervisors that were killed with -9. A socket's path must be short, so they lie in the temp dir."""
+    for directory in Path(tempfile.gettempdir()).glob("dynamo-*-*"):
+        with contextlib.suppress(PermissionError, ValueError, OSError):
+            try:
+                os.kill(int(directory.name.split("-")[1]), 0)
+            except ProcessLookupError:
+                (directory / "notify").unlink(missing_ok=True)
+                directory.rmdir()
 
 
 def _count(slots: list[Slot]) -> str:

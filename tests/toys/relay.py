@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from dynamo_epd.errors import InvalidRequest
-from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.errors import EpdError, InvalidRequest
+from dynamo_epd.sdk import api, async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -102,6 +102,35 @@ class Middle:
 @service
 class Front:
     middle = depends(Middle)
+    back = depends(Back)
+
+    @api()
+    async def call(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Makes the calls of ``order`` one after the other, or ``at_once``, and tells what each gave."""
+        target = getattr(self, order.get("service", "back"))
+        target.route(order.get("policy", "round-robin"))
+        calls = [self._one(target, order, ask) for ask in order["asks"]]
+        results = await asyncio.gather(*calls) if order.get("at_once") else [await one for one in calls]
+        return {"results": results, "instances": [str(one) for one in self.back.instances()]}
+
+    async def _one(self, target: Any, order: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
+        chosen = {name: order[name] for name in ("key", "exclude", "instance") if name in order}
+        call = getattr(target, order.get("endpoint", "answer"))(ask, **chosen)
+        result: dict[str, Any] = {"ticks": []}
+        try:
+            async with asyncio.timeout(order.get("patience")):
+                async for tick in call:
+                    result["ticks"].append(tick.index)
+                    result |= {"worker": tick.worker, "from": str(tick.instance), "instance": str(call.instance)}
+                    if len(result["ticks"]) == order.get("take"):
+                        await call.aclose()
+                        break
+        except EpdError as error:
+            result["error"] = error.to_wire()
+        except TimeoutError:
+            result["error"] = {"class": "TimeoutError"}
+        return result
 
 
 Front.link(Middle).link(Back)
+Front.link(Back)

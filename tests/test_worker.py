@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls between real processes over the real runtime and NATS: types, errors, cancellation, loss, routing, bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.toys.running import Served
+
+GRAPH = "tests/toys/relay.py:Front"
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Polls; the bound only keeps a failing test from hanging."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("relay") / "events"
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory, events: Path) -> Iterator[Served]:
+    arguments = (GRAPH, f"--Back.events={events}", "--Back.ServiceArgs.workers=3")
+    with Served(tmp_path_factory.mktemp("state"), *arguments) as served:
+        yield served.wait_until_up()
+
+
+def test_replies_are_typed_over_two_hops(relay: Served) -> None:
+    result = relay.call({"number": 4}, service="middle", endpoint="relay")["results"][0]
+    assert result["ticks"] == [0, 1, 2, 3]
+    assert "error" not in result
+
+
+def test_a_refusal_keeps_its_class_param_and_code(relay: Served) -> None:
+    result = relay.call({"mode": "refuse", "number": 2}, service="middle", endpoint="relay")["results"][0]
+    assert result["ticks"] == [0, 1]
+    assert result["error"] == {"class": "InvalidRequest", "message": "not this one", "code": "no_thanks", "param": "mode"}
+
+
+def test_a_defect_leaves_without_its_text(relay: Served) -> None:
+    result = relay.call({"mode": "break", "number": 1})["results"][0]
+    assert result["error"]["class"] == "InternalError"
+    assert "secret" not in json.dumps(result)
+    relay.wait_for("RuntimeError: secret of the inside")  # but the operator sees it
+
+
+def test_a_request_of_another_shape_is_the_senders_fault(relay: Served) -> None:
+    before = relay.workers("Back")
+    results = relay.call({"number": "many"}, {"mode": 7}, {"number": 1})["results"]
+    assert [one.get("error", {}).get("class") for one in results] == ["InvalidRequest", "InvalidRequest", None]
+    assert relay.workers("Back") == before
+
+
+def test_work_reaches_every_worker(relay: Served) -> None:
+    results = relay.call(*[{"number": 1}] * 9)["results"]
+    assert sorted(one["worker"] for one in results) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert all(one["from"] == one["instance"] for one in results)
+
+
+def test_affinity_keeps_a_key_where_it_was(relay: Served) -> None:
+    chosen = [{one["worker"] for one in relay.call(*[{"number": 1}] * 4, policy="affinity", key=f"k{n}")["results"]} for n in range(12)]
+    assert all(len(workers) == 1 for workers in chosen)
+    assert len(set.union(*chosen)) > 1
+
+
+def test_least_loaded_passes_over_the_busy(relay: Served) -> None:
+    results = relay.call(*[{"number": 2, "pause": 0.5}] * 6, policy="least-loaded", at_once=True)["results"]
+    assert sorted(one["worker"] for one in results) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_named_instance_and_excluded_ones(relay: Served) -> None:
+    instances = relay.call()["instances"]
+    assert len(instances) == 3
+    named = relay.call(*[{"number": 1}] * 3, instance=int(instances[1]))["results"]
+    assert {one["instance"] for one in named} == {instances[1]}
+    other = relay.call(*[{"number": 1}] * 4, exclude=[int(instances[0]), int(instances[2])])["results"]
+    assert {one["instance"] for one in other} == {instances[1]}
+    nobody = relay.call({"number": 1}, exclude=[int(one) for one in instances])["results"][0]
+    assert nobody["error"]["class"] == "StageUnavailable"
+    assert "Back" in nobody["error"]["message"]
+
+
+def test_above_its_bound_a_worker_is_overloaded_at_once(relay: Served) -> None:
+    instance = int(relay.call()["instances"][0])
+    results = relay.call(*[{"mode": "hang", "number": 1}] * 10, at_once=True, instance=instance, patience=2)["results"]
+    classes = sorted(one["error"]["class"] for one in results)
+    assert classes == ["Overloaded"] * 2 + ["TimeoutError"] * 8
+    eventually(lambda: "error" not in relay.call({"number": 1}, instance=instance)["results"][0], "room again")
+
+
+@pytest.mark.parametrize(("trace", "leave"), [("closed", {"take": 1}), ("cancelled", {"patience": 1}), ("silent", {"patience": 1})])
+def test_leaving_closes_the_generator_two_hops_away(relay: Served, events: Path, trace: str, leave: dict[str, int]) -> None:
+    ask = {"mode": "hang", "number": 0 if trace == "silent" else 1, "trace": trace}
+    relay.call(ask, service="middle", endpoint="relay", **leave)
+    eventually(lambda: f"closed {trace}" in events.read_text(), "the far generator's finally", 10)
+
+
+def test_a_worker_killed_mid_stream_is_lost_then_passed_over_then_back(relay: Served) -> None:
+    before = relay.workers("Back")
+    lost = relay.call({"mode": "die", "number": 2})["results"][0]
+    assert lost["error"]["class"] == "WorkerLost"
+    assert lost["ticks"] in ([0, 1], [0], [])  # frames in the air at the time of the kill may be lost
+    after = relay.call(*[{"number": 1}] * 4)
+    assert all("error" not in one for one in after["results"])
+    if lost["ticks"]:
+        assert lost["instance"] not in after["instances"]
+    relay.wait_for(r"Back-\d died \(signal 9\)")
+    relay.wait_for(r"Back-\d is back")
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances again")
+    assert len(set(relay.workers("Back").values()) - set(before.values())) == 1
+
+
+def test_a_worker_drains_on_sigterm(relay: Served, events: Path) -> None:
+    """What runs on it ends whole; what comes meanwhile goes elsewhere; its hooks run in reverse order."""
+    import threading
+
+    events.write_text("")
+    victim = relay.workers("Back")[0]
+    outcome: list[dict[str, object]] = []
+    asks = [{"number": 8, "pause": 0.2, "trace": "drained"}] * 6
+    calling = threading.Thread(target=lambda: outcome.extend(relay.call(*asks, at_once=True)["results"]))
+    calling.start()
+    time.sleep(0.6)
+    os.kill(victim, signal.SIGTERM)
+    meanwhile = relay.call(*[{"number": 1}] * 12)["results"]
+    calling.join()
+    assert [one["ticks"] for one in outcome] == [list(range(8))] * 6
+    assert all("error" not in one for one in meanwhile)
+    eventually(lambda: events.read_text().count("shutdown") == 2, "both hooks")
+    lines = events.read_text().splitlines()
+    assert lines.index("shutdown second") < lines.index("shutdown first")
+    eventually(lambda: relay.workers("Back").get(0) not in (None, victim), "a new worker")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamo serve` as a process of its own, with its own state, its lines, and a look at what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Served:
+    """``with Served(state_dir, graph, *arguments) as served``. ``lines`` grows with what it prints, errors included."""
+
+    def __init__(self, state: Path, *arguments: str, **environment: str):
+        self.state = state
+        self.port = free_port()
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DYN_", "DYNAMO_")) and name not in ("NATS_SERVER", "CUDA_VISIBLE_DEVICES")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", *arguments, "-p", str(self.port)],
+            cwd=ROOT,
+            env=clean | {"XDG_STATE_HOME": str(state)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self.lines.append("<end>")
+            self._changed.notify_all()
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern: str, timeout: float = 60) -> re.Match[str]:
+        """The first line that matches. Fails when the command ends, or nothing comes, before."""
+        with self._changed:
+            found = self._changed.wait_for(lambda: self._find(pattern) or "<end>" in self.lines, timeout)
+            match = self._find(pattern)
+        assert found and match, f"no line matches {pattern!r} in:\n{self.text}"
+        return match
+
+    def _find(self, pattern: str) -> re.Match[str] | None:
+        return next((match for line in self.lines if (match := re.search(pattern, line))), None)
+
+    def wait_until_up(self) -> Served:
+        self.wait_for(r"^http://|is up$")
+        return self
+
+    def post(self, route: str, body: Any, timeout: float = 60) -> str:
+        """The reply's text, whatever its status."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{route}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return str(reply.read().decode())
+        except urllib.error.HTTPError as refused:
+            return str(refused.read().decode())
+
+    def call(self, *asks: dict[str, Any], **order: Any) -> dict[str, Any]:
+        """Lets the relay graph's Front make calls."""
+        found: dict[str, Any] = json.loads(self.post("call", {"asks": list(asks), **order}))
+        return found
+
+    def workers(self, service: str) -> dict[int, int]:
+        """Worker index → pid."""
+        found = {}
+        for pid in self.processes():
+            words = _read_words(pid, "cmdline")
+            if "dynamo_epd.sdk.worker" in words and service in words:
+                found[int(words[words.index("--worker-index") + 1])] = pid
+        return found
+
+    def processes(self) -> list[int]:
+        """Every live process with our state directory in its environment, the command's own included."""
+        marker = f"XDG_STATE_HOME={self.state}"
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [pid for pid in pids if marker in _read_words(pid, "environ")]
+
+    def leftovers(self) -> list[str]:
+        """Processes, state and sockets that are still there."""
+        left = [f"process {pid}: {' '.join(_read_words(pid, 'cmdline'))}" for pid in self.processes()]
+        left += [str(path) for path in self.state.rglob("*") if path.is_file() and path.name != "lock"]
+        left += [str(path) for path in Path(tempfile.gettempdir()).glob(f"dynamo-{self.process.pid}-*")]
+        return left
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 60) -> int:
+        status = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return status
+
+    def stop(self) -> int:
+        """Ctrl-C, and the exit status."""
+        self.signal(signal.SIGINT)
+        return self.wait()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def _read_words(pid: int, file: str) -> list[str]:
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return []
+        return Path(f"/proc/{pid}/{file}").read_bytes().decode(errors="replace").split("\0")
+    except (OSError, IndexError):
+        return []
