@@ -45,7 +45,11 @@ class Encoder:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         config = EngineArgs(
-            **engine_args, mm_encoder_only=True, enable_prefix_caching=False, mm_processor_cache_gb=0
+            **engine_args,
+            mm_encoder_only=True,
+            enable_prefix_caching=False,
+            mm_processor_cache_gb=0,
+            use_tqdm_on_load=False,
         ).create_engine_config()
         self._config = config
         self.device = current_platform.device_type

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -21,6 +23,13 @@ def prepare(engine_args: Mapping[str, Any]) -> None:
     """
     os.environ.setdefault(NIXL_DELAY, "1000")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if logging.getLogger().getEffectiveLevel() >= logging.WARNING:
+        # A healthy start prints some forty warnings about what a machine lacks; `dynamo serve -v` shows them.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_LOGS", "-all")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+        warnings.simplefilter("ignore", FutureWarning)
     if Path(str(engine_args.get("model", ""))).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu_build():

@@ -78,6 +78,7 @@ class LanguageEngine:
             # Embeddings bypass it, and it would hold every image twice (front and EngineCore).
             "mm_processor_cache_gb": 0,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if current_platform.is_cpu():
             # Without it vLLM adds a Worker process that spins for a second after every step.

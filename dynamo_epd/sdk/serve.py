@@ -125,7 +125,6 @@ def worker_environment(
         "DYN_SYSTEM_HOST": "127.0.0.1",
         "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off,dynamo_runtime::storage=off",
         "DYNAMO_LOG": "INFO" if verbose else "WARNING",
-        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment = {key: os.environ.get(key, value) for key, value in defaults.items()}
