@@ -8,6 +8,7 @@ again. Only handles travel on.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
@@ -64,6 +65,12 @@ class FrontendConfig:
     limits: Limits = field(default_factory=Limits)
 
 
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its answer; only metrics and log ever see it."""
+
+request_log = logging.getLogger("dynamo_epd.request")
+request_log.setLevel(logging.INFO)
+
 app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 
 
@@ -113,16 +120,15 @@ class Frontend(ArenaOwner):
 
     async def models(self) -> Response:
         """``GET /v1/models``."""
-        async with aclosing(self.processor.models(ModelsQuery())) as call:
-            reply = await anext(call)
+        reply = await self.processor.models(ModelsQuery()).only()
         return Response(reply.body, media_type="application/json")
 
     async def health(self) -> Response:
         """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
         stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
         try:
-            async with asyncio.timeout(HEALTH_SECONDS), aclosing(self.processor.health(HealthQuery())) as call:
-                stages |= (await anext(call)).stages
+            async with asyncio.timeout(HEALTH_SECONDS):
+                stages |= (await self.processor.health(HealthQuery()).only()).stages
             whole = all(stages.values())
         except (EpdError, TimeoutError):
             whole = False
@@ -142,10 +148,9 @@ class Frontend(ArenaOwner):
         self, request: Request, stage: Callable[..., Any], body: dict[str, Any], images: tuple[ImageRef, ...]
     ) -> Response:
         """Passes a checked body to a processor. What is held for the request is freed when its last byte is out."""
-        began = time.perf_counter()
         async with AsyncExitStack() as held:
             held.enter_context(self._admitted())
-            held.callback(lambda: self.metrics.duration.observe(time.perf_counter() - began))
+            account = held.enter_context(self._accounted(request.state.request_id, len(images)))
             message = HttpRequest(
                 request.state.request_id,
                 "",
@@ -156,10 +161,28 @@ class Frontend(ArenaOwner):
             call, head = await unless_gone(request, first_reply(stage, message))
             await held.enter_async_context(aclosing(call))
             status = head.status or 500
-            self.metrics.count(status)
+            account.status = status
             if head.body is not None:
                 return Response(head.body, status, media_type="application/json")
             return StreamingResponse(events(call, held.pop_all()), status, media_type="text/event-stream")
+
+    @contextmanager
+    def _accounted(self, request_id: str, images: int) -> Iterator[Account]:
+        """Measures one request and writes its one line, whatever its end."""
+        account, began = Account(), time.perf_counter()
+        try:
+            yield account
+        except EpdError as error:
+            account.status = error.status
+            raise
+        except ClientDisconnect:
+            account.status = CLIENT_GONE
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            self.metrics.duration.observe(seconds)
+            self.metrics.count(account.status)
+            request_log.info("%s %d images=%d %.0f ms", request_id, account.status, images, seconds * 1e3)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -201,6 +224,13 @@ class Frontend(ArenaOwner):
             finally:
                 for lease in leases:
                     self.arena.release(lease)
+
+
+@dataclass
+class Account:
+    """How one request ended, as its metrics and its line in the log say it."""
+
+    status: int = 500
 
 
 async def first_reply(stage: Callable[..., Any], message: HttpRequest) -> tuple[Any, HttpReply]:

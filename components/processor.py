@@ -297,18 +297,18 @@ class Conversation:
         request = EncodeRequest(self._request.request_id, self._request.tenant, picture)
         call = self._processor.encode_worker.encode(request, key=picture.key)
         try:
-            return await only(call)
+            encoded = await call.only()
         except WorkerLost:
             # Nothing was handed on yet: asking another worker costs the answer none of its attempts.
             call = self._processor.encode_worker.encode(request, key=picture.key)
-            return await only(call)
+            encoded = await call.only()
+        return Leased(encoded, call.instance)
 
     async def _prefill(self, request_id: str, token_ids: list[int], images: list[Leased]) -> PrefillReply:
         request = PrefillRequest(
             request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
         )
-        async with aclosing(self._processor.prefill_worker.prefill(request)) as call:
-            return await self._before_deadline(anext(call))
+        return await self._before_deadline(self._processor.prefill_worker.prefill(request).only())
 
     async def _before_deadline(self, work: Awaitable[Any]) -> Any:
         try:
@@ -330,16 +330,11 @@ class Conversation:
         await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv)))
 
 
-async def only(call: Any) -> Leased:
-    async with aclosing(call):
-        return Leased(await anext(call), call.instance)
-
-
 async def give_back(call: Any) -> None:
     """A release that fails has nobody to tell: the lease then ends by itself."""
     try:
-        async with asyncio.timeout(GIVE_BACK_SECONDS), aclosing(call):
-            await anext(call)
+        async with asyncio.timeout(GIVE_BACK_SECONDS):
+            await call.only()
     except (EpdError, TimeoutError) as error:
         log.info("a lease is left to expire: %s", error)
 

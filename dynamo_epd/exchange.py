@@ -98,6 +98,5 @@ async def card_of(owner: str) -> bytes:
     client = _clients.get(name)
     if client is None or not instance.isdigit():
         raise HandOffFailed("the handle names no owner in this graph")
-    async for reply in client.endpoints["arena_card"](CardQuery(), instance=int(instance)):
-        return bytes(reply.card)
-    raise HandOffFailed("the owner did not answer")
+    reply = await client.endpoints["arena_card"](CardQuery(), instance=int(instance)).only()
+    return bytes(reply.card)

@@ -256,6 +256,16 @@ class Call:
         if self._context is not None and self.instance is not None:
             self._endpoint.service._end(self.instance, lost=lost, answered=self._answered)
 
+    async def only(self) -> Any:
+        """The reply of an endpoint that has exactly one, read to its end marker. Raises InternalError otherwise."""
+        try:
+            replies = [reply async for reply in self]
+        finally:
+            await self.aclose()
+        if len(replies) != 1:
+            raise InternalError(f"{self._endpoint.service.name} sent {len(replies)} replies, not one")
+        return replies[0]
+
     async def aclose(self) -> None:
         """Leaves the call: the generator at the other end is closed."""
         self._finish(stop=True)
