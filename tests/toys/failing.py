@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Toy graphs that do not come up, or not stay up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+
+from dynamo_epd.sdk import async_on_start, depends, endpoint, service
+from dynamo_epd.sdk.config import ConfigError
+
+
+@service
+class Broken:
+    @async_on_start
+    async def start(self) -> None:
+        raise RuntimeError("the tower cannot be loaded")
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
+
+
+@service
+class Root:
+    broken = depends(Broken)
+
+
+@service
+class Misconfigured:
+    def __init__(self) -> None:
+        raise ConfigError("model: no such directory")
+
+
+@service
+class Forking:
+    """Leaves a child behind in its process group, and dies hard."""
+
+    def __init__(self) -> None:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            while True:
+                signal.pause()
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
