@@ -174,7 +174,8 @@ class Arena:
     async def connect(self, owner: str) -> None:
         """Shake hands with ``owner`` now, so that the first hand-off is as fast as the next. Raises `HandOffFailed`.
 
-        A handshake takes 10 ms. One in some hundreds over TCP never ended, on a busy machine: hence a second attempt.
+        A handshake takes 10 ms. One over TCP was seen to hang, on a busy machine, for a reason not found: hence a
+        second attempt.
         """
         try:
             await self._shake_hands(owner)
