@@ -24,7 +24,15 @@ from components.processor import REFERENCE, Processor
 from components.protocol import HealthQuery, HttpReply, HttpRequest, ModelsQuery, Picture
 from dynamo_epd.errors import EpdError, Overloaded, StageUnavailable, WorkerLost
 from dynamo_epd.exchange import ArenaOwner
-from dynamo_epd.http.body import BodyLimits, ImageRef, check_chat, check_completion, parse_json
+from dynamo_epd.http.body import (
+    BodyLimits,
+    ChatBody,
+    CompletionBody,
+    ImageRef,
+    check_chat,
+    check_completion,
+    parse_json,
+)
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
@@ -64,6 +72,9 @@ class FrontendConfig:
     admission: Admission = field(default_factory=Admission)
     limits: Limits = field(default_factory=Limits)
 
+
+LARGE_BODY = 256 * 1024
+"""Bytes from which a body is parsed in a thread: a 16 MB one would hold everybody else up for 80 ms."""
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only metrics and log ever see it."""
@@ -110,13 +121,15 @@ class Frontend(ArenaOwner):
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
-        body = check_chat(parse_json(await request.body()), BodyLimits(max_images=self.config.media.max_images))
-        return await self._answer(request, self.processor.chat, body.body, body.images)
+        limits = BodyLimits(max_images=self.config.media.max_images)
+        return await self._answer(request, self.processor.chat, lambda raw: check_chat(parse_json(raw), limits))
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
-        body = check_completion(parse_json(await request.body()), BodyLimits())
-        return await self._answer(request, self.processor.complete, body.body, ())
+        limits = BodyLimits()
+        return await self._answer(
+            request, self.processor.complete, lambda raw: check_completion(parse_json(raw), limits)
+        )
 
     async def models(self) -> Response:
         """``GET /v1/models``."""
@@ -145,29 +158,32 @@ class Frontend(ArenaOwner):
         return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(
-        self, request: Request, stage: Callable[..., Any], body: dict[str, Any], images: tuple[ImageRef, ...]
+        self, request: Request, stage: Callable[..., Any], check: Callable[[bytes], ChatBody | CompletionBody]
     ) -> Response:
-        """Passes a checked body to a processor. What is held for the request is freed when its last byte is out."""
+        """Checks a body and passes it to a processor. What the request holds is freed when its last byte is out."""
         async with AsyncExitStack() as held:
+            account = held.enter_context(self._accounted(request.state.request_id))
             held.enter_context(self._admitted())
-            account = held.enter_context(self._accounted(request.state.request_id, len(images)))
+            raw = await request.body()
+            checked = await asyncio.to_thread(check, raw) if len(raw) > LARGE_BODY else check(raw)
+            images = checked.images if isinstance(checked, ChatBody) else ()
+            account.images = len(images)
             message = HttpRequest(
                 request.state.request_id,
                 "",
-                body,
+                checked.body,
                 await held.enter_async_context(self._pictures(images)),
                 time.time() + self.config.admission.deadline,
             )
             call, head = await unless_gone(request, first_reply(stage, message))
             await held.enter_async_context(aclosing(call))
-            status = head.status or 500
-            account.status = status
+            account.status = head.status or 500
             if head.body is not None:
-                return Response(head.body, status, media_type="application/json")
-            return StreamingResponse(events(call, held.pop_all()), status, media_type="text/event-stream")
+                return Response(head.body, account.status, media_type="application/json")
+            return StreamingResponse(events(call, held.pop_all()), account.status, media_type="text/event-stream")
 
     @contextmanager
-    def _accounted(self, request_id: str, images: int) -> Iterator[Account]:
+    def _accounted(self, request_id: str) -> Iterator[Account]:
         """Measures one request and writes its one line, whatever its end."""
         account, began = Account(), time.perf_counter()
         try:
@@ -182,7 +198,7 @@ class Frontend(ArenaOwner):
             seconds = time.perf_counter() - began
             self.metrics.duration.observe(seconds)
             self.metrics.count(account.status)
-            request_log.info("%s %d images=%d %.0f ms", request_id, account.status, images, seconds * 1e3)
+            request_log.info("%s %d images=%d %.0f ms", request_id, account.status, account.images, seconds * 1e3)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -205,7 +221,7 @@ class Frontend(ArenaOwner):
         for index, image in enumerate(images):
             url = image.url
             if url[:5].lower() == "data:":
-                bodies.append((index, parse_data_url(url, self.config.media.max_bytes)))
+                bodies.append((index, await decoded(url, self.config.media.max_bytes)))
                 pictures.append(Picture())
             else:
                 check_url(url, self.config.media)
@@ -231,6 +247,14 @@ class Account:
     """How one request ended, as its metrics and its line in the log say it."""
 
     status: int = 500
+    images: int = 0
+
+
+async def decoded(url: str, max_bytes: int) -> bytes:
+    """The bytes of a ``data:`` URL; large ones are decoded in a thread."""
+    if len(url) > LARGE_BODY:
+        return await asyncio.to_thread(parse_data_url, url, max_bytes)
+    return parse_data_url(url, max_bytes)
 
 
 async def first_reply(stage: Callable[..., Any], message: HttpRequest) -> tuple[Any, HttpReply]:
