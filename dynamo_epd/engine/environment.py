@@ -30,6 +30,7 @@ def prepare(engine_args: Mapping[str, Any]) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
         warnings.simplefilter("ignore", FutureWarning)
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     if Path(str(engine_args.get("model", ""))).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu_build():

@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -285,8 +286,19 @@ def _logprobs(positions: Any, token_ids: Sequence[int]) -> list[TokenLogprobs] |
 
 
 def routable_host() -> str:
-    """The address under which peers reach this process: ``DYNAMO_HOST``, else loopback."""
-    return os.environ.get("DYNAMO_HOST", "127.0.0.1")
+    """The address under which peers reach this process.
+
+    ``DYNAMO_HOST`` where the operator sets it, else the one that this machine uses towards NATS, which all peers reach
+    too: loopback when NATS runs here.
+    """
+    named = os.environ.get("DYNAMO_HOST")
+    if named:
+        return named
+    server = urlsplit(os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
+    family, kind, _, _, address = socket.getaddrinfo(server.hostname, server.port or 4222, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # chooses a route; a datagram socket sends nothing by it
+        return str(probe.getsockname()[0])
 
 
 def free_port() -> int:
