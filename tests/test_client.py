@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing an instance, where no process is needed to see it. The calls themselves: test_worker.py."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dynamo_epd.errors import StageUnavailable, WorkerLost
+from dynamo_epd.sdk import client as client_module
+from dynamo_epd.sdk.client import ServiceClient
+from tests.toys.relay import Back, Front
+
+KNOWN = [3, 11, 29, 47]
+
+
+def client() -> ServiceClient:
+    return ServiceClient("Back", ("dynamo", "Back"), Back)
+
+
+def test_a_lost_instance_moves_only_its_own_keys() -> None:
+    one = client()
+    one.route("affinity")
+    keys = [f"image-{number}" for number in range(400)]
+    before = {key: one._choose(KNOWN, None, key, ()) for key in keys}
+    after = {key: one._choose(KNOWN[:-1], None, key, ()) for key in keys}
+    assert set(before.values()) == set(KNOWN)
+    assert all(after[key] == before[key] for key in keys if before[key] != KNOWN[-1])
+
+
+def test_without_a_key_affinity_takes_turns() -> None:
+    one = client()
+    one.route("affinity")
+    assert sorted(one._choose(KNOWN, None, None, ()) for _ in KNOWN) == KNOWN
+
+
+def test_suspects_are_passed_over_unless_nobody_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = client()
+    one._begin(11)
+    one._end(11, lost=True, answered=False)
+    assert 11 not in {one._choose(KNOWN, None, None, ()) for _ in range(8)}
+    assert one._choose([11], None, None, ()) == 11
+    monkeypatch.setattr(client_module.time, "monotonic", lambda: 1e12)
+    assert 11 in {one._choose(KNOWN, None, None, ()) for _ in range(8)}
+
+
+def test_who_is_named_must_be_there() -> None:
+    with pytest.raises(WorkerLost, match="Back"):
+        client()._choose(KNOWN, 5, None, ())
+    with pytest.raises(StageUnavailable, match="no Back is running"):
+        client()._choose([], None, None, ())
+
+
+def test_an_unknown_policy_or_endpoint_is_named() -> None:
+    with pytest.raises(ValueError, match="'fastest' is none of round-robin"):
+        client().route("fastest")  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="Back has no endpoint 'anwser'; it has answer"):
+        _ = client().anwser
+
+
+def test_outside_a_graph_a_dependency_is_falsy_and_unavailable() -> None:
+    back = Front().back
+    assert not back
+    assert back.instances() == []
+    with pytest.raises(StageUnavailable, match="not linked"):
+        back.answer({})
+    with pytest.raises(StageUnavailable):
+        asyncio.run(back.ready(0.01))
