@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+
 def test_reading_them_does_not_import_vllm() -> None:
     code = (
         "import sys; from dynamo_epd.sdk.engine_args import engine_arg_names;"

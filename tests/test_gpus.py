@@ -41,7 +41,7 @@ def test_ten_tenths_fit_one_card() -> None:
 @pytest.mark.parametrize("requests", [[("A-0", 2), ("B-0", 1)], [("A-0", 2), ("B-0", 0.5)], [("A-0", 0.6)] * 3])
 def test_too_few_is_an_error(requests: list[tuple[str, float]]) -> None:
     named = [(f"{name}{number}", request) for number, (name, request) in enumerate(requests)]
-    with pytest.raises(ConfigError, match="too few GPUs: .* visible: 2"):
+    with pytest.raises(ConfigError, match=r"too few GPUs: .* visible: 2"):
         share_out(named, ["0", "1"])
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,10 +83,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
 
 def _ignoring_loss(served: Served, ask: dict[str, object]) -> None:
-    try:
+    with contextlib.suppress(OSError):
         served.call(ask)
-    except OSError:
-        pass
 
 
 def test_workers_and_nats_die_with_the_command_however_it_goes(tmp_path: Path) -> None:
@@ -174,7 +173,14 @@ def test_dependencies_can_be_served_elsewhere(tmp_path: Path) -> None:
 
 
 def test_dry_run_prints_what_would_run_and_starts_nothing(tmp_path: Path) -> None:
-    command = ("serve", RELAY, "--dry-run", "--Back.events=x", "--Back.ServiceArgs.workers=2", "--Planner.no-operation=true")
+    command = (
+        "serve",
+        RELAY,
+        "--dry-run",
+        "--Back.events=x",
+        "--Back.ServiceArgs.workers=2",
+        "--Planner.no-operation=true",
+    )
     ran = dynamo(*command, XDG_STATE_HOME=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     printed = json.loads(ran.stdout)

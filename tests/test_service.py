@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="attr-defined, empty-body"
 """What decorators record, and which links they allow."""
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def test_the_decorator_records_and_leaves_a_plain_class() -> None:
     info = info_of(Encode)
     assert Encode.dynamo_address() == ("media", "Encoder")
     assert (info.workers, info.resources, info.envs) == (3, {"gpu": 1, "cpu": "2"}, [{"name": "A", "value": "b"}])
-    assert {name: mark.name for name, mark in info.marked("endpoint").items()} == {"encode": "encode", "second": "other"}
+    assert {name: mark.name for name, mark in info.marked("endpoint").items()} == {
+        "encode": "encode",
+        "second": "other",
+    }
     assert info.marked("endpoint")["encode"].max_in_flight == 7
     assert info.marked("api")["posted"].name == "post-me"
     assert isinstance(Encode(), Encode)

@@ -58,7 +58,9 @@ def test_json_text_and_plain_values_are_taken_for_objects(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [Structure, Record, Model, dict])
-@pytest.mark.parametrize("raw", [b"", b"\xc1", b"\xff" * 40, encode({"number": "x", "names": 5}) + b"\x00", "no json", 7, None])
+@pytest.mark.parametrize(
+    "raw", [b"", b"\xc1", b"\xff" * 40, encode({"number": "x", "names": 5}) + b"\x00", "no json", 7, None]
+)
 def test_what_does_not_fit_is_refused(kind: Any, raw: Any) -> None:
     with pytest.raises((ValueError, msgspec.DecodeError)):
         Decoder(kind)(raw)

@@ -46,7 +46,12 @@ def test_replies_are_typed_over_two_hops(relay: Served) -> None:
 def test_a_refusal_keeps_its_class_param_and_code(relay: Served) -> None:
     result = relay.call({"mode": "refuse", "number": 2}, service="middle", endpoint="relay")["results"][0]
     assert result["ticks"] == [0, 1]
-    assert result["error"] == {"class": "InvalidRequest", "message": "not this one", "code": "no_thanks", "param": "mode"}
+    assert result["error"] == {
+        "class": "InvalidRequest",
+        "message": "not this one",
+        "code": "no_thanks",
+        "param": "mode",
+    }
 
 
 def test_a_defect_leaves_without_its_text(relay: Served) -> None:
@@ -70,7 +75,10 @@ def test_work_reaches_every_worker(relay: Served) -> None:
 
 
 def test_affinity_keeps_a_key_where_it_was(relay: Served) -> None:
-    chosen = [{one["worker"] for one in relay.call(*[{"number": 1}] * 4, policy="affinity", key=f"k{n}")["results"]} for n in range(12)]
+    chosen = [
+        {one["worker"] for one in relay.call(*[{"number": 1}] * 4, policy="affinity", key=f"k{n}")["results"]}
+        for n in range(12)
+    ]
     assert all(len(workers) == 1 for workers in chosen)
     assert len(set.union(*chosen)) > 1
 
@@ -100,8 +108,12 @@ def test_above_its_bound_a_worker_is_overloaded_at_once(relay: Served) -> None:
     eventually(lambda: "error" not in relay.call({"number": 1}, instance=instance)["results"][0], "room again")
 
 
-@pytest.mark.parametrize(("trace", "leave"), [("closed", {"take": 1}), ("cancelled", {"patience": 1}), ("silent", {"patience": 1})])
-def test_leaving_closes_the_generator_two_hops_away(relay: Served, events: Path, trace: str, leave: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("trace", "leave"), [("closed", {"take": 1}), ("cancelled", {"patience": 1}), ("silent", {"patience": 1})]
+)
+def test_leaving_closes_the_generator_two_hops_away(
+    relay: Served, events: Path, trace: str, leave: dict[str, int]
+) -> None:
     ask = {"mode": "hang", "number": 0 if trace == "silent" else 1, "trace": trace}
     relay.call(ask, service="middle", endpoint="relay", **leave)
     eventually(lambda: f"closed {trace}" in events.read_text(), "the far generator's finally", 10)

@@ -47,7 +47,9 @@ class ServiceClient:
         self._met: set[int] = set()
         if service is not None:
             for attribute, mark in info_of(service).marked("endpoint").items():
-                self.endpoints[attribute] = EndpointClient(self, mark.name, wire.reply_type(getattr(service, attribute)))
+                self.endpoints[attribute] = EndpointClient(
+                    self, mark.name, wire.reply_type(getattr(service, attribute))
+                )
         self._by_name = {one.name: one for one in self.endpoints.values()} | self.endpoints
 
     def __bool__(self) -> bool:

@@ -100,7 +100,7 @@ class Document:
         """Sets one value from the command line. Siblings survive. ``text`` is read as a YAML scalar."""
         place = f"--{service}.{dotted}"
         try:
-            value = yaml.load(text, Loader=_Loader) if text else ""  # noqa: S506 - a SafeLoader
+            value = yaml.load(text, Loader=_Loader) if text else ""
         except yaml.YAMLError as error:
             raise ConfigError(f"{place}: {text!r} is not a value: {error}") from error
         path = (service, *dotted.split("."))
@@ -260,7 +260,9 @@ def _settings(
     for key in service_args:
         if key not in _ServiceArgs.__struct_fields__:
             known = list(_ServiceArgs.__struct_fields__)
-            raise ConfigError(f"{document.place(name, SERVICE_ARGS, key)}: {_unknown(f'{SERVICE_ARGS} key', key, known)}")
+            raise ConfigError(
+                f"{document.place(name, SERVICE_ARGS, key)}: {_unknown(f'{SERVICE_ARGS} key', key, known)}"
+            )
     try:
         given = msgspec.convert(service_args, _ServiceArgs)
     except msgspec.ValidationError as error:

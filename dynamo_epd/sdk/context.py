@@ -22,5 +22,7 @@ def service_config(kind: type[Config]) -> Config:
         return kind()
     config = dynamo_context["config"]
     if not isinstance(config, kind):
-        raise TypeError(f"{dynamo_context['service_name']} is configured by {type(config).__name__}, not {kind.__name__}")
+        raise TypeError(
+            f"{dynamo_context['service_name']} is configured by {type(config).__name__}, not {kind.__name__}"
+        )
     return config

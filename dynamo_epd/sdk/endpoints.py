@@ -33,7 +33,7 @@ def _marked(function: Callable[..., Any], mark: Mark) -> Callable[..., Any]:
 def endpoint(
     function: Callable[..., Any] | None = None, *, name: str | None = None, max_in_flight: int = DEFAULT_IN_FLIGHT
 ) -> Any:
-    """An async generator that other services may call. Above ``max_in_flight`` calls it answers `Overloaded` at once."""
+    """An async generator that other services may call. Above ``max_in_flight`` at once it answers `Overloaded`."""
     if isinstance(function, str):  # 0.2.1 took the name as first argument
         function, name = None, function
 

@@ -77,7 +77,9 @@ def share_out(requests: Sequence[tuple[str, float]], devices: Sequence[str]) -> 
 
 
 def _too_few(worker: str, wanted: float, devices: Sequence[str]) -> ConfigError:
-    return ConfigError(f"too few GPUs: {worker} finds none left; the graph asks for {wanted:g}, visible: {len(devices)}")
+    return ConfigError(
+        f"too few GPUs: {worker} finds none left; the graph asks for {wanted:g}, visible: {len(devices)}"
+    )
 
 
 def gpus_for(settings: Mapping[str, ServiceSettings], devices: Sequence[str]) -> dict[str, Share]:

@@ -100,7 +100,8 @@ def _import(place: str, directory: Path) -> ModuleType:
             if all(part.isidentifier() for part in dotted.split(".")):
                 return importlib.import_module(dotted)
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         sys.path.insert(0, str(path.parent))

@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Opens with `start`; `stop` closes the door, lets running responses finish within ``drain`` seconds, and returns."""
+    """Opens with `start`. `stop` closes the door and returns when running responses have ended (``drain`` s at most)."""
 
     def __init__(self, app: Any, drain: float):
         self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))
@@ -91,7 +91,9 @@ def app_of(info: ServiceInfo, instance: Any) -> Any | None:
         return None
     app = info.app if info.app is not None else FastAPI()
     for attribute, mark in routes.items():
-        app.add_api_route(f"/{mark.name}", _answering(getattr(instance, attribute)), methods=["POST"], response_model=None)
+        app.add_api_route(
+            f"/{mark.name}", _answering(getattr(instance, attribute)), methods=["POST"], response_model=None
+        )
     if info.app is None:
         app.add_exception_handler(EpdError, _refuse)
     return app

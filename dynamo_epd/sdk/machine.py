@@ -53,7 +53,11 @@ def _nixl_plugins() -> list[str]:
         except (ImportError, ValueError):
             continue
         for location in (spec.submodule_search_locations or []) if spec else []:
-            for root in (Path(location), *Path(location).parent.glob(f".{package}*"), *Path(location).parent.glob(f"{package}*.libs")):
+            for root in (
+                Path(location),
+                *Path(location).parent.glob(f".{package}*"),
+                *Path(location).parent.glob(f"{package}*.libs"),
+            ):
                 found |= {file.stem.removeprefix("libplugin_") for file in root.rglob("libplugin_*.so")}
     return sorted(found)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -13,8 +14,6 @@ def notify(**fields: str | int) -> None:
     if not address:
         return
     text = "\n".join([f"MAINPID={os.getpid()}", *(f"{key}={value}" for key, value in fields.items())])
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
-            sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
-        except OSError:
-            pass  # the supervisor is gone; PR_SET_PDEATHSIG tells us in its own way
+    # An OSError means that the supervisor is gone; PR_SET_PDEATHSIG tells us in its own way.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+        sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)

@@ -47,7 +47,8 @@ class Plan:
         return {
             "graph": self.spec,
             "services": {
-                name: self.settings[name].as_section() | {"starts": name in self.services} for name in self.graph.services
+                name: self.settings[name].as_section() | {"starts": name in self.services}
+                for name in self.graph.services
             },
             "environment": self.environment,
             "gpus": {worker: share.as_environment() for worker, share in self.shares.items()},
@@ -230,7 +231,7 @@ def slots_of(plan: Plan) -> list[Any]:
     """One slot per worker, with its own environment. The root service gets the port; other HTTP services a free one."""
     from dynamo_epd.sdk.supervisor import Slot, python
 
-    slots = []
+    slots: list[Slot] = []
     with_http = [name for name in plan.services if _has_http(plan.graph.services[name])]
     system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or -1)
     for name in plan.services:

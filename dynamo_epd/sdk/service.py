@@ -18,7 +18,7 @@ DEFAULT_NAMESPACE = "dynamo"
 _INFO = "__dynamo_service__"
 
 
-class AbstractService(ABC):
+class AbstractService(ABC):  # noqa: B024 - its subclasses have the abstract endpoints
     """Base of an interface: other services depend on it, graphs link a concrete one."""
 
 
@@ -139,7 +139,9 @@ def _link(cls: type, other: type) -> type:
     fitting = [name for name, needed in info_of(cls).dependencies.items() if needed.accepts(other)]
     if len(fitting) != 1:
         what = "no depends" if not fitting else "more than one depends (" + ", ".join(fitting) + ")"
-        raise ValueError(f"{cls.__name__}.link({other.__name__}): {cls.__name__} has {what} that {other.__name__} satisfies")
+        raise ValueError(
+            f"{cls.__name__}.link({other.__name__}): {cls.__name__} has {what} that {other.__name__} satisfies"
+        )
     module = sys._getframe(1).f_globals.get("__name__", "")
     info_of(cls).links.append((module, fitting[0], other))
     return other

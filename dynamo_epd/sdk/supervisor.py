@@ -3,9 +3,9 @@
 
 One circus `Watcher` per worker spawns the process in a session of its own, reads its output, and ends it: SIGTERM, a
 bound, SIGKILL. The watchers run without circus' Arbiter. That one restarts at once and without end (no back-off, no
-count), cannot tell a worker that is ready from one that loads, waits for a dead child by polling once a second, installs
-its own signal handlers, and opens a ZeroMQ socket on which anyone local may start commands. So what follows a death is
-decided here. A worker slot is one watcher, so slots can come and go while the graph runs.
+count), cannot tell a worker that is ready from one that loads, polls for dead children once a second, installs its own
+signal handlers, and opens a ZeroMQ socket on which anyone local may start commands. So what follows a death is decided
+here. A worker slot is one watcher, so slots can come and go while the graph runs.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Supervisor:
         self._verbose = verbose
         self._show = show
         self._on_death = on_death
-        self._failure: asyncio.Future[None]
+        self._failure: asyncio.Future[Any]
         self._stopping = False
         self._notify: socket.socket
         self._restarts: set[asyncio.Task[None]] = set()
@@ -276,7 +276,7 @@ class Supervisor:
                 said = time.monotonic()
                 self._show(f"  {said - begun:.0f} s: waiting for {', '.join(waiting)}")
             self._changed.clear()
-            changed = asyncio.ensure_future(self._changed.wait())
+            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
             await asyncio.wait([changed, self._failure], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             if self._failure.done():

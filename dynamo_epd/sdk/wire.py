@@ -12,7 +12,7 @@ MessagePack ``bytes``   2.7 ms   1.09 ms
 =====================  ========  ========
 
 A dict is walked object by object under the GIL; bytes pass untouched. In a reply stream the type of a frame says what
-it is: ``bytes`` is an item, a ``dict`` is an error (`EpdError.to_wire`) and ends the stream, ``True`` is the end marker.
+it is: ``bytes`` is an item, a ``dict`` is an error (`EpdError.to_wire`) and the last frame, ``True`` is the end marker.
 A stream without one of the last two was cut off: the runtime itself reports a clean end when a handler is torn down.
 """
 

@@ -254,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one worker to its end and returns the exit status."""
     arguments = _arguments(argv)
     supervisor = _die_with_supervisor()
-    logging.basicConfig(level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
     status = 0
     try:
         graph = load_graph(arguments.graph, arguments.working_dir)

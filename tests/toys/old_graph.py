@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="attr-defined"
 """A graph as it was written for the old SDK; nothing in it is ours."""
 
 import logging
 
-from dynamo.sdk import DYNAMO_IMAGE, api, async_on_start, depends, dynamo_context, dynamo_endpoint, service
-from dynamo.sdk.lib.config import ServiceConfig
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+
+from dynamo.sdk import DYNAMO_IMAGE, api, async_on_start, depends, dynamo_context, dynamo_endpoint, service
+from dynamo.sdk.lib.config import ServiceConfig
 
 logger = logging.getLogger(__name__)
 

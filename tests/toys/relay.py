@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="attr-defined"
 """A toy graph: Front asks Middle, Middle asks Back. Every fault that a test needs can be asked for in the request."""
 
 from __future__ import annotations

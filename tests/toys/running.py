@@ -68,9 +68,9 @@ class Served:
     def wait_for(self, pattern: str, timeout: float = 60) -> re.Match[str]:
         """The first line that matches. Fails when the command ends, or nothing comes, before."""
         with self._changed:
-            found = self._changed.wait_for(lambda: self._find(pattern) or "<end>" in self.lines, timeout)
+            self._changed.wait_for(lambda: self._find(pattern) or "<end>" in self.lines, timeout)
             match = self._find(pattern)
-        assert found and match, f"no line matches {pattern!r} in:\n{self.text}"
+        assert match, f"no line matches {pattern!r} in:\n{self.text}"
         return match
 
     def _find(self, pattern: str) -> re.Match[str] | None:
