@@ -5,7 +5,8 @@ They stand in for the 7B models wherever the machinery is tested and not the ans
 processor, tokenizer and chat template, loaded by exactly the code that loads the big ones.
 
     python models/untrained.py llava DIRECTORY
-    python models/untrained.py qwen2_5_vl DIRECTORY
+
+Families: llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, llama4.
 """
 
 from __future__ import annotations
@@ -36,9 +37,23 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
 
-def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str):
-    """A byte-level tokenizer without merges: 256 byte tokens, then ``specials`` in order."""
+LLAMA4_TEMPLATE = (
+    "<|begin_of_text|>{% for message in messages %}<|header_start|>{{ message['role'] }}<|header_end|>\n\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+
+
+def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str, named: dict[str, str] | None = None):
+    """A byte-level tokenizer without merges: 256 byte tokens, then ``specials`` in order.
+
+    ``named`` are specials that the model's processor asks the tokenizer for by attribute.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +63,12 @@ def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str):
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=8192
+        tokenizer_object=core,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        model_max_length=8192,
+        extra_special_tokens=named or {},
     )
 
 
@@ -70,19 +90,10 @@ def randomise(model, seed: int, std: float) -> None:
                 parameter.zero_()
 
 
-def write_llava(directory: Path) -> None:
-    """LlavaForConditionalGeneration: a CLIP tower (56×56 pixels, 16 patches) and a Llama of two layers."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+def clip_and_llama(tokenizer):
+    """Configurations of a CLIP tower (56×56 pixels, 16 patches) and of a Llama of two layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig
 
-    tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos="<s>", eos="</s>", pad="<pad>")
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
     )
@@ -98,8 +109,21 @@ def write_llava(directory: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return vision, text
+
+
+def write_llava(directory: Path) -> None:
+    """LlavaForConditionalGeneration: a picture is cropped to one square, 16 tokens."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos="<s>", eos="</s>", pad="<pad>")
+    vision, text = clip_and_llama(tokenizer)
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=16, vision_feature_layer=-2
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-2,
     )
     model = LlavaForConditionalGeneration(config).eval()
     randomise(model, seed=1, std=1.6)
@@ -116,16 +140,42 @@ def write_llava(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def write_qwen2_5_vl(directory: Path) -> None:
-    """Qwen2_5_VLForConditionalGeneration: dynamic resolution (28-pixel merges), mRoPE, two text layers."""
+def write_llava_next(directory: Path) -> None:
+    """LlavaNextForConditionalGeneration: a thumbnail and two to four crops of 56×56 pixels."""
     from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
     )
-    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+    tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos="<s>", eos="</s>", pad="<pad>")
+    vision, text = clip_and_llama(tokenizer)
+    grids = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        image_grid_pinpoints=grids,
+    )
+    model = LlavaNextForConditionalGeneration(config).eval()
+    randomise(model, seed=3, std=1.6)
+    model.save_pretrained(directory)
+    rename_tensors(directory, "vision_tower.", "vision_tower.vision_model.")
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=grids
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+
+
+def qwen_tokenizer():
     specials = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -136,7 +186,20 @@ def write_qwen2_5_vl(directory: Path) -> None:
         "<|image_pad|>",
         "<|video_pad|>",
     ]
-    tokenizer = byte_tokenizer(specials, bos=None, eos="<|im_end|>", pad="<|endoftext|>")
+    return byte_tokenizer(specials, bos=None, eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def write_qwen2_5_vl(directory: Path) -> None:
+    """Qwen2_5_VLForConditionalGeneration: dynamic resolution (28-pixel merges), mRoPE, two text layers."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+    )
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    tokenizer = qwen_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
@@ -178,8 +241,182 @@ def write_qwen2_5_vl(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def write_qwen3_vl(directory: Path) -> None:
+    """Qwen3VLForConditionalGeneration: 32-pixel merges, interleaved mRoPE, one DeepStack level."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    tokenizer = qwen_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 8192,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [8, 4, 4],
+                "mrope_interleaved": True,
+                "rope_theta": 5000000.0,
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 49,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    randomise(model, seed=4, std=1.6)
+    model.save_pretrained(directory)
+    pixels = {"shortest_edge": 64 * 64, "longest_edge": 224 * 224}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            size=pixels, patch_size=16, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
+        ),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def write_internvl(directory: Path) -> None:
+    """InternVLForConditionalGeneration (the hub's ``-hf`` checkpoints): a thumbnail and up to four tiles."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
+    tokenizer = byte_tokenizer(specials, bos=None, eos="<|im_end|>", pad="<|endoftext|>", named=named)
+    token = tokenizer.convert_tokens_to_ids
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [56, 56],
+            "patch_size": [14, 14],
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        image_token_id=token("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    model = InternVLForConditionalGeneration(config).eval()
+    randomise(model, seed=5, std=1.6)
+    model.save_pretrained(directory)
+    side = {"height": 56, "width": 56}
+    InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=side, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=side),
+        image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    ).save_pretrained(directory)
+
+
+def write_llama4(directory: Path) -> None:
+    """Llama4ForConditionalGeneration: tiles of 56×56 pixels, four text layers (the last without RoPE), two experts."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4ImageProcessor, Llama4Processor
+
+    specials = [
+        "<|begin_of_text|>",
+        "<|eot|>",
+        "<|finetune_right_pad|>",
+        "<|header_start|>",
+        "<|header_end|>",
+        "<|image_start|>",
+        "<|image_end|>",
+        "<|image|>",
+        "<|patch|>",
+        "<|tile_x_separator|>",
+        "<|tile_y_separator|>",
+    ]
+    tokenizer = byte_tokenizer(specials, bos="<|begin_of_text|>", eos="<|eot|>", pad="<|finetune_right_pad|>")
+    token = tokenizer.convert_tokens_to_ids
+    config = Llama4Config(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        text_config={
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "intermediate_size_mlp": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_local_experts": 2,
+            "max_position_embeddings": 8192,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        boi_token_index=token("<|image_start|>"),
+        eoi_token_index=token("<|image_end|>"),
+        image_token_index=token("<|patch|>"),
+    )
+    model = Llama4ForConditionalGeneration(config).eval()
+    randomise(model, seed=6, std=1.6)
+    model.save_pretrained(directory)
+    Llama4Processor(
+        image_processor=Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4),
+        tokenizer=tokenizer,
+        chat_template=LLAMA4_TEMPLATE,
+    ).save_pretrained(directory)
+
+
 def rename_tensors(directory: Path, old: str, new: str) -> None:
-    """transformers 5 writes ``vision_tower.*``; vLLM 0.31 and the hub's checkpoints say ``vision_tower.vision_model.*``."""
+    """transformers 5 writes ``vision_tower.*``; vLLM 0.31 and the hub say ``vision_tower.vision_model.*``."""
     from safetensors.torch import load_file, save_file
 
     path = directory / "model.safetensors"
@@ -193,7 +430,14 @@ def rename_tensors(directory: Path, old: str, new: str) -> None:
     save_file(renamed, path, metadata={"format": "pt"})
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {"llava": write_llava, "qwen2_5_vl": write_qwen2_5_vl}
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "llava": write_llava,
+    "llava_next": write_llava_next,
+    "qwen2_5_vl": write_qwen2_5_vl,
+    "qwen3_vl": write_qwen3_vl,
+    "internvl": write_internvl,
+    "llama4": write_llama4,
+}
 
 
 def write(family: str, directory: Path) -> None:

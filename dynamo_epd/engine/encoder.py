@@ -44,13 +44,15 @@ class Encoder:
         from vllm.platforms import current_platform
         from vllm.utils.torch_utils import set_default_torch_dtype
 
-        config = EngineArgs(
-            **engine_args,
-            mm_encoder_only=True,
-            enable_prefix_caching=False,
-            mm_processor_cache_gb=0,
-            use_tqdm_on_load=False,
-        ).create_engine_config()
+        own = {
+            "mm_encoder_only": True,
+            "enable_prefix_caching": False,
+            "mm_processor_cache_gb": 0,
+            # A tower fits one device; more encode workers make the stage faster.
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+        }
+        config = EngineArgs(**{**engine_args, **own}).create_engine_config()
         self._config = config
         self.device = current_platform.device_type
         with set_current_vllm_config(config):
@@ -59,19 +61,6 @@ class Encoder:
             with set_default_torch_dtype(config.model_config.dtype):
                 self._model = get_model(vllm_config=config)
         self._metadata_fields = sorted(self._processor.info.get_data_parser().placeholder_metadata_fields("image"))
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of an embedding row: that of the language model's input."""
-        return int(self._config.model_config.get_inputs_embeds_size())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._config.model_config.dtype
-
-    def parameter_bytes(self) -> int:
-        """Bytes of all parameters that were loaded: those of vision tower and projector."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters() if p.device.type != "meta")
 
     def process(self, image: Image.Image) -> Any:
         """Resizes, crops and normalises one RGB image: CPU work, one item for `embed`.
@@ -91,7 +80,8 @@ class Encoder:
         """One forward over all ``items`` that can share a batch (equal fields; towers of fixed size stack them).
 
         Returns:
-            One tensor an item, shape (tokens, `hidden_size`), in the model's dtype, on `device`.
+            One tensor an item, shape (tokens, width), in the model's dtype, on `device`. The width is that of the
+            language model's input, for Qwen3-VL times one more than it has DeepStack levels.
         """
         import torch
         from vllm.config import set_current_vllm_config
@@ -134,10 +124,16 @@ class PixelEncoder:
 
 
 def _join_world_of_one() -> None:
-    """vLLM's layers ask for tensor-parallel groups even where there is one process."""
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    """vLLM's layers ask for tensor-parallel groups even where there is one process. Encoders in it share them."""
+    from vllm.distributed import (
+        init_distributed_environment,
+        initialize_model_parallel,
+        model_parallel_is_initialized,
+    )
     from vllm.platforms import current_platform
 
+    if model_parallel_is_initialized():
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

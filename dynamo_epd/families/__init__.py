@@ -33,6 +33,7 @@ class Family:
 
 
 _QWEN_PLACEHOLDERS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_INTERNVL_PLACEHOLDERS = ("<image>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>")
 
 FAMILIES = {
     family.architecture: family
@@ -42,10 +43,16 @@ FAMILIES = {
         Family("Qwen2VLForConditionalGeneration", _QWEN_PLACEHOLDERS, decode_reads="metadata"),
         Family("Qwen2_5_VLForConditionalGeneration", _QWEN_PLACEHOLDERS, decode_reads="metadata"),
         Family("Qwen3VLForConditionalGeneration", _QWEN_PLACEHOLDERS, decode_reads="metadata"),
+        Family("Qwen3VLMoeForConditionalGeneration", _QWEN_PLACEHOLDERS, decode_reads="metadata"),
         Family("Phi3VForCausalLM", tuple(f"<|image_{index}|>" for index in range(1, 33))),
-        Family("InternVLChatModel", ("<image>", "<IMG_CONTEXT>", "<img>", "</img>")),
+        Family("InternVLChatModel", _INTERNVL_PLACEHOLDERS),
+        Family("InternVLForConditionalGeneration", _INTERNVL_PLACEHOLDERS),
         # mllama4.py has no embeddings path, and Gemma 3's asserts against one (vLLM 0.31).
-        Family("Llama4ForConditionalGeneration", ("<|image|>", "<|patch|>"), hand_off="pixels"),
+        Family(
+            "Llama4ForConditionalGeneration",
+            ("<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>"),
+            hand_off="pixels",
+        ),
         Family("Gemma3ForConditionalGeneration", ("<start_of_image>", "<image_soft_token>"), hand_off="pixels"),
     )
 }
