@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole graphs on the real engines, as the tests see them: `Served` with a look at its stages.
+
+A graph of these tests shares nothing with another one on the machine: it has its own port, NATS, discovery, system
+ports and temporary directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.toys.running import ROOT, Served
+
+START_SECONDS = 300.0
+"""Bound of a graph's start: engines are loaded side by side, and the machine may be busy."""
+SYSTEM_PORTS = 24
+SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
+
+
+@contextlib.contextmanager
+def serve(graph: str, config: str, *overrides: str, **environment: str) -> Iterator[Graph]:
+    """A graph that is up. It is ended by Ctrl-C: exit status 0 and nothing left, or the test fails.
+
+    ``environment`` is added to that of the command.
+    """
+    home = Path(tempfile.mkdtemp(prefix="epd"))
+    try:
+        with Graph(home, graph, "-f", config, *overrides, **environment) as served:
+            served.wait_for(r"^http://", START_SECONDS)
+            yield served
+            if served.process.poll() is None:
+                served.finish()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+class Graph(Served):
+    """One ``dynamo serve``. ``home`` is a short path, for it holds sockets."""
+
+    def __init__(self, home: Path, *arguments: str, **environment: str):
+        self._temporary = home / "tmp"
+        self._temporary.mkdir()
+        self._shared_memory: set[str] = set()
+        system_port = free_ports(SYSTEM_PORTS)
+        super().__init__(
+            home / "state", *arguments, TMPDIR=str(self._temporary), DYN_SYSTEM_PORT=str(system_port), **environment
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def pid(self, service: str, index: int = 0) -> int:
+        """The process of one worker."""
+        found = self.workers(service)
+        assert index in found, f"{service}-{index} is not running: {found}\n{self.text}"
+        return found[index]
+
+    def metrics(self, service: str, index: int = 0) -> Metrics:
+        """What a worker's own system port says now."""
+        environment = psutil.Process(self.pid(service, index)).environ()
+        return Metrics.scrape(f"http://127.0.0.1:{environment['DYN_SYSTEM_PORT']}/metrics")
+
+    def tree(self) -> list[psutil.Process]:
+        """Every process of the graph."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the whole graph has taken."""
+        total = 0.0
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def memory_bytes(self) -> int:
+        """Proportional set size of the whole graph: shared pages count once."""
+        total = 0
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().pss
+        return total
+
+    def busy(self) -> dict[str, float]:
+        """What is held for requests anywhere, by stage: leases, and requests that wait or run. Empty when at rest."""
+        held: dict[str, float] = {}
+        for service in ("Frontend", "EncodeWorker", "PrefillWorker", "DecodeWorker"):
+            for index in self.workers(service):
+                metrics = self.metrics(service, index)
+                for name in ("epd_arena_leases", "epd_stage_queue_depth"):
+                    if metrics.total(name):
+                        held[f"{service}-{index} {name}"] = metrics.total(name)
+        return held
+
+    def finish(self, signal_number: int | None = None) -> None:
+        """Ctrl-C (or another signal), then asserts exit status 0 and that nothing is left."""
+        self._shared_memory |= self._shared_memory_in_use()
+        if signal_number is None:
+            status = self.stop()
+        else:
+            self.signal(signal_number)
+            status = self.wait(120)
+        assert status == 0, self.text
+        assert self.leftovers() == [], self.text
+
+    def leftovers(self) -> list[str]:
+        """Processes, state, sockets, shared memory and temporary files that are still there."""
+        left = super().leftovers()
+        left += [path for path in sorted(self._shared_memory) if Path(path).exists()]
+        left += [str(path) for path in self._temporary.rglob("*") if path.is_socket()]
+        left += [str(path) for path in self._temporary.glob("dynamo-*")]
+        left += [f"port {self.port} is open"] if listens(self.port) else []
+        return left
+
+    def wait(self, timeout: float = 120) -> int:
+        return super().wait(timeout)
+
+    def _shared_memory_in_use(self) -> set[str]:
+        found = set()
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error, OSError):
+                for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                    path = line.partition("/dev/shm/")[2]
+                    if path and not path.endswith("(deleted)"):
+                        found.add(f"/dev/shm/{path}")
+        return found
+
+
+class Metrics:
+    """One scrape. ``samples`` are (name, labels as text, value)."""
+
+    def __init__(self, text: str):
+        self.samples = [
+            (match["name"], match["labels"] or "", float(match["value"]))
+            for line in text.splitlines()
+            if not line.startswith("#") and (match := SAMPLE.fullmatch(line))
+        ]
+
+    @classmethod
+    def scrape(cls, url: str) -> Metrics:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return cls(reply.read().decode())
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _, _ in self.samples}
+
+    def total(self, name: str, *labels: str) -> float:
+        """Sum over the samples of ``name`` whose labels hold every one of ``labels`` (``key="value"``)."""
+        return sum(value for one, found, value in self.samples if one == name and all(label in found for label in labels))
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 20, pause: float = 0.05) -> Any:
+    """Polls until ``condition`` holds and returns its value; the bound fails the test with what it said last."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}; last: {value!r}"
+        time.sleep(pause)
+
+
+def at_rest(graph: Graph, seconds: float) -> None:
+    """Fails unless every lease and every request is given back within ``seconds``."""
+    end = time.monotonic() + seconds
+    while held := graph.busy():
+        assert time.monotonic() < end, f"still held after {seconds:g} s: {held}"
+        time.sleep(0.02)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that nobody uses now."""
+    taken = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+    first = 20000 + os.getpid() % 400 * 16
+    while any(port in taken for port in range(first, first + count)):
+        first += count
+    return first
+
+
+def tiny_model(family: str) -> Path:
+    """A tiny random checkpoint, written once. `models/untrained.py` says which families there are."""
+    import subprocess
+    import sys
+
+    directory = ROOT / "models" / "tiny" / {"llava": "llava"}.get(family, f"{family}-untrained")
+    if not (directory / "untrained.json").exists():
+        subprocess.run([sys.executable, "models/untrained.py", family, str(directory)], cwd=ROOT, check=True)
+    return directory
