@@ -154,3 +154,33 @@ def test_a_worker_drains_on_sigterm(relay: Served, events: Path) -> None:
     lines = events.read_text().splitlines()
     assert lines.index("shutdown second") < lines.index("shutdown first")
     eventually(lambda: relay.workers("Back").get(0) not in (None, victim), "a new worker")
+
+
+def test_a_worker_that_was_paused_is_passed_over_and_comes_back(relay: Served) -> None:
+    """Longer than its lease in discovery: what a laptop's sleep does to every worker."""
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    instances = set(relay.call()["instances"])
+    paused = relay.workers("Back")[1]
+    os.kill(paused, signal.SIGSTOP)
+    try:
+        results = relay.call(*[{"number": 1}] * 4)["results"]
+        assert sum("error" in one for one in results) <= 1  # the one that found out
+        eventually(lambda: len(relay.call()["instances"]) == 2, "the paused one passed over")
+        assert all("error" not in one for one in relay.call(*[{"number": 1}] * 4)["results"])
+        eventually(lambda: not _registered(relay, instances - set(relay.call()["instances"])), "its lease over", 30)
+    finally:
+        os.kill(paused, signal.SIGCONT)
+    eventually(lambda: set(relay.call()["instances"]) == instances, "the same three", 40)
+
+
+def _registered(served: Served, instances: set[str]) -> list[Path]:
+    return [entry for one in instances for entry in served.state.rglob(f"*{int(one):x}")]
+
+
+def test_a_nats_server_that_died_is_started_again(relay: Served) -> None:
+    server = next(pid for pid in relay.processes() if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(server, signal.SIGKILL)
+    relay.wait_for(r"nats-0 died \(signal 9\)")
+    order = {"service": "middle", "endpoint": "relay"}
+    eventually(lambda: "error" not in relay.call({"number": 1}, **order)["results"][0], "calls again", 30)
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances", 30)

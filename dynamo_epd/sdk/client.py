@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from dynamo_epd.errors import InternalError, PayloadTooLarge, StageUnavailable, WorkerLost, from_wire
 from dynamo_epd.sdk import wire
+from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.context import dynamo_context, request_context
 from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
@@ -24,10 +26,12 @@ SUSPECT_SECONDS = 15.0
 """How long a lost instance is passed over: longer than discovery needs to forget a dead one (10 s lease)."""
 HEADER_ROOM = 16 * 1024
 """Bytes of a NATS message that the runtime's own headers may take."""
-FIRST_CONTACT_TRIES = 10
+FIRST_CONTACT_SECONDS = 0.5
 FIRST_CONTACT_PAUSE = 0.05
 """The runtime enters an instance into discovery a moment before NATS routes to it. So an instance that has never
-answered is asked again, this often and after this many seconds. Nobody had received the request."""
+answered is asked again for that long, after such pauses. Nobody had received the request."""
+FIRST_LOOK = 1.0
+"""Seconds that the first call of an endpoint waits for discovery to tell its instances."""
 
 
 class ServiceClient:
@@ -75,10 +79,12 @@ class ServiceClient:
                 one.place = runtime.endpoint(endpoint_path(self.address, one.name))
 
     async def connect(self) -> None:
-        """Starts watching discovery for every endpoint of the service."""
-        for one in self.endpoints.values():
-            if one.place is not None:
-                one.remote = await one.place.client()
+        """Starts watching discovery for the first endpoint; others are watched from their first call on.
+
+        Each watch of the file discovery takes two of the user's inotify instances, of which Linux gives 128.
+        """
+        for one in list(self.endpoints.values())[:1]:
+            await one.connect()
 
     def route(self, policy: Policy) -> None:
         """How instances are chosen from now on. ``affinity`` needs a ``key`` with each call, else takes turns."""
@@ -152,6 +158,24 @@ class EndpointClient:
         self.place: Any = None
         self.remote: Any = None
 
+    async def connect(self) -> None:
+        if self.remote is None and self.place is not None:
+            try:
+                remote = await self.place.client()
+            except Exception as error:  # the runtime raises plain Exception for all that can go wrong here
+                if "os error 24" not in str(error):
+                    raise
+                raise ConfigError(
+                    "this user has no inotify instance left for the file discovery: end other graphs, raise the sysctl "
+                    "fs.inotify.max_user_instances (files: ulimit -n), or set DYN_DISCOVERY_BACKEND=etcd"
+                ) from error
+            first = next(iter(self.service.endpoints.values()))
+            if first is not self and first.known():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FIRST_LOOK):
+                        await remote.wait_for_instances()
+            self.remote = remote
+
     def known(self) -> list[int]:
         return sorted(self.remote.instance_ids()) if self.remote is not None else []
 
@@ -217,6 +241,7 @@ class Call:
         service = self._endpoint.service
         payload = wire.encode(self._request)
         self._request = None
+        await self._endpoint.connect()
         limit = dynamo_context.get("max_payload")
         if limit and len(payload) > limit - HEADER_ROOM:
             raise PayloadTooLarge(f"the request is too large for {service.name} ({len(payload)} bytes)")
@@ -224,14 +249,15 @@ class Call:
         served = request_context.get()
         self._context = Context() if served is None else served.detached(Context().id())
         service._begin(self.instance)
-        for attempt in range(1, FIRST_CONTACT_TRIES + 1):
+        begun = time.monotonic()
+        while True:
             try:
                 self._stream = await self._endpoint.remote.direct(
                     payload, self.instance, annotated=False, context=self._context
                 )
                 return
             except Exception as error:  # the runtime raises plain Exception and ValueError for every kind of loss
-                if self.instance in service._met or attempt == FIRST_CONTACT_TRIES:
+                if self.instance in service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:
                     raise self._lost(error) from error
             await asyncio.sleep(FIRST_CONTACT_PAUSE)
 

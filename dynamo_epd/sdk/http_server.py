@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Opens with `start`. `stop` closes the door and returns when running responses have ended (``drain`` s at most)."""
+    """`start` opens the door. `stop` closes it and lets running responses end, within ``drain`` seconds."""
 
     def __init__(self, app: Any, drain: float):
         self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))

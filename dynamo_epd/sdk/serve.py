@@ -122,7 +122,7 @@ def worker_environment(
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_REQUEST_PLANE": "nats",
         # A worker that was stopped (SIGSTOP) takes no request; its callers must not wait long to learn that.
-        "DYN_NATS_REQUEST_TIMEOUT_SECS": "3",
+        "DYN_NATS_REQUEST_TIMEOUT_SECS": "2",
         "DYN_SYSTEM_HOST": "127.0.0.1",
         "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off,dynamo_runtime::storage=off",
         "DYNAMO_LOG": "INFO" if verbose else "WARNING",

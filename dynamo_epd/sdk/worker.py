@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 from dynamo_epd.sdk.client import client_for
@@ -41,6 +42,7 @@ DRAIN = "DYNAMO_DRAIN_SECONDS"
 DEFAULT_DRAIN = 30.0
 SETTLE = 0.25
 """Seconds after leaving discovery in which callers that have not noticed yet may still send."""
+REGISTRATION_CHECK = 2.0
 BAD_CONFIG = 2
 _PR_SET_PDEATHSIG = 1
 
@@ -140,8 +142,7 @@ class Worker:
         for endpoint, (attribute, mark) in self._served():
             handler = EndpointHandler(getattr(self.instance, attribute), mark, self.in_flight)
             self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handler.handle, graceful_shutdown=True)))
-        for endpoint, _ in self._served():
-            await self._until_registered(endpoint)
+        await self._until_registered()
         self._publish_metrics()
         ready: dict[str, str | int] = {"READY": 1, "X_INSTANCE": dynamo_context["instance_id"]}
         await self._open_http(ready)
@@ -160,11 +161,33 @@ class Worker:
         self._serving.append(await self._http.start())
         ready["X_URL"] = self._http.url
 
-    async def _until_registered(self, endpoint: Any) -> None:
-        client = await endpoint.client()
-        while dynamo_context["instance_id"] not in client.instance_ids():
+    async def _until_registered(self) -> None:
+        if not self._served():
+            return
+        registered = self._registered_in_files
+        if not self._discovers_by_file():
+            client = await self._served()[-1][0].client()
+            registered = lambda: dynamo_context["instance_id"] in client.instance_ids()  # noqa: E731
+        while not registered():
             self._raise_if_ended()
             await asyncio.sleep(0.01)
+
+    def _discovers_by_file(self) -> bool:
+        return os.environ.get("DYN_DISCOVERY_BACKEND", "file") == "file" and "DYN_FILE_KV" in os.environ
+
+    def _registered_in_files(self) -> bool:
+        """Looked up in the files themselves: a client takes inotify instances, see `ServiceClient.connect`."""
+        entries = Path(os.environ["DYN_FILE_KV"]).rglob(f"*{dynamo_context['instance_id']:x}")
+        return len(list(entries)) >= len(self._served())
+
+    async def _stay_registered(self) -> None:
+        """Enters this worker again after a pause (SIGSTOP, a laptop's sleep): others have let its lease lapse."""
+        while True:
+            await asyncio.sleep(REGISTRATION_CHECK)
+            if not self._draining and not self._registered_in_files():
+                log.warning("this worker had dropped out of discovery and enters it again")
+                for endpoint, _ in self._served():
+                    await endpoint.register_endpoint_instance()
 
     def _raise_if_ended(self) -> None:
         for one in self._serving:
@@ -181,7 +204,10 @@ class Worker:
 
     async def _wait(self) -> None:
         stop = asyncio.ensure_future(self.stopping.wait())
+        staying = asyncio.create_task(self._stay_registered()) if self._discovers_by_file() else None
         await asyncio.wait([stop, *self._serving], return_when=asyncio.FIRST_COMPLETED)
+        if staying is not None:
+            staying.cancel()
         if not stop.done():
             stop.cancel()
             self._raise_if_ended()
