@@ -204,9 +204,14 @@ class LanguageEngine:
             prompt["multi_modal_uuids"] = {"image": [image.uuid for image in images]}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
-        (rendered,) = await self._engine.renderer.render_cmpl_async(
-            [prompt], self._engine.renderer.default_cmpl_tok_params.with_kwargs(max_length=None)
-        )
+        renderer = self._engine.renderer
+        try:
+            (rendered,) = await renderer.render_cmpl_async(
+                [prompt], renderer.default_cmpl_tok_params.with_kwargs(max_length=None)
+            )
+        except ValueError as error:
+            # Placeholders and images that do not match: a template that drops an image, or a prompt of token ids.
+            raise InvalidRequest("the prompt does not hold one place for each of its images") from error
         length = len(rendered["prompt_token_ids"])
         room = self._max_model_len - length
         if room < 1:

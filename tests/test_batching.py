@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from dynamo_epd.batching import Batcher
+from dynamo_epd.errors import Overloaded
+
+
+class Doubling:
+    """Doubles numbers; the first batch waits for `go`, so that later ones gather behind it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.began, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        self.began.set()
+        assert self.go.wait(10)
+        if -1 in items:
+            raise RuntimeError("a bad item")
+        return [2 * item for item in items]
+
+
+def test_what_gathers_while_a_batch_runs_is_the_next_batch():
+    async def main() -> None:
+        run, sizes = Doubling(), []
+        batcher = Batcher(run, most=3, waiting=100, observe=sizes.append)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        rest = [asyncio.create_task(batcher.submit(number)) for number in range(1, 6)]
+        await asyncio.sleep(0)
+        assert len(batcher) == 5
+        run.go.set()
+        assert await first == 0
+        assert await asyncio.gather(*rest) == [2, 4, 6, 8, 10]
+        assert run.batches == [[0], [1, 2, 3], [4, 5]]
+        assert sizes == [1, 3, 2]
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_an_item_cancelled_while_it_waits_never_runs():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=8, waiting=100)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        kept, dropped = (asyncio.create_task(batcher.submit(number)) for number in (1, 2))
+        await asyncio.sleep(0)
+        dropped.cancel()
+        await asyncio.gather(dropped, return_exceptions=True)
+        run.go.set()
+        assert [await first, await kept] == [0, 2]
+        assert run.batches == [[0], [1]]
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_fails_fails_its_own_items_only():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=2, waiting=100)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        rest = [asyncio.create_task(batcher.submit(number)) for number in (1, -1, 3)]
+        await asyncio.sleep(0)
+        run.go.set()
+        assert await first == 0
+        one, bad, three = await asyncio.gather(*rest, return_exceptions=True)
+        assert isinstance(one, RuntimeError)
+        assert isinstance(bad, RuntimeError)
+        assert three == 6
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_more_than_may_wait_is_refused():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=1, waiting=2)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        waiting = [asyncio.create_task(batcher.submit(number)) for number in (1, 2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.submit(3)
+        run.go.set()
+        assert await asyncio.gather(first, *waiting) == [0, 2, 4]
+        batcher.close()
+
+    asyncio.run(main())

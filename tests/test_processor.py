@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processor decides by itself; the conducting is tested on running graphs (test_graph_disagg.py)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from components.processor import Leased, Processor, continued, resumable, tenant_salt, texts_of
+from components.protocol import Encoded, Handle, PrefillReply
+from dynamo_epd.families import FAMILIES
+
+
+def leased(uuid: str, **metadata: list[int]) -> Leased:
+    handle = Handle("dynamo/EncodeWorker/1", "life", "lease", 0, 4, (1, 1), "float32", "0" * 32, 0.0, True)
+    return Leased(Encoded(handle, uuid, metadata), worker=1)
+
+
+def processor(family: str) -> Processor:
+    one = Processor()
+    one.family = FAMILIES[family]
+    return one
+
+
+LLAVA, QWEN = "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+PREFILLED = PrefillReply({"remote_host": "x"}, [1, 9, 9, 2])
+
+
+def test_two_images_under_one_text_never_share_kv_on_decode():
+    one = processor(LLAVA).take_over("r", [1, 9, 2], [leased("a")], PREFILLED, "{}", "")
+    other = processor(LLAVA).take_over("r", [1, 9, 2], [leased("b")], PREFILLED, "{}", "")
+    assert one.token_ids == other.token_ids == PREFILLED.token_ids, "decode gets the expanded prompt"
+    assert one.images == []
+    assert one.cache_salt
+    assert one.cache_salt != other.cache_salt
+
+
+def test_the_order_of_images_is_part_of_what_decode_caches():
+    ab = processor(LLAVA).take_over("r", [], [leased("a"), leased("b")], PREFILLED, "{}", "")
+    ba = processor(LLAVA).take_over("r", [], [leased("b"), leased("a")], PREFILLED, "{}", "")
+    assert ab.cache_salt != ba.cache_salt
+
+
+def test_decode_of_a_model_with_image_positions_gets_metadata_and_the_short_prompt():
+    request = processor(QWEN).take_over("r", [1, 9, 2], [leased("a", image_grid_thw=[1, 4, 4])], PREFILLED, "{}", "")
+    assert request.token_ids == [1, 9, 2]
+    assert [(image.uuid, image.handle, image.metadata) for image in request.images] == [
+        ("a", None, {"image_grid_thw": [1, 4, 4]})
+    ]
+
+
+@pytest.mark.parametrize("family", [LLAVA, QWEN])
+def test_tenants_never_share_a_prefix(family):
+    images = [leased("a", **({"image_grid_thw": [1, 4, 4]} if family == QWEN else {}))]
+    salts = {processor(family).take_over("r", [], images, PREFILLED, "{}", tenant).cache_salt for tenant in ("", "x", "y")}
+    assert len(salts) == 3
+    texts = {processor(family).take_over("r", [], [], PREFILLED, "{}", tenant).cache_salt for tenant in ("", "x", "y")}
+    assert len(texts) == 3
+    assert tenant_salt("") is None
+
+
+def test_an_answer_goes_on_only_where_its_beginning_can_move_into_the_prompt():
+    def sampling(**fields: object) -> str:
+        return json.dumps({"temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, **fields})
+
+    assert resumable(sampling())
+    assert resumable(sampling(temperature=0.0, seed=7))
+    assert not resumable(sampling(seed=7))
+    assert not resumable(sampling(presence_penalty=0.5))
+    assert not resumable(sampling(frequency_penalty=-0.5))
+    assert not resumable(sampling(structured_outputs={"json": "{}"}))
+
+
+def test_what_was_streamed_counts_against_the_limits_of_the_rest():
+    text = json.dumps({"max_tokens": 16, "min_tokens": 4, "temperature": 0.0})
+    assert continued(text, 0) == text
+    assert json.loads(continued(text, 6)) == {"max_tokens": 10, "min_tokens": 0, "temperature": 0.0}
+
+
+def test_every_text_of_a_body_is_looked_at():
+    body = {
+        "messages": [
+            {"role": "system", "content": "one"},
+            {"role": "user", "name": "two", "content": [{"type": "text", "text": "three"}, {"type": "image_url"}]},
+            {"role": "assistant", "content": None},
+        ]
+    }
+    assert {"one", "two", "three"} <= set(texts_of(body))
+    assert texts_of({"prompt": ["a", "b"]}) == ["a", "b"]
+    assert texts_of({"prompt": "a"}) == ["a"]
+    assert texts_of({"prompt": [[1, 2]]}) == []
