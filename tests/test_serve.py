@@ -87,6 +87,18 @@ def _ignoring_loss(served: Served, ask: dict[str, object]) -> None:
         served.call(ask)
 
 
+def test_a_terminal_that_is_gone_does_not_keep_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", RELAY, "-p", "0"]
+    environment = dict(os.environ) | {"XDG_STATE_HOME": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("http://") for line in process.stdout)
+        process.stdout.close()
+        process.send_signal(signal.SIGHUP)
+        process.wait(60)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
 def test_workers_and_nats_die_with_the_command_however_it_goes(tmp_path: Path) -> None:
     with Served(tmp_path, RELAY) as served:
         served.wait_until_up()

@@ -46,7 +46,7 @@ class ServiceConfig(dict[str, Any]):
             flag = "--" + key[len(prefix) :]
             if isinstance(value, bool):
                 arguments += [flag] if value else []
-            elif isinstance(value, dict | list):
+            elif isinstance(value, dict):
                 arguments += [flag, json.dumps(value)]
             else:
                 arguments += [flag, str(value)]

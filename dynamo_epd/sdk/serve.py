@@ -170,7 +170,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         [*plan.services, NATS_SLOT],
         drain=drain,
         verbose=verbose,
-        show=lambda line: print(line, flush=True),
+        show=_say,
         on_death=lambda slot: _forget(plan, slot.instance),
     )
     stop = asyncio.Event()
@@ -179,11 +179,11 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
     def on_signal() -> None:
         nonlocal signals
         signals += 1
+        stop.set()
         if signals > 1:
             supervisor.kill()
         else:
-            print("stopping: running requests finish first; once more to end at once", flush=True)
-        stop.set()
+            _say("stopping: running requests finish first; once more to end at once")
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -199,17 +199,22 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         await _until(stop, supervisor.ready())
         if not stop.is_set():
             urls = [slot.url for slot in supervisor.slots.values() if slot.url]
-            print(urls[0] if urls else f"{plan.spec} is up", flush=True)
+            _say(urls[0] if urls else f"{plan.spec} is up")
             await _until(stop, supervisor.failed())
         await supervisor.stop()
         return 0 if signals < 2 else 1
     except GraphFailed as failure:
-        print("\n".join(failure.tail), file=sys.stderr)
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+        _say("\n".join([*failure.tail, f"error: {failure}"]), sys.stderr)
         await supervisor.stop()
         return failure.status
     finally:
         supervisor.close()
+
+
+def _say(text: str, to: Any = None) -> None:
+    """Prints. A terminal that is gone must not keep the graph from being ended."""
+    with contextlib.suppress(OSError):
+        print(text, file=to, flush=True)
 
 
 async def _until(stop: asyncio.Event, work: Any) -> None:

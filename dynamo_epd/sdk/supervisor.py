@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -324,8 +325,7 @@ class Supervisor:
                     os.waitpid(slot.pid, 0)
         asyncio.get_running_loop().remove_reader(self._notify)
         self._notify.close()
-        (self._directory / "notify").unlink(missing_ok=True)
-        self._directory.rmdir()
+        shutil.rmtree(self._directory, ignore_errors=True)
         if not self._failure.done():
             self._failure.cancel()
         elif not self._failure.cancelled():
@@ -339,8 +339,7 @@ def _remove_leftovers() -> None:
             try:
                 os.kill(int(directory.name.split("-")[1]), 0)
             except ProcessLookupError:
-                (directory / "notify").unlink(missing_ok=True)
-                directory.rmdir()
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _count(slots: list[Slot]) -> str:

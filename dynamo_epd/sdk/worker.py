@@ -33,7 +33,7 @@ from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dynamo_epd.sdk.worker")  # __name__ is __main__ here
 
 SUPERVISOR = "DYNAMO_SUPERVISOR_PID"
 DEPENDS = "DYNAMO_DEPENDS"
