@@ -12,10 +12,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -51,6 +51,11 @@ REFERENCE = "image:"
 """What stands in an ``image_url`` part instead of the client's URL: this, and an index into the request's pictures."""
 
 GIVE_BACK_SECONDS = 5.0
+
+UNDER_WAY_SECONDS = 0.3
+"""How long a stage that is called off may still reply, so that what its reply hands over can be given back."""
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -206,11 +211,7 @@ class Conversation:
 
     async def __aexit__(self, *_: object) -> None:
         # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
-        for task in self._ahead.values():
-            task.cancel()
-        for result in await asyncio.gather(*self._ahead.values(), return_exceptions=True):
-            if isinstance(result, Leased):
-                self._release([result])
+        self._processor.afterwards(self._release_unwanted(list(self._ahead.values())))
 
     async def answer(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
         """The deltas of one answer; begun again elsewhere, within the deadline, where a worker or hand-off is lost.
@@ -285,12 +286,9 @@ class Conversation:
             ahead = self._ahead.pop(index, None)
             tasks.append(ahead or asyncio.create_task(self._encode(self._request.pictures[index])))
         try:
-            return await self._before_deadline(asyncio.gather(*tasks))
+            return await self._before_deadline(asyncio.gather(*map(asyncio.shield, tasks)))
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            self._release([result for result in results if isinstance(result, Leased)])
+            self._processor.afterwards(self._release_unwanted(tasks))
             raise
 
     async def _encode(self, picture: Picture) -> Leased:
@@ -308,7 +306,12 @@ class Conversation:
         request = PrefillRequest(
             request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
         )
-        return await self._before_deadline(self._processor.prefill_worker.prefill(request).only())
+        task = asyncio.ensure_future(self._processor.prefill_worker.prefill(request).only())
+        try:
+            return await self._before_deadline(asyncio.shield(task))
+        except BaseException:
+            self._processor.afterwards(self._reject_unwanted(request_id, task))
+            raise
 
     async def _before_deadline(self, work: Awaitable[Any]) -> Any:
         try:
@@ -326,8 +329,29 @@ class Conversation:
                 give_back(self._processor.encode_worker.release(ReleaseRequest(leases), instance=worker))
             )
 
+    async def _release_unwanted(self, tasks: list[asyncio.Task[Leased]]) -> None:
+        self._release(await withdrawn(tasks))
+
+    async def _reject_unwanted(self, request_id: str, task: asyncio.Future[PrefillReply]) -> None:
+        for reply in await withdrawn([task]):
+            await self._reject(request_id, reply.kv)
+
     async def _reject(self, request_id: str, kv: dict[str, Any]) -> None:
         await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv)))
+
+
+async def withdrawn(calls: Sequence[asyncio.Future[Result]]) -> list[Result]:
+    """Cancels calls that nobody waits for, and returns the replies that were under way already.
+
+    What such a reply hands over must be given back, so it is awaited for a moment: once a worker has sent it, a cancel
+    does not reach it, and what it holds would be held until its lease ends.
+    """
+    if calls:
+        await asyncio.wait(calls, timeout=UNDER_WAY_SECONDS)
+    for call in calls:
+        call.cancel()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 async def give_back(call: Any) -> None:

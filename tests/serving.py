@@ -53,6 +53,7 @@ class Graph(Served):
         self._temporary = home / "tmp"
         self._temporary.mkdir()
         self._shared_memory: set[str] = set()
+        self._seen: set[psutil.Process] = set()
         system_port = free_ports(SYSTEM_PORTS)
         super().__init__(
             home / "state", *arguments, TMPDIR=str(self._temporary), DYN_SYSTEM_PORT=str(system_port), **environment
@@ -74,12 +75,15 @@ class Graph(Served):
         return Metrics.scrape(f"http://127.0.0.1:{environment['DYN_SYSTEM_PORT']}/metrics")
 
     def tree(self) -> list[psutil.Process]:
-        """Every process of the graph."""
-        found = []
-        for pid in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(pid))
-        return found
+        """Every process of the graph; those once seen stay known, whoever their parent is later."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = psutil.Process(self.process.pid)
+            self._seen |= {command, *command.children(recursive=True)}
+        return [process for process in self._seen if is_alive(process)]
+
+    def processes(self) -> list[int]:
+        # vLLM's engine processes write their title over the environment by which the others are found.
+        return sorted({*super().processes(), *(process.pid for process in self.tree())})
 
     def cpu_seconds(self) -> float:
         """CPU time that the whole graph has taken."""
@@ -184,6 +188,13 @@ def at_rest(graph: Graph, seconds: float) -> None:
     while held := graph.busy():
         assert time.monotonic() < end, f"still held after {seconds:g} s: {held}"
         time.sleep(0.02)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def listens(port: int) -> bool:

@@ -23,6 +23,9 @@ def prepare(engine_args: Mapping[str, Any]) -> None:
     """
     os.environ.setdefault(NIXL_DELAY, "1000")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if "DYNAMO_SUPERVISOR_PID" in os.environ:
+        # vLLM leaves the sockets between its processes behind; in the supervisor's directory they go with the graph.
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(Path(os.environ["NOTIFY_SOCKET"]).parent))
     if logging.getLogger().getEffectiveLevel() >= logging.WARNING:
         # A healthy start prints some forty warnings about what a machine lacks; `dynamo serve -v` shows them.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
