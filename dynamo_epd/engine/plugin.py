@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs inside every process of vLLM (entry point ``vllm.general_plugins``), before it makes a NIXL agent.
+"""Runs inside every process of vLLM (entry point ``vllm.general_plugins``), before models load and NIXL starts.
 
 NIXL's Python class fixes its progress thread's delay at 0, and an idle engine then takes a whole core. With the delay
-that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes 1.5 % of one, and no transfer gets slower. A vLLM that our stages
-did not start lacks the variable and is left alone.
+that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes 1.5 % of one, and no transfer gets slower. Some model classes are
+replaced by those of `dynamo_epd.engine.models`. A vLLM that our stages did not start lacks the variable and is left
+alone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ from typing import Any
 
 from dynamo_epd.engine.environment import NIXL_DELAY
 
+MODELS = {
+    "InternVLChatModel": "InternVL",
+    "InternVLForConditionalGeneration": "InternVLHF",
+    "LlavaForConditionalGeneration": "Llava",
+    "LlavaNextForConditionalGeneration": "LlavaNext",
+    "Phi3VForCausalLM": "Phi3V",
+}
+"""Classes of `dynamo_epd.engine.models` by architecture. vLLM imports them when it loads such a model."""
+
 
 def register() -> None:
     """Called by vLLM, in some processes more than once."""
     delay = os.environ.get(NIXL_DELAY)
     if delay is None:
         return
+    from vllm import ModelRegistry
+
+    for architecture, name in MODELS.items():
+        ModelRegistry.register_model(architecture, f"dynamo_epd.engine.models:{name}")
     try:
         import nixl._api as api
     except ImportError:
