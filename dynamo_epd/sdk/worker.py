@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("dynamo_epd.request").setLevel(logging.INFO)  # one line a request, shown without -v too
     status = 0
     try:
         graph = load_graph(arguments.graph, arguments.working_dir)

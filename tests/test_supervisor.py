@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a worker's lines are shown. How processes are kept and ended: test_serve.py."""
+
+from __future__ import annotations
+
+from dynamo_epd.sdk.supervisor import Slot, _Output
+
+
+def shown(*chunks: bytes, verbose: bool = False) -> tuple[list[str], Slot]:
+    lines: list[str] = []
+    slot = Slot("Back", 1, [], {})
+    output = _Output(slot, lines.append, verbose)
+    for chunk in chunks:
+        output({"data": chunk})
+    return lines, slot
+
+
+def test_warnings_tracebacks_and_request_lines_are_shown_with_the_workers_name() -> None:
+    text = (
+        b"INFO vllm: loading\nsome print\nWARNING x: careful\nINFO y: done\n"
+        b"ERROR z: failed\nTraceback (most recent call last):\n  File\nValueError: no\n"
+        b"INFO dynamo_epd.request: POST 200\nDEBUG y: more\n(EngineCore pid=7) ERROR 11-21 core.py: dead\n"
+    )
+    lines, slot = shown(text)
+    assert lines == [
+        "[Back-1] WARNING x: careful",
+        "[Back-1] ERROR z: failed",
+        "[Back-1] Traceback (most recent call last):",
+        "[Back-1]   File",
+        "[Back-1] ValueError: no",
+        "[Back-1] INFO dynamo_epd.request: POST 200",
+        "[Back-1] (EngineCore pid=7) ERROR 11-21 core.py: dead",
+    ]
+    assert len(slot.tail) == 11  # the last words have everything
+
+
+def test_lines_are_whole_whatever_the_chunks_and_progress_bars_are_split() -> None:
+    lines, slot = shown(b"WARN", b"ING a: b", b"\n", b"10%\r20%\r\n", verbose=True)
+    assert lines == ["[Back-1] WARNING a: b", "[Back-1] 10%", "[Back-1] 20%"]
+    assert list(slot.tail) == ["WARNING a: b", "10%", "20%"]
+
+
+def test_a_line_without_end_is_cut() -> None:
+    lines, slot = shown(*[b"x" * 1024] * 80, verbose=True)
+    assert len(lines) == 1
+    assert len(slot.tail[0]) > 64 * 1024
