@@ -15,7 +15,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,7 @@ class OpenAIFront:
     async def _answer(self, kind: Any, create: Any, body: dict[str, Any], conduct: Conduct) -> Answer:
         run = _Run(conduct)
         token = _current.set(run)
+        streaming = False
         try:
             result = await create(kind.model_validate(body))
             if isinstance(result, ErrorResponse):
@@ -169,6 +170,7 @@ class OpenAIFront:
             # The stages are asked only when the stream is first read, and a refusal then still has an HTTP status.
             events = _events(run, result)
             first = await anext(events)
+            streaming = True
             return Answer(200, None, _resume(first, events))
         except GenerationError as error:
             raise run.failure or InternalError("The answer could not be completed.") from error
@@ -179,6 +181,8 @@ class OpenAIFront:
             raise InvalidRequest(str(error)) from error
         finally:
             _current.reset(token)
+            if not streaming:
+                await run.close()
 
 
 @dataclass
@@ -187,6 +191,12 @@ class _Run:
 
     conduct: Conduct
     failure: EpdError | None = None
+    outputs: list[AsyncGenerator[RequestOutput, None]] = field(default_factory=list)
+
+    async def close(self) -> None:
+        """Ends what produces tokens. vLLM's own generators, when closed, leave that to the garbage collector."""
+        for outputs in self.outputs:
+            await outputs.aclose()
 
 
 _current: ContextVar[_Run] = ContextVar("run")
@@ -201,6 +211,7 @@ async def _events(run: _Run, stream: AsyncGenerator[str, None]) -> AsyncGenerato
             yield event
     finally:
         await stream.aclose()
+        await run.close()
 
 
 async def _resume(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
@@ -280,7 +291,10 @@ class _ConductedEngine(EngineClient):
         """A plain function that returns a generator: bad parameters are refused before the stream begins."""
         request = self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
         self.input_processor.assign_request_id(request)
-        return self._stream(_current.get(), request, prompt.get("images", []), prompt.get("prompt"))
+        run = _current.get()
+        outputs = self._stream(run, request, prompt.get("images", []), prompt.get("prompt"))
+        run.outputs.append(outputs)
+        return outputs
 
     async def _stream(
         self, run: _Run, request: EngineCoreRequest, images: list[str], text: str | None

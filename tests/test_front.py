@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's OpenAI layer over tokens that a test's own function produces: no engine, no weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.engine.environment import prepare
+from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound, StageUnavailable
+from models.untrained import write
+
+HELLO = [72, 69, 76, 76, 79]
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("model") / "llava"
+    write("llava", Path(directory))
+    arguments = {
+        "model": str(directory),
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "limit_mm_per_prompt": {"image": 4},
+    }
+    prepare(arguments)
+    from dynamo_epd.engine.front import OpenAIFront
+
+    return OpenAIFront(arguments, ["tiny", "alias"])
+
+
+class Stages:
+    """Stands where encode, prefill and decode are: says tokens, or fails where it is told to."""
+
+    def __init__(
+        self, tokens: list[int], *, fail_at: int | None = None, error: Exception | None = None, end: str = "stop"
+    ):
+        self.tokens, self.fail_at, self.error, self.end = tokens, fail_at, error, end
+        self.prompts: list[Any] = []
+        self.left_early = 0
+
+    async def __call__(self, prompt: Any) -> AsyncGenerator[Delta, None]:
+        self.prompts.append(prompt)
+        try:
+            for index, token in enumerate(self.tokens):
+                if index == self.fail_at and self.error is not None:
+                    raise self.error
+                last = index == len(self.tokens) - 1
+                yield Delta(
+                    [token],
+                    finish_reason=self.end if last else None,
+                    prompt_tokens=99 if index == 0 else None,
+                    logprobs=[TokenLogprobs([token, 1], [-0.25, -1.5], 1)] if "logprobs" in prompt.sampling else None,
+                )
+                await asyncio.sleep(0)
+        except (GeneratorExit, asyncio.CancelledError):
+            self.left_early += 1
+            raise
+
+
+def ask(front: Any, stages: Stages, **fields: Any) -> tuple[int, Any]:
+    """(status, body) or (status, list of events)."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
+
+    async def main() -> tuple[int, Any]:
+        answer = await front.chat(body, stages)
+        if answer.events is None:
+            return answer.status, json.loads(answer.body)
+        return answer.status, [event.removeprefix("data: ").strip() async for event in answer.events]
+
+    return asyncio.run(main())
+
+
+def test_images_stay_references_in_prompt_order_with_one_placeholder_each(front: Any):
+    stages = Stages(HELLO, end="length")
+    content = [
+        {"type": "image_url", "image_url": {"url": "image:1"}},
+        {"type": "text", "text": "and"},
+        {"type": "image_url", "image_url": {"url": "image:0"}},
+    ]
+    ask(front, stages, messages=[{"role": "user", "content": content}])
+    (prompt,) = stages.prompts
+    assert prompt.images == ["image:1", "image:0"]
+    assert prompt.token_ids.count(259) == 2, "<image> is token 259, not yet expanded"
+
+
+def test_usage_counts_what_the_stages_say_the_prompt_was(front: Any):
+    _, body = ask(front, Stages(HELLO, end="length"))
+    assert body["usage"] == {
+        "prompt_tokens": 99,
+        "completion_tokens": 5,
+        "total_tokens": 104,
+        "prompt_tokens_details": None,
+        "completion_tokens_details": None,
+    }
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stream_has_a_role_then_text_then_usage_then_done(front: Any):
+    status, events = ask(front, Stages(HELLO, end="length"), stream=True, stream_options={"include_usage": True})
+    assert status == 200
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    _, whole = ask(front, Stages(HELLO, end="length"))
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["usage"]["prompt_tokens"] == 99
+
+
+def test_n_answers_are_n_prompts_with_seeds_of_their_own(front: Any):
+    stages = Stages(HELLO, end="length")
+    _, body = ask(front, stages, n=3, seed=5)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert sorted(json.loads(prompt.sampling)["seed"] for prompt in stages.prompts) == [5, 6, 7]
+    assert len({prompt.request_id for prompt in stages.prompts}) == 3
+
+
+def test_a_stop_string_ends_the_answer_and_the_stages(front: Any):
+    stages = Stages([*HELLO, *HELLO, *HELLO], end="length")
+    _, whole = ask(front, Stages(HELLO, end="length"))
+    text = whole["choices"][0]["message"]["content"]
+    _, body = ask(front, stages, stop=[text[2:4]])
+    assert body["choices"][0]["message"]["content"] == text[:2]
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert stages.left_early == 1, "the worker is told to stop"
+    assert json.loads(stages.prompts[0].sampling)["stop"] == [], "stop strings are matched here, on text"
+
+
+def test_logprobs_come_through_where_the_sampled_token_is_and_is_not_the_likeliest(front: Any):
+    _, body = ask(front, Stages(HELLO, end="length"), logprobs=True, top_logprobs=2)
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"] for entry in content] == [-0.25] * 5
+    assert [len(entry["top_logprobs"]) for entry in content] == [2] * 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_before_the_first_token_keeps_its_class(front: Any, stream: bool):
+    stages = Stages(HELLO, fail_at=0, error=StageUnavailable("no encode worker is left"))
+    with pytest.raises(StageUnavailable, match="no encode worker is left"):
+        ask(front, stages, stream=stream)
+
+
+def test_a_failure_in_mid_stream_is_raised_and_never_followed_by_done(front: Any):
+    class Slow(Stages):
+        async def __call__(self, prompt: Any) -> AsyncGenerator[Delta, None]:
+            async for delta in super().__call__(prompt):
+                yield delta
+                await asyncio.sleep(0.05)  # so that events are read one by one
+
+    stages = Slow(HELLO, fail_at=3, error=StageUnavailable("gone"))
+    events = []
+
+    async def main() -> None:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+        answer = await front.chat(body, stages)
+        async for event in answer.events:
+            events.append(event)
+
+    with pytest.raises(StageUnavailable, match="gone"):
+        asyncio.run(main())
+    assert len(events) >= 2
+    assert not any("[DONE]" in event or '"error"' in event for event in events)
+
+
+def test_a_defect_shows_nothing_of_itself(front: Any):
+    with pytest.raises(InternalError) as caught:
+        ask(front, Stages(HELLO, fail_at=1, error=RuntimeError("secret of the house")))
+    assert "secret" not in caught.value.message
+
+
+def test_an_answer_that_just_ends_is_an_error(front: Any):
+    class Short(Stages):
+        async def __call__(self, prompt: Any) -> AsyncGenerator[Delta, None]:
+            yield Delta([72], prompt_tokens=3)
+
+    with pytest.raises(InternalError):
+        ask(front, Short([]))
+
+
+def test_a_client_that_leaves_closes_the_stages(front: Any):
+    stages = Stages(HELLO * 50, end="length")
+
+    async def main() -> None:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True, "n": 2}
+        answer = await front.chat(body, stages)
+        await anext(answer.events)
+        await answer.events.aclose()
+        assert stages.left_early == 2
+        assert front._engine.output_processor.get_num_unfinished_requests() == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"model": "nobody"}, ModelNotFound, "model"),
+        ({"temperature": -1}, InvalidRequest, "temperature"),
+        ({"max_tokens": 10**9}, InvalidRequest, "max_tokens"),
+        ({"messages": "no list"}, InvalidRequest, "messages"),
+        ({"logit_bias": {"99999": 1}}, InvalidRequest, "logit_bias"),
+    ],
+)
+def test_what_vllm_refuses_is_refused_before_any_stage_is_asked(
+    front: Any, fields: dict[str, Any], error: type[EpdError], param: str
+):
+    stages = Stages(HELLO)
+    with pytest.raises(error) as caught:
+        ask(front, stages, **fields)
+    assert param in (caught.value.param or "")
+    assert stages.prompts == []
+
+
+def test_a_json_schema_travels_as_a_grammar(front: Any):
+    stages = Stages(HELLO, end="length")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    ask(front, stages, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    sampling = json.loads(stages.prompts[0].sampling)
+    assert (
+        json.loads(sampling["structured_outputs"]["json"]) == schema
+        if isinstance(sampling["structured_outputs"]["json"], str)
+        else sampling["structured_outputs"]["json"] == schema
+    )
+
+
+def test_completions_take_many_prompts(front: Any):
+    stages = Stages(HELLO, end="length")
+
+    async def main() -> Any:
+        return await front.complete({"model": "alias", "prompt": ["a", "b"], "max_tokens": 5}, stages)
+
+    body = json.loads(asyncio.run(main()).body)
+    assert len(body["choices"]) == 2
+    assert len(stages.prompts) == 2
+
+
+def test_a_placeholder_among_token_ids_is_refused(front: Any):
+    with pytest.raises(InvalidRequest):
+        front.refuse_token_ids(("<image>",), [[1, 2], [3, 259]])
+    front.refuse_token_ids(("<image>",), [1, 2, 3])
+    front.refuse_token_ids(("<image>",), "text")
+
+
+def test_sampling_parameters_survive_their_journey(front: Any):
+    from vllm import SamplingParams
+
+    from dynamo_epd.engine.language import decode_sampling, encode_sampling
+
+    params = SamplingParams(n=3, temperature=0.5, top_k=4, seed=9, stop=["x"], logit_bias={5: 1.5}, stop_token_ids=[7])
+    there = decode_sampling(encode_sampling(params))
+    assert (there.n, there.temperature, there.top_k, there.seed, there.stop) == (1, 0.5, 4, 9, [])
+    assert there.logit_bias == {5: 1.5}
+    assert there.stop_token_ids == [7]
+    assert there.detokenize is False
+    with pytest.raises(InvalidRequest):
+        decode_sampling('{"temperature": "warm"}')
