@@ -22,7 +22,9 @@ class EpdError(Exception):
     type = "internal_error"
     code: str | None = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None):
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ):
         super().__init__(message[:MAX_MESSAGE])
         self.message = message[:MAX_MESSAGE]
         self.param = param
@@ -197,5 +199,8 @@ def from_wire(wire: dict[str, Any]) -> EpdError:
     """The error that `to_wire` described. An unknown class becomes `InternalError`."""
     cls = _tree(EpdError).get(wire.get("class", ""), InternalError)
     return cls(
-        str(wire.get("message", "")), param=wire.get("param"), code=wire.get("code"), retry_after=wire.get("retry_after")
+        str(wire.get("message", "")),
+        param=wire.get("param"),
+        code=wire.get("code"),
+        retry_after=wire.get("retry_after"),
     )

@@ -107,7 +107,9 @@ class _ArenaCollector:
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield self._counter("nixl_transfer_bytes", "Bytes READ over NIXL", stats.transfer_bytes)
-        yield self._counter("nixl_transfer_seconds", "Seconds of READs over NIXL, digest included", stats.transfer_seconds)
+        yield self._counter(
+            "nixl_transfer_seconds", "Seconds of READs over NIXL, digest included", stats.transfer_seconds
+        )
         yield self._counter("nixl_transfers", "READs over NIXL", stats.transfers)
         yield self._counter("epd_digest_failures", "READs whose bytes were refused", stats.digest_failures)
         yield self._gauge("epd_arena_used_bytes", "Bytes of the arena in use", stats.bytes_used)
