@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command of the README, run as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from tests.serving import Graph
+from tests.toys.running import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+CURLS = [block for block in BLOCKS if block.startswith("curl")]
+OTHERS = [line for block in BLOCKS if not block.startswith("curl") for line in block.splitlines()]
+MAKES = re.findall(r"^\$ (make \w+)", README, re.MULTILINE)
+
+
+def run(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_readme_has_the_commands_that_these_tests_run():
+    assert MAKES == ["make serve", "make test"]
+    assert len(CURLS) == 2
+    assert len(OTHERS) == 8
+
+
+@pytest.mark.parametrize("block", CURLS)
+def test_what_is_asked_of_a_running_graph(block: str, disagg: Graph):
+    for line in [block] if "-d '" in block else block.splitlines():
+        done = run(line.replace("http://127.0.0.1:8000", disagg.url).replace("curl -s", "curl -sS --fail-with-body"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        if "chat/completions" in line:
+            answer = json.loads(done.stdout)
+            assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+            written = json.loads(re.search(r'"usage": (\{[^}]*\})', README)[1])  # type: ignore[index]
+            assert {key: answer["usage"][key] for key in written} == written, "the README shows this answer's usage"
+        elif "health" in line:
+            assert json.loads(done.stdout)["status"] == "ready"
+        else:
+            assert "epd_request_duration_seconds_bucket" in done.stdout
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_what_needs_no_running_graph(line: str):
+    done = run(line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--dry-run" in line:
+        resolved, _ = json.JSONDecoder().raw_decode(done.stdout)
+        assert resolved["graph"] in line
+    if "workers=3" in line:
+        assert resolved["services"]["EncodeWorker"]["ServiceArgs"]["workers"] == 3
+
+
+@pytest.mark.parametrize("command", [*MAKES, "make setup", "make check", "make acceptance"])
+def test_the_makefile_has_what_the_readme_names(command: str):
+    done = run(command.replace("make", "make -n"))
+    assert done.returncode == 0, done.stderr
