@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dynamo_epd.errors import EpdError
+from dynamo_epd.http.connection import BoundedConnection
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.service import ServiceInfo
 
@@ -38,6 +39,7 @@ class HttpServer:
         self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))
         config = uvicorn.Config(
             app,
+            http=BoundedConnection,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=max(1, round(drain)),

@@ -40,6 +40,8 @@ KILL_GRACE = 20.0
 """Seconds beyond the drain bound before a worker's process group is killed."""
 PROGRESS_SECONDS = 5.0
 TAIL_LINES = 40
+LAST_WORDS = 15
+"""Lines of a worker that died that are shown while it is started again."""
 BAD_CONFIG = 2
 
 
@@ -219,6 +221,8 @@ class Supervisor:
         else:
             delay = min(BACK_OFF_CAP, BACK_OFF_FIRST * 2 ** (slot.deaths - 1))
             self._show(f"{slot.name} died ({how}); starting it again in {delay:g} s")
+            for line in [] if self._verbose else list(slot.tail)[-LAST_WORDS:]:
+                self._show(f"[{slot.name}] {line}")
             task = asyncio.create_task(self._restart(slot, delay))
             self._restarts.add(task)
             task.add_done_callback(self._restarts.discard)
