@@ -10,7 +10,7 @@ from typing import Any
 
 from components.protocol import Completed, DecodeRequest, Delta, RejectRequest
 from dynamo_epd.exchange import ArenaOwner
-from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class DecodeWorker(ArenaOwner):
         """Lets a prefill worker free the blocks of a KV cache that nobody will decode."""
         await self.engine.reject(request.request_id, request.kv)
         yield Completed()
+
+    @liveness
+    def alive(self) -> bool:
+        """A stage without its engine ends, and is started again."""
+        return self.engine.alive
 
     @on_shutdown
     async def stop(self) -> None:

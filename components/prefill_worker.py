@@ -9,7 +9,7 @@ from typing import Any
 
 from components.protocol import PrefillReply, PrefillRequest
 from dynamo_epd.exchange import ArenaOwner
-from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class PrefillWorker(ArenaOwner):
                     request.request_id, request.token_ids, images, cache_salt=request.cache_salt
                 )
         yield PrefillReply(filled.kv, filled.token_ids)
+
+    @liveness
+    def alive(self) -> bool:
+        """A stage without its engine ends, and is started again."""
+        return self.engine.alive
 
     @on_shutdown
     async def stop(self) -> None:

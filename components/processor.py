@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -39,7 +40,7 @@ from components.protocol import (
     ReleaseRequest,
     StageHealth,
 )
-from dynamo_epd.errors import DeadlineExceeded, EpdError, Retryable, StageUnavailable, WorkerLost
+from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
 from dynamo_epd.sdk.client import Policy
@@ -80,7 +81,7 @@ class ProcessorConfig:
     chat_template: str | None = None
     """A Jinja template, or the path of one, in place of the checkpoint's."""
     attempts: int = 3
-    """How often one answer is begun at most: a lost worker or hand-off costs one."""
+    """How often one answer is begun in vain at most: a lost worker or hand-off costs one."""
     prefill_threshold: int = 0
     """Prompts without images up to this many tokens are prefilled where they decode."""
     routing: Routing = field(default_factory=Routing)
@@ -227,9 +228,11 @@ class Conversation:
         metrics = self._processor.metrics
         last = self._arrived
         lost: EpdError | None = None
-        for attempt in range(self._processor.config.attempts):
+        fruitless = 0
+        for attempt in itertools.count():
             if lost is not None and streamed and not resumable(prompt.sampling):
                 break
+            before = len(streamed)
             try:
                 async with aclosing(self._attempt(prompt, attempt, streamed)) as deltas:
                     async for delta in deltas:
@@ -242,6 +245,11 @@ class Conversation:
             except Retryable as error:
                 lost = error
                 log.info("%s attempt %d: %s", prompt.request_id, attempt + 1, error.message)
+                # An engine short of KV blocks may preempt the same answer often, but each time it got further.
+                if not (isinstance(error, Preempted) and len(streamed) > before):
+                    fruitless += 1
+                if fruitless >= self._processor.config.attempts:
+                    break
         raise StageUnavailable("The request could not be completed; it can be sent again.") from lost
 
     async def _attempt(self, prompt: Prompt, attempt: int, streamed: list[int]) -> AsyncGenerator[Delta, None]:

@@ -142,6 +142,15 @@ def test_a_configuration_that_a_worker_refuses_is_said_once_without_another_try(
         assert "starting it again" not in served.text
 
 
+def test_a_worker_that_says_it_is_not_alive_is_started_again(tmp_path: Path) -> None:
+    with Served(tmp_path, "tests/toys/failing.py:Ailing") as served:
+        served.wait_for(r"^Ailing ready")
+        served.wait_for(r"Ailing-0 died \(exit status 1\); starting it again")
+        served.wait_for(r"Ailing is not alive any more")
+        served.wait_for(r"Ailing-0 is back")
+        assert served.stop() == 0
+
+
 def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
     with Served(tmp_path, RELAY) as served:
         served.wait_until_up()

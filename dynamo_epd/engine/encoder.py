@@ -71,9 +71,14 @@ class Encoder:
         from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
         items = self._processor.info.parse_mm_data({"image": [image]})
-        result = self._processor._apply_hf_processor(
-            ProcessorInputs(prompt=[], mm_data_items=items, mm_uuid_items={"image": [""]}), TimingContext(enabled=False)
-        )
+        try:
+            result = self._processor._apply_hf_processor(
+                ProcessorInputs(prompt=[], mm_data_items=items, mm_uuid_items={"image": [""]}),
+                TimingContext(enabled=False),
+            )
+        except ValueError as error:
+            # vLLM says this of whatever the image processor raised, with its input: a client may see neither.
+            raise (error.__cause__ or error) from None
         return result.kwargs["image"][0]
 
     def embed(self, items: Sequence[Any]) -> list[torch.Tensor]:

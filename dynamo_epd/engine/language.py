@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
-from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable
+from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 
 if TYPE_CHECKING:
     import torch
@@ -175,13 +175,10 @@ class LanguageEngine:
         """Tells the engine that prefilled it that nobody will pull this KV cache, so that it frees the blocks now."""
         await self._engine.notify_kv_transfer_request_rejected(request_id, kv)
 
-    async def check(self) -> None:
-        """Raises when the engine's process is gone."""
-        await self._engine.check_health()
-
     @property
-    def dead(self) -> bool:
-        return bool(self._engine.errored)
+    def alive(self) -> bool:
+        """False once the engine's process is gone by itself. It does not come back: end this process too."""
+        return not self._engine.errored
 
     @property
     def unfinished(self) -> int:
@@ -197,6 +194,7 @@ class LanguageEngine:
     ) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         if images:
@@ -229,6 +227,8 @@ class LanguageEngine:
                 yield output
         except VLLMValidationError as error:
             raise InvalidRequest(str(error), param=error.parameter) from error
+        except EngineDeadError as error:
+            raise WorkerLost("the engine's process is gone") from error
 
 
 def multi_modal_data(images: Sequence[ImageInput]) -> Any:

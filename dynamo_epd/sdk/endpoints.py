@@ -75,6 +75,8 @@ async_on_start.__doc__ = "Runs after ``__init__`` and before anything is served;
 on_shutdown = _moment("on_shutdown")
 on_shutdown.__doc__ = "Runs after the last request has finished; hooks run in the reverse of their order of definition."
 liveness = _moment("liveness")
-liveness.__doc__ = "Marks a function that tells whether the service lives."
+liveness.__doc__ = (
+    "Marks a function that tells whether the service lives: on a no the process ends, to be started again."
+)
 readiness = _moment("readiness")
 readiness.__doc__ = "Marks a function that tells whether the service can take requests."

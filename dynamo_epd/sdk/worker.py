@@ -40,6 +40,7 @@ DEPENDS = "DYNAMO_DEPENDS"
 """JSON of ``{service: "namespace/component"}``: dependencies that are served elsewhere."""
 DRAIN = "DYNAMO_DRAIN_SECONDS"
 DEFAULT_DRAIN = 30.0
+LIVENESS_SECONDS = 0.5
 SETTLE = 0.25
 """Seconds after leaving discovery in which callers that have not noticed yet may still send."""
 REGISTRATION_CHECK = 2.0
@@ -205,12 +206,26 @@ class Worker:
     async def _wait(self) -> None:
         stop = asyncio.ensure_future(self.stopping.wait())
         staying = asyncio.create_task(self._stay_registered()) if self._discovers_by_file() else None
-        await asyncio.wait([stop, *self._serving], return_when=asyncio.FIRST_COMPLETED)
+        dead = asyncio.create_task(self._lose_life())
+        await asyncio.wait([stop, dead, *self._serving], return_when=asyncio.FIRST_COMPLETED)
         if staying is not None:
             staying.cancel()
+        if dead.done():
+            dead.result()
+        dead.cancel()
         if not stop.done():
             stop.cancel()
             self._raise_if_ended()
+
+    async def _lose_life(self) -> None:
+        """Raises once a `@liveness` function of the service says no: a child it cannot do without has died, say."""
+        checks = [getattr(self.instance, name) for name in self.info.marked("liveness")]
+        while True:
+            await asyncio.sleep(LIVENESS_SECONDS)
+            for check in checks:
+                alive = check()
+                if not (await alive if inspect.isawaitable(alive) else alive):
+                    raise RuntimeError(f"{self.settings.name} is not alive any more")
 
     async def _drain(self) -> None:
         """Leaves discovery, then finishes what was accepted, within the bound."""

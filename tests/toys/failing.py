@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 
-from dynamo_epd.sdk import async_on_start, depends, endpoint, service
+from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, service
 from dynamo_epd.sdk.config import ConfigError
 
 
@@ -43,6 +43,23 @@ class Forking:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             while True:
                 signal.pause()
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
+
+
+@service
+class Ailing:
+    """Comes up, and soon says of itself that it does not live any more."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @liveness
+    def alive(self) -> bool:
+        self.asked += 1
+        return self.asked < 2
 
     @endpoint()
     async def answer(self) -> AsyncIterator[int]:
