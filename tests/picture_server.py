@@ -10,7 +10,7 @@ from types import TracebackType
 
 
 class PictureServer:
-    """``with PictureServer() as server``: what ``files`` holds by name is at `url` of that name, until it is replaced."""
+    """``with PictureServer() as server``: what ``files`` holds by name is at `url` of that name until replaced."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -74,5 +74,7 @@ class Canary:
     def __enter__(self) -> Canary:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._listener.close()

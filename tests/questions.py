@@ -29,7 +29,7 @@ SAME_TOKEN = 5e-3
 """Log probabilities of one token may differ by this much from engine to engine. Random weights emit bytes that are no
 text, which all look alike: their log probabilities tell them apart."""
 
-WORDS = "what is in this picture please say more about the left side and compare it with others you saw before".split()
+WORDS = ("what", "is", "in", "this", "picture", "say", "more", "about", "the", "left", "side", "compare")
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 50), kind: str = "PNG") -> bytes:
@@ -57,7 +57,7 @@ def chat(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def question(seed: int) -> dict[str, Any]:
-    """One of endlessly many: none to four pictures of different sizes, one to three turns, at times a system message."""
+    """One of endlessly many: up to four pictures of different sizes, up to three turns, at times a system message."""
     draw = random.Random(seed)
     pictures = seed % 5
     turns = draw.choice((1, 1, 2, 3))

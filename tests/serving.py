@@ -168,7 +168,9 @@ class Metrics:
 
     def total(self, name: str, *labels: str) -> float:
         """Sum over the samples of ``name`` whose labels hold every one of ``labels`` (``key="value"``)."""
-        return sum(value for one, found, value in self.samples if one == name and all(label in found for label in labels))
+        return sum(
+            value for one, found, value in self.samples if one == name and all(label in found for label in labels)
+        )
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = 20, pause: float = 0.05) -> Any:

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,7 +52,9 @@ def test_warm_workers_see_another_picture_under_the_same_text(disagg: Graph, ref
 
 def test_order_of_pictures_is_kept(disagg: Graph, reference: Reference) -> None:
     urls = [data_url(picture(25_000 + number)) for number in range(3)]
-    questions = [chat(user("Which is first?", *(urls[index] for index in order))) for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1))]
+    questions = [
+        chat(user("Which is first?", *(urls[index] for index in order))) for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1))
+    ]
     expected = ask_all(reference.url, questions, model=NAME)
     assert len({said.text for said in expected}) == 3
     assert_same(expected, ask_all(disagg.url, questions))
@@ -61,7 +64,9 @@ def test_one_address_with_new_content_is_a_new_picture(disagg: Graph) -> None:
     with PictureServer() as server:
         for seed in (30_000, 30_001, 30_000):
             url = server.put("same.png", picture(seed))
-            assert_same([ask(disagg.url, one_picture(seed))], [ask(disagg.url, chat(user("What is in this image?", url)))])
+            assert_same(
+                [ask(disagg.url, one_picture(seed))], [ask(disagg.url, chat(user("What is in this image?", url)))]
+            )
         lower, upper = server.put("name.png", picture(30_002)), server.put("NAME.png", picture(30_003))
         said = ask_all(disagg.url, [chat(user("What is in this image?", url)) for url in (lower, upper)])
         assert_same(ask_all(disagg.url, [one_picture(30_002), one_picture(30_003)]), said)
@@ -224,9 +229,7 @@ def test_what_is_asked_for_is_what_is_sampled(disagg: Graph, reference: Referenc
     """Sampling parameters reach the engine: what they change in the plain engine they change here, alike."""
     body = one_picture(80_000, "Tell a story.")
     greedy = ask(reference.url, body, model=NAME)
-    fields: list[dict[str, object]] = [
-        {"logit_bias": {str(token): 100}} for token in (65, 66)
-    ] + [
+    fields: list[dict[str, Any]] = [{"logit_bias": {str(token): 100}} for token in (65, 66)] + [
         {"max_tokens": 3},
         {"presence_penalty": 2, "max_tokens": 24},
         {"frequency_penalty": 2, "max_tokens": 24},
