@@ -13,7 +13,6 @@ from typing import Any
 
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.internvl import InternVLChatModel
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.phi3v import Phi3VForCausalLM
 
@@ -35,10 +34,6 @@ class InternVL(_AnyLength, InternVLChatModel):
 
 class InternVLHF(_AnyLength, InternS1ForConditionalGeneration):
     pass
-
-
-class Llava(_AnyLength, LlavaForConditionalGeneration):
-    """With a CLIP tower all embeddings are equally long; with Pixtral's they are not."""
 
 
 class LlavaNext(_AnyLength, LlavaNextForConditionalGeneration):

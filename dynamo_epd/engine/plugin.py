@@ -18,7 +18,6 @@ from dynamo_epd.engine.environment import NIXL_DELAY
 MODELS = {
     "InternVLChatModel": "InternVL",
     "InternVLForConditionalGeneration": "InternVLHF",
-    "LlavaForConditionalGeneration": "Llava",
     "LlavaNextForConditionalGeneration": "LlavaNext",
     "Phi3VForCausalLM": "Phi3V",
 }
