@@ -29,7 +29,8 @@ class Doubling:
 
 def test_what_gathers_while_a_batch_runs_is_the_next_batch():
     async def main() -> None:
-        run, sizes = Doubling(), []
+        run = Doubling()
+        sizes: list[int] = []
         batcher = Batcher(run, most=3, waiting=100, observe=sizes.append)
         first = asyncio.create_task(batcher.submit(0))
         await asyncio.to_thread(run.began.wait, 10)
