@@ -20,11 +20,12 @@ def classes() -> dict[str, Any]:
     """vLLM's class of each architecture, as an engine of ours finds it."""
     from dynamo_epd.engine.environment import prepare
 
-    prepare({"enforce_eager": True})
+    prepare({})
     from vllm import ModelRegistry
-    from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
+    from dynamo_epd.engine.plugin import register
+
+    register()
     served = set(ModelRegistry.get_supported_archs())
     assert set(FAMILIES) <= served
     return {name: ModelRegistry.models[name].load_model_cls() for name in FAMILIES}
