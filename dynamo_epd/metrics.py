@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 LABELS = ("dynamo_namespace", "dynamo_component", "model")
 
@@ -107,10 +107,9 @@ class _ArenaCollector:
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         yield self._counter("nixl_transfer_bytes", "Bytes READ over NIXL", stats.transfer_bytes)
-        yield self._counter(
-            "nixl_transfer_seconds", "Seconds of READs over NIXL, digest included", stats.transfer_seconds
-        )
-        yield self._counter("nixl_transfers", "READs over NIXL", stats.transfers)
+        seconds = SummaryMetricFamily("nixl_transfer_seconds", "Seconds of READs over NIXL, with digest", labels=LABELS)
+        seconds.add_metric(self._labels, stats.transfers, stats.transfer_seconds)
+        yield seconds
         yield self._counter("epd_digest_failures", "READs whose bytes were refused", stats.digest_failures)
         yield self._gauge("epd_arena_used_bytes", "Bytes of the arena in use", stats.bytes_used)
         yield self._gauge("epd_arena_leases", "Leases outstanding", stats.leases)

@@ -78,7 +78,6 @@ class LanguageEngine:
             "enable_mm_embeds": True,
             # Embeddings bypass it, and it would hold every image twice (front and EngineCore).
             "mm_processor_cache_gb": 0,
-            "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
         if current_platform.is_cpu():
