@@ -8,6 +8,7 @@ it takes, since the machine may be busy.
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -38,6 +39,16 @@ class Client:
             assert more, self._received
             self._received += more
             assert not self._received.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), self._received
+
+    def body(self) -> str:
+        """What has been received of the reply's body."""
+        return self._received.partition(b"\r\n\r\n")[2].decode()
+
+    def usage(self) -> dict[str, Any]:
+        """Of a stream that has ended with it."""
+        events = re.findall(r"^data: (\{.*\})\r?$", self.body(), re.MULTILINE)
+        found: dict[str, Any] = json.loads(events[-1])["usage"]
+        return found
 
     def leave(self) -> None:
         self._socket.close()
