@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 KV_LEASE_SECONDS = 10
 """How long prefill keeps blocks that nobody came for. vLLM's default is 30 s; DESIGN.md bounds ours."""
 
+ALONE_ON_A_CARD = 0.9
+"""Share of a card's memory that one engine takes: vLLM's own default."""
+
 Role = Literal["both", "prefill", "decode"]
 
 _KV_ROLE = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -87,6 +90,10 @@ class LanguageEngine:
             arguments["kv_transfer_config"] = kv_transfer_config(_KV_ROLE[role], current_platform.device_type)
             os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", routable_host())
             os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+        fraction = os.environ.get("DYNAMO_GPU_FRACTION")
+        if fraction is not None:
+            # `dynamo serve` put several workers on this card: each takes its share of what one would take alone.
+            arguments["gpu_memory_utilization"] = ALONE_ON_A_CARD * float(fraction)
         if role == "decode":
             arguments["scheduler_cls"] = "dynamo_epd.engine.scheduler.FailOnPreemption"
         arguments.update(engine_args)

@@ -49,7 +49,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def share_out(requests: Sequence[tuple[str, float]], devices: Sequence[str]) -> dict[str, Share]:
-    """Cards for each (worker, number of GPUs) with a number above 0. Raises ConfigError when there are too few."""
+    """Cards for each (worker, number of GPUs) with a number above 0. Raises TooFewGpus."""
     shares: dict[str, Share] = {}
     free = list(devices)
     wanted = sum(request for _, request in requests)
@@ -76,8 +76,12 @@ def share_out(requests: Sequence[tuple[str, float]], devices: Sequence[str]) -> 
     return shares
 
 
-def _too_few(worker: str, wanted: float, devices: Sequence[str]) -> ConfigError:
-    return ConfigError(
+class TooFewGpus(ConfigError):
+    """The graph asks for more cards than are visible."""
+
+
+def _too_few(worker: str, wanted: float, devices: Sequence[str]) -> TooFewGpus:
+    return TooFewGpus(
         f"too few GPUs: {worker} finds none left; the graph asks for {wanted:g}, visible: {len(devices)}"
     )
 

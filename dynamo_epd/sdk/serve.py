@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
-from dynamo_epd.sdk.gpus import Share, gpus_for, visible_gpus
+from dynamo_epd.sdk.gpus import Share, TooFewGpus, gpus_for, visible_gpus
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.service import info_of
@@ -73,12 +73,20 @@ def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str
         services = [arguments.service_name]
     services = [name for name in services if settings[name].runs and settings[name].workers > 0]
     wanted = {name: settings[name] for name in services}
+    try:
+        shares = gpus_for(wanted, visible_gpus())
+    except TooFewGpus as error:
+        # A configuration for other machines can be looked at on this one; it just cannot be served.
+        if not arguments.dry_run:
+            raise
+        print(f"note: {error}", file=sys.stderr)
+        shares = {}
     return Plan(
         spec=arguments.graph,
         graph=graph,
         settings=settings,
         services=services,
-        shares=gpus_for(wanted, visible_gpus()),
+        shares=shares,
         environment=worker_environment(settings, _elsewhere(arguments.depends, graph), verbose=arguments.verbose),
         host=arguments.host,
         port=arguments.port,
