@@ -11,8 +11,8 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dynamo_epd.errors import EpdError, InvalidRequest
-from dynamo_epd.http.errors import HeadersTooLarge, RequestTimeout, error_body
+from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, RequestTimeout
+from dynamo_epd.http.errors import error_body
 
 
 class BoundedConnection(HttpToolsProtocol):

@@ -15,30 +15,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound
+from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, MethodNotAllowed, NotFound
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY = 2048
 """Bytes of an error body."""
 _MAX_PARAM = 200
-
-
-class MethodNotAllowed(InvalidRequest):
-    status = 405
-    code = "method_not_allowed"
-
-
-class RequestTimeout(InvalidRequest):
-    """The client was too slow to send what it began."""
-
-    status = 408
-    code = "request_timeout"
-
-
-class HeadersTooLarge(InvalidRequest):
-    status = 431
-    code = "headers_too_large"
 
 
 def error_body(error: EpdError) -> bytes:

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo_epd.errors import EpdError, InvalidRequest, PayloadTooLarge
-from dynamo_epd.http.errors import HeadersTooLarge, RequestTimeout, answer_errors, error_response
+from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, PayloadTooLarge, RequestTimeout
+from dynamo_epd.http.errors import answer_errors, error_response
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

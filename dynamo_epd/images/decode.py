@@ -8,7 +8,6 @@ size from the header before any pixel is decoded, and a limit on the ratio of th
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 from io import BytesIO
@@ -38,11 +37,6 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
-
-
-def content_digest(data: bytes) -> str:
-    """SHA-256 of the bytes as they came, in hex: the identity of a picture, whatever its URL."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:

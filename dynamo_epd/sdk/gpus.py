@@ -81,9 +81,7 @@ class TooFewGpus(ConfigError):
 
 
 def _too_few(worker: str, wanted: float, devices: Sequence[str]) -> TooFewGpus:
-    return TooFewGpus(
-        f"too few GPUs: {worker} finds none left; the graph asks for {wanted:g}, visible: {len(devices)}"
-    )
+    return TooFewGpus(f"too few GPUs: {worker} finds none left; the graph asks for {wanted:g}, visible: {len(devices)}")
 
 
 def gpus_for(settings: Mapping[str, ServiceSettings], devices: Sequence[str]) -> dict[str, Share]:
