@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -58,6 +59,9 @@ class Graph(Served):
         super().__init__(
             home / "state", *arguments, TMPDIR=str(self._temporary), DYN_SYSTEM_PORT=str(system_port), **environment
         )
+
+    def __enter__(self) -> Graph:
+        return self
 
     @property
     def url(self) -> str:
@@ -113,21 +117,21 @@ class Graph(Served):
                         held[f"{service}-{index} {name}"] = metrics.total(name)
         return held
 
-    def finish(self, signal_number: int | None = None) -> None:
+    def finish(self, signal_number: int = signal.SIGINT) -> None:
         """Ctrl-C (or another signal), then asserts exit status 0 and that nothing is left."""
-        self._shared_memory |= self._shared_memory_in_use()
-        if signal_number is None:
-            status = self.stop()
-        else:
-            self.signal(signal_number)
-            status = self.wait(120)
-        assert status == 0, self.text
+        self.signal(signal_number)
+        assert self.wait() == 0, self.text
         assert self.leftovers() == [], self.text
+
+    def signal(self, number: int) -> None:
+        self._shared_memory |= self._shared_memory_in_use()
+        super().signal(number)
 
     def leftovers(self) -> list[str]:
         """Processes, state, sockets, shared memory and temporary files that are still there."""
         left = super().leftovers()
         left += [path for path in sorted(self._shared_memory) if Path(path).exists()]
+        left += [f"System V segment of {pid}" for pid in _segment_makers() if pid in {one.pid for one in self._seen}]
         left += [str(path) for path in self._temporary.rglob("*") if path.is_socket()]
         left += [str(path) for path in self._temporary.glob("dynamo-*")]
         left += [f"port {self.port} is open"] if listens(self.port) else []
@@ -190,6 +194,13 @@ def at_rest(graph: Graph, seconds: float) -> None:
     while held := graph.busy():
         assert time.monotonic() < end, f"still held after {seconds:g} s: {held}"
         time.sleep(0.02)
+
+
+def _segment_makers() -> list[int]:
+    """Processes that made the System V shared memory that there is now."""
+    header, *rows = Path("/proc/sysvipc/shm").read_text().splitlines()
+    column = header.split().index("cpid")
+    return [int(row.split()[column]) for row in rows]
 
 
 def is_alive(process: psutil.Process) -> bool:
