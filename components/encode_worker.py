@@ -20,6 +20,8 @@ from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
 
+HOLD_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -55,6 +57,7 @@ class EncodeWorker(ArenaOwner):
         from dynamo_epd.engine.encoder import load_encoder
 
         self.encoder = await asyncio.to_thread(load_encoder, self.config.engine_args)
+        await asyncio.to_thread(self._warm_up)
         self.revision = revision_of(self.config.engine_args)
         metrics = Metrics(dynamo_context["namespace"], "EncodeWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage(lambda: float(len(self.batcher)))
@@ -75,7 +78,7 @@ class EncodeWorker(ArenaOwner):
         """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
         arrived = perf_counter()
         data = await self._bytes(request.picture)
-        uuid = self._uuid(request.tenant, data)
+        uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
         entry = self.arena.lookup(uuid)
         if entry is None:
             entry = await self.flights.join(uuid, lambda: self._encode(uuid, data))
@@ -111,7 +114,16 @@ class EncodeWorker(ArenaOwner):
             slot.write(embedding)
             entry = slot.publish(uuid)
             self.metadata[entry] = self.encoder.metadata(item)
-            return entry
+        # Until those who wait for it have leases of their own: a full arena could evict it before they run.
+        hold = self.arena.lease(entry, HOLD_SECONDS, ends_on_read=False)
+        asyncio.get_running_loop().call_later(HOLD_SECONDS, self.arena.release, hold.lease)
+        return entry
+
+    def _warm_up(self) -> None:
+        """One grey picture: a worker that says it is ready has encoded once, and the first request meets a warm one."""
+        from PIL import Image
+
+        self.encoder.embed([self.encoder.process(Image.new("RGB", (224, 224), "grey"))])
 
     def _process(self, data: bytes) -> Any:
         from dynamo_epd.images.decode import decode

@@ -98,8 +98,17 @@ class LanguageEngine:
             arguments["scheduler_cls"] = "dynamo_epd.engine.scheduler.FailOnPreemption"
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
-        return cls(engine, role)
+        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role)
+        await engine._warm_up()
+        return engine
+
+    async def _warm_up(self) -> None:
+        """Two tokens: an engine that says it is ready has answered once, and the first request meets a warm one."""
+        from vllm import SamplingParams
+
+        sampling = encode_sampling(SamplingParams(temperature=0.0, max_tokens=2, logprobs=1))
+        async for _ in self.generate("warm-up", [1, 2, 3], [], sampling=sampling, cache_salt=None):
+            pass
 
     async def prefill(
         self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], *, cache_salt: str | None
