@@ -13,6 +13,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -226,10 +228,7 @@ def free_ports(count: int) -> int:
 
 def tiny_model(family: str) -> Path:
     """A tiny random checkpoint, written once. `models/untrained.py` says which families there are."""
-    import subprocess
-    import sys
-
-    directory = ROOT / "models" / "tiny" / {"llava": "llava"}.get(family, f"{family}-untrained")
+    directory = ROOT / "models" / "tiny" / ("llava" if family == "llava" else f"{family}-untrained")
     if not (directory / "untrained.json").exists():
         subprocess.run([sys.executable, "models/untrained.py", family, str(directory)], cwd=ROOT, check=True)
     return directory

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.questions import ask, ask_all, assert_same, chat, data_url, picture, post, user
+from tests.questions import Refused, ask, ask_all, assert_same, chat, data_url, picture, post, user
 from tests.reference import NAME, Reference
 from tests.serving import Graph, at_rest, eventually, serve
 from tests.test_leaving import Client
@@ -112,8 +112,6 @@ def test_with_decode_dead_the_lease_gives_them_back(tight: Graph) -> None:
 
 
 def _answers(graph: Graph, body: dict[str, Any], expected: Any) -> bool:
-    from tests.questions import Refused
-
     try:
         assert_same([expected], [ask(graph.url, body)])
     except Refused:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,9 +118,6 @@ def _under_fire(graph: Graph, service: str, questions: list[dict[str, Any]], aft
 
 
 def _stages(graph: Graph) -> dict[str, int]:
-    import json
-    import urllib.request
-
     with urllib.request.urlopen(f"{graph.url}/health") as reply:
         found: dict[str, int] = json.loads(reply.read())["stages"]
         return found
