@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_epd.sdk.graph import GraphError, load_graph
-from dynamo_epd.sdk.serve import callers_first
+from dynamo_epd.sdk.serve import callers_first, stop_groups
 
 _numbers = itertools.count()
 
@@ -64,9 +64,12 @@ def test_unlinked_dependencies_are_pruned_and_graphs_do_not_affect_each_other(mo
 
 
 def test_callers_stand_before_what_they_call(modules: Path) -> None:
-    order = callers_first(load_graph(f"{modules.name}.disagg:Frontend", str(modules.parent)))
+    graph = load_graph(f"{modules.name}.disagg:Frontend", str(modules.parent))
+    order = callers_first(graph)
     assert order[:2] == ["Frontend", "Processor"]
     assert sorted(order[2:]) == ["Decode", "Prefill"]
+    assert stop_groups(graph, order) == [["Frontend"], ["Processor"], order[2:]]
+    assert stop_groups(graph, ["Decode"]) == [["Decode"]]
 
 
 @pytest.mark.parametrize("form", ["{name}.agg", "{name}.agg:Frontend", "{name}/agg.py", "{name}/agg.py:Frontend"])

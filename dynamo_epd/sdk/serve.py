@@ -112,6 +112,15 @@ def callers_first(graph: Graph) -> list[str]:
     return order
 
 
+def stop_groups(graph: Graph, services: list[str]) -> list[list[str]]:
+    """``services`` (callers first) in groups that can end together: nobody in a group calls another one of it."""
+    depth: dict[str, int] = {}
+    for name in services:
+        callers = [caller.__name__ for (caller, _), target in graph.edges.items() if target.__name__ == name]
+        depth[name] = max((depth[caller] + 1 for caller in callers if caller in depth), default=0)
+    return [[name for name in services if depth[name] == level] for level in sorted(set(depth.values()))]
+
+
 def _elsewhere(given: list[str], graph: Graph) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in given:
@@ -175,7 +184,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
 
     drain = float(os.environ.get("DYNAMO_DRAIN_SECONDS", DEFAULT_DRAIN))
     supervisor = Supervisor(
-        [*plan.services, NATS_SLOT],
+        [*stop_groups(plan.graph, plan.services), [NATS_SLOT]],
         drain=drain,
         verbose=verbose,
         show=_say,

@@ -114,13 +114,13 @@ class _Output:
 class Supervisor:
     """Runs slots until told to stop or until one keeps dying.
 
-    ``order`` lists services so that each stands before those it calls: they are stopped in that order.
+    ``order`` lists groups of services so that each stands before those it calls: groups are stopped one after another.
     ``on_death`` is told of every slot whose process has ended. ``drain`` in seconds.
     """
 
     def __init__(
         self,
-        order: list[str],
+        order: list[list[str]],
         *,
         drain: float,
         verbose: bool = False,
@@ -266,7 +266,7 @@ class Supervisor:
         begun = said = time.monotonic()
         while True:
             waiting: list[str] = []
-            for service in reversed(self._order):
+            for service in reversed([name for group in self._order for name in group]):
                 slots = self._slots_of(service)
                 missing = [one for one in slots if not one.ever_ready]
                 if missing:
@@ -309,8 +309,8 @@ class Supervisor:
         self._stopping = True
         for task in list(self._restarts):
             task.cancel()
-        for service in self._order:
-            await self.stop_service(service)
+        for group in self._order:
+            await asyncio.gather(*map(self.stop_service, group))
 
     def kill(self) -> None:
         """Ends every process group at once."""
