@@ -133,7 +133,7 @@ def test_metrics_have_their_names_and_labels(disagg: Graph) -> None:
             "epd_embedding_cache_hits_total",
             "epd_embedding_cache_bytes",
             "nixl_transfer_bytes_total",
-            "nixl_transfer_seconds_total",
+            "nixl_transfer_seconds_sum",
         },
         "PrefillWorker": {"epd_stage_queue_depth", "epd_stage_run_seconds_count", "nixl_transfer_bytes_total"},
         "DecodeWorker": {"epd_stage_queue_depth", "epd_stage_run_seconds_count", "nixl_transfer_bytes_total"},
