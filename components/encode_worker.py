@@ -20,7 +20,7 @@ from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
 
-HOLD_SECONDS = 1.0
+HOLD_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
