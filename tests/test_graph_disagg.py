@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import urllib.error
 import urllib.request
@@ -215,6 +216,13 @@ def test_at_rest_nothing_is_held_and_little_is_burnt(disagg: Graph) -> None:
 
     shares: list[float] = []
     eventually(lambda: shares.append(share()) or shares[-1] < IDLE_SHARE, f"below {IDLE_SHARE:.0%}: {shares}", 60)  # type: ignore[func-returns-value]
+
+
+def test_no_engine_is_bound_to_one_core(disagg: Graph) -> None:
+    """vLLM's NIXL connector would bind prefill and decode to the same one, and one would starve the other."""
+    every = os.sched_getaffinity(0)
+    bound = {process.pid: process.cpu_affinity() for process in disagg.tree() if set(process.cpu_affinity()) != every}
+    assert not bound
 
 
 def test_an_unknown_path_or_method_has_the_same_kind_of_body(disagg: Graph) -> None:

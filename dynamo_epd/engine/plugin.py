@@ -33,12 +33,24 @@ def register() -> None:
 
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, f"dynamo_epd.engine.models:{name}")
+    _leave_every_core()
     try:
         import nixl._api as api
     except ImportError:
         return
     if not isinstance(api.nixlBind, _Calm):
         api.nixlBind = _Calm(api.nixlBind, int(delay))
+
+
+def _leave_every_core() -> None:
+    """Keeps vLLM's NIXL connector from binding an engine to the machine's last core.
+
+    It does so on CPUs, meaning to set a core apart for transfers; but the model runs in that very thread, and prefill
+    and decode engines of one machine would all share that one core, where one can keep another waiting for seconds.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.discover_numa_topology = classmethod(lambda cls: [])
 
 
 class _Calm(SimpleNamespace):
