@@ -23,5 +23,3 @@ def disagg(reference: Reference) -> Iterator[Graph]:
     """The disaggregated graph on the tiny LLaVA. Pictures may come from test servers on this machine."""
     with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", "--Common.media.allow-private=true") as graph:
         yield graph
-
-

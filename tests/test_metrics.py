@@ -55,6 +55,5 @@ def test_every_metric_is_there_under_its_name_and_labels():
         assert ",".join(sorted(found[len(name) + 1 : -1].split(","))) == labels
         assert float(said) == value, name
     assert (
-        'epd_requests_total{dynamo_component="Stage",dynamo_namespace="space",model="model",status="200"} 1.0'
-        in text
+        'epd_requests_total{dynamo_component="Stage",dynamo_namespace="space",model="model",status="200"} 1.0' in text
     )
