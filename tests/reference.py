@@ -36,6 +36,8 @@ class Reference:
             "VLLM_NO_USAGE_STATS": "1",
             "TMPDIR": str(log.parent),
         }
+        # A plain engine: nothing that a test set for ours may reach it.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "DYN"))}
         # Without its prefix cache: an answer then depends on nothing that was asked before.
         arguments = (
             f"--port {self.port} --host 127.0.0.1 --served-model-name {NAME} --dtype float32 --enforce-eager "
@@ -48,7 +50,7 @@ class Reference:
                     *(*arguments, "--limit-mm-per-prompt", '{"image": 8}'),
                 ],
                 cwd=ROOT,
-                env=dict(os.environ) | settings,
+                env=ours | settings,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

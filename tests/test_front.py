@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import os
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HELLO = [72, 69, 76, 76, 79]
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     directory = tmp_path_factory.mktemp("model") / "llava"
     write("llava", Path(directory))
     arguments = {
@@ -30,10 +31,13 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "enforce_eager": True,
         "limit_mm_per_prompt": {"image": 4},
     }
+    before = dict(os.environ)
     prepare(arguments)
     from dynamo_epd.engine.front import OpenAIFront
 
-    return OpenAIFront(arguments, ["tiny", "alias"])
+    yield OpenAIFront(arguments, ["tiny", "alias"])
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Stages:

@@ -245,20 +245,35 @@ class Call:
         limit = dynamo_context.get("max_payload")
         if limit and len(payload) > limit - HEADER_ROOM:
             raise PayloadTooLarge(f"the request is too large for {service.name} ({len(payload)} bytes)")
-        self.instance = service._choose(self._endpoint.known(), *self._wanted)
-        served = request_context.get()
-        self._context = Context() if served is None else served.detached(Context().id())
-        service._begin(self.instance)
+        wanted, key, exclude = self._wanted
+        tried = set(exclude)
+        while True:
+            self.instance = service._choose(self._endpoint.known(), wanted, key, tried)
+            served = request_context.get()
+            self._context = Context() if served is None else served.detached(Context().id())
+            service._begin(self.instance)
+            try:
+                await self._send(payload, self.instance)
+                return
+            except Exception as error:  # the runtime raises plain Exception and ValueError for every kind of loss
+                tried.add(self.instance)
+                others = [one for one in service._healthy(self._endpoint.known()) if one not in tried]
+                if wanted is not None or not others:
+                    raise self._lost(error) from error
+            # It never took the request (it is leaving, say): another one can, and the caller need not know.
+            service._end(self.instance, lost=True, answered=False)
+
+    async def _send(self, payload: bytes, instance: int) -> None:
         begun = time.monotonic()
         while True:
             try:
                 self._stream = await self._endpoint.remote.direct(
-                    payload, self.instance, annotated=False, context=self._context
+                    payload, instance, annotated=False, context=self._context
                 )
                 return
-            except Exception as error:  # the runtime raises plain Exception and ValueError for every kind of loss
-                if self.instance in service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:
-                    raise self._lost(error) from error
+            except Exception:  # see _open
+                if instance in self._endpoint.service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:
+                    raise
             await asyncio.sleep(FIRST_CONTACT_PAUSE)
 
     async def _receive(self) -> Any:
