@@ -126,6 +126,19 @@ def test_a_child_of_a_worker_goes_with_it(tmp_path: Path) -> None:
         assert served.leftovers() == []
 
 
+def test_a_killed_worker_leaves_no_semaphore(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with Served(tmp_path / "state", "tests/toys/failing.py:Locking", TOLD=str(told)) as served:
+        served.wait_until_up()
+        semaphore = Path("/dev/shm") / f"sem.{told.read_text().split()[0].removeprefix('/')}"
+        assert semaphore.exists()
+        os.kill(served.workers("Locking")[0], signal.SIGKILL)
+        served.wait_for("is back")
+        eventually(lambda: not semaphore.exists(), "the semaphore is gone")
+        assert served.stop() == 0
+        assert not (Path("/dev/shm") / f"sem.{told.read_text().split()[1].removeprefix('/')}").exists()
+
+
 def test_one_that_keeps_dying_ends_the_graph_with_its_last_error(tmp_path: Path) -> None:
     with Served(tmp_path, "tests/toys/failing.py:Root") as served:
         assert served.wait() == 1

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from circus.watcher import Watcher
 
 BACK_OFF_FIRST, BACK_OFF_CAP = 0.5, 30.0
@@ -198,8 +199,7 @@ class Supervisor:
 
     def _reaped(self, *, watcher: Watcher, process_pid: int, exit_code: int | None, **_: Any) -> bool:
         """circus' hook: the process is gone. Its group goes too: engines fork children that outlive it."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process_pid, signal.SIGKILL)
+        _kill_group(process_pid)
         slot = self.slots.get(watcher.name)
         if slot is not None and slot.pid == process_pid:
             slot.pid, slot.ready = None, False
@@ -334,6 +334,20 @@ class Supervisor:
             self._failure.cancel()
         elif not self._failure.cancelled():
             self._failure.exception()
+
+
+def _kill_group(group: int) -> None:
+    """Ends every process of a group whose leader is gone.
+
+    multiprocessing's resource tracker is left to end by itself, as it does once the others are gone: killed with them
+    it would leave their semaphores in shared memory.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and "multiprocessing.resource_tracker" not in " ".join(
+                process.cmdline()
+            ):
+                process.kill()
 
 
 def _remove_leftovers() -> None:

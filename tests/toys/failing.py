@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -43,6 +44,20 @@ class Forking:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             while True:
                 signal.pause()
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
+
+
+@service
+class Locking:
+    """Holds a named semaphore, as vLLM's processes do, and tells its name."""
+
+    def __init__(self) -> None:
+        self.lock = multiprocessing.get_context("spawn").Lock()
+        with open(os.environ["TOLD"], "a") as told:
+            told.write(self.lock._semlock.name + "\n")
 
     @endpoint()
     async def answer(self) -> AsyncIterator[int]:
