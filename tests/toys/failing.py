@@ -57,7 +57,7 @@ class Locking:
     def __init__(self) -> None:
         self.lock = multiprocessing.get_context("spawn").Lock()
         with open(os.environ["TOLD"], "a") as told:
-            told.write(self.lock._semlock.name + "\n")
+            told.write(self.lock._semlock.name + "\n")  # type: ignore[attr-defined]
 
     @endpoint()
     async def answer(self) -> AsyncIterator[int]:
