@@ -127,6 +127,15 @@ def test_n_answers_are_n_prompts_with_seeds_of_their_own(front: Any):
     assert len({prompt.request_id for prompt in stages.prompts}) == 3
 
 
+def test_several_greedy_answers_are_several_times_the_likeliest_token(front: Any):
+    stages = Stages(HELLO, end="length")
+    _, body = ask(front, stages, n=2, temperature=0, top_p=0.5)
+    assert len(body["choices"]) == 2
+    for prompt in stages.prompts:
+        sampling = json.loads(prompt.sampling)
+        assert (sampling["top_k"], sampling["top_p"]) == (1, 1.0)
+
+
 def test_a_stop_string_ends_the_answer_and_the_stages(front: Any):
     stages = Stages([*HELLO, *HELLO, *HELLO], end="length")
     _, whole = ask(front, Stages(HELLO, end="length"))

@@ -162,7 +162,7 @@ class OpenAIFront:
         token = _current.set(run)
         streaming = False
         try:
-            result = await create(kind.model_validate(body))
+            result = await create(kind.model_validate(_greedy_many(body)))
             if isinstance(result, ErrorResponse):
                 raise _refusal(result)
             if not isinstance(result, AsyncGenerator):
@@ -183,6 +183,16 @@ class OpenAIFront:
             _current.reset(token)
             if not streaming:
                 await run.close()
+
+
+def _greedy_many(body: dict[str, Any]) -> dict[str, Any]:
+    """``n`` greedy answers, which OpenAI's API gives and vLLM refuses, said so that vLLM takes them.
+
+    The likeliest token is also the only one of the top one. Log probabilities are those before temperature: the same.
+    """
+    if (body.get("n") or 1) > 1 and body.get("temperature") == 0:
+        return body | {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0}
+    return body
 
 
 @dataclass
