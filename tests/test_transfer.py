@@ -511,28 +511,6 @@ def test_reader_processes_read_at_once_and_their_notices_end_the_leases() -> Non
             reader.kill()
 
 
-def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_itself(over_tcp: ArenaOwner) -> None:
-    async def test(arena: Arena, card: dict[str, str]) -> None:
-        first = await publish(arena, content(1, MIB), 60)
-        over_tcp.begin("read", handle=msgspec.to_builtins(first), **card)
-        assert "sha256" in await asyncio.to_thread(over_tcp.answer)
-        await until(lambda: arena.stats().leases == 0)
-        handle = await publish(arena, content(2, 15 * MIB), 1)
-        over_tcp.begin("read", handle=msgspec.to_builtins(handle), **card)
-        await asyncio.sleep(0.005)
-        over_tcp.kill()
-        assert arena.stats().leases == 1
-        await until(lambda: arena.stats().leases == 0)
-        assert arena.stats().leases_expired == 1
-        assert arena.stats().bytes_used == 0
-        assert bytes(await own(arena)) == b"still here"
-
-    async def own(arena: Arena) -> bytes:
-        return await read_bytes(arena, await publish(arena, b"still here", 60))
-
-    serving(test)
-
-
 def test_a_reader_that_never_comes_holds_the_slot_only_as_long_as_its_lease(owner: ArenaOwner) -> None:
     handle = owner.publish(1, 100, seconds=0.2)
     assert owner.stats()["leases"] == 1
