@@ -2,7 +2,7 @@
 """A reader that dies within its READ over TCP.
 
 Not among the quick tests: once in some ten runs UCX itself aborts the owner's process (seen with UCX of NIXL 1.4.1),
-and here that process is pytest's. In a graph it is a worker, which is started again while its request is conducted anew.
+and here that process is pytest's. In a graph it is a worker, started again while its request is conducted anew.
 """
 
 from __future__ import annotations
