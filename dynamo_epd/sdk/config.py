@@ -354,6 +354,7 @@ def _nested(kind: Any, value: Any, document: Document, path: tuple[str, ...], wh
 def _path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
+    # msgspec asks for this error from a hook that does not know a type.
     raise NotImplementedError(f"a field of type {kind.__name__}")
 
 
