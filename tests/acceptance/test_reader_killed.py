@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reader that dies within its READ over TCP.
+"""The owner of an arena whose reader dies within its READ over TCP.
 
-Not among the quick tests: once in some ten runs UCX itself aborts the owner's process (seen with UCX of NIXL 1.4.1),
-and here that process is pytest's. In a graph it is a worker, started again while its request is conducted anew.
+UCX 1.22 has a fault here, which no setting avoids: over TCP a READ is answered by active messages, and when ``send``
+fails because the reader has just died, ``ucp_progress_get_reply`` (src/ucp/rma/rma_sw.c) hands the error to
+``ucp_request_try_send``, which knows no error and aborts the process (src/ucp/core/ucp_request.inl). Seen in some 20 of
+100 runs. So the owner is a process of its own here, and a run that ended by that very abort is made again. In a graph
+the owner is a worker: it is started again, and its requests are conducted anew. Shared memory and RDMA READs are the
+reader's own work and have no such reply.
 """
 
 from __future__ import annotations
 
-import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
-import msgspec
-from arena_owner import ArenaOwner, content
-
-from dynamo_epd.transfer import Arena
-from tests.test_transfer import MIB, over_tcp, publish, read_bytes, serving, until
-
-__all__ = ["over_tcp"]
+SCENARIO = Path(__file__).with_name("reader_killed.py")
+RUNS = 6
+UCX_ABORT = "Fatal: unexpected error: Endpoint timeout"
 
 
-def test_a_reader_killed_while_it_reads_gives_no_notice_and_its_lease_ends_by_itself(over_tcp: ArenaOwner) -> None:
-    async def test(arena: Arena, card: dict[str, str]) -> None:
-        first = await publish(arena, content(1, MIB), 60)
-        over_tcp.begin("read", handle=msgspec.to_builtins(first), **card)
-        assert "sha256" in await asyncio.to_thread(over_tcp.answer)
-        await until(lambda: arena.stats().leases == 0)
-        handle = await publish(arena, content(2, 15 * MIB), 1)
-        over_tcp.begin("read", handle=msgspec.to_builtins(handle), **card)
-        await asyncio.sleep(0.005)
-        over_tcp.kill()
-        assert arena.stats().leases == 1
-        await until(lambda: arena.stats().leases == 0)
-        assert arena.stats().leases_expired == 1
-        assert arena.stats().bytes_used == 0
-        assert bytes(await own(arena)) == b"still here"
-
-    async def own(arena: Arena) -> bytes:
-        return await read_bytes(arena, await publish(arena, b"still here", 60))
-
-    serving(test)
+def test_an_owner_ends_the_lease_of_a_reader_that_died_unless_ucx_aborts_it() -> None:
+    aborted = 0
+    for _ in range(RUNS):
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=no", str(SCENARIO)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        output = run.stdout + run.stderr
+        if run.returncode == -signal.SIGABRT and UCX_ABORT in output:
+            aborted += 1
+            continue
+        assert run.returncode == 0, output
+        assert "1 passed" in output
+    print(f"{RUNS - aborted} owners went on, {aborted} aborted by UCX")
+    assert aborted < RUNS
