@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that every recipe trains with: AdamW, one cycle, resumable, and a line that says how long it still takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WORK = Path("build/models")
+"""Where unfinished runs are kept, from the repository's root."""
+SAVE_SECONDS = 60.0
+REPORT_SECONDS = 15.0
+WARM_UP = 0.05
+"""Part of the steps in which the learning rate rises; then it falls along a cosine to nothing."""
+GRADIENT_NORM = 1.0
+
+Loss = Callable[[random.Random], tuple[torch.Tensor, dict[str, float]]]
+"""One step's loss from that step's own source of chance, and figures to show."""
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where matrix units compute it: GPUs, and processors with AMX. Elsewhere it is slower than float32."""
+    where = device().type
+    fast = where == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(where, dtype=torch.bfloat16, enabled=fast)
+
+
+class Run:
+    """One phase of a recipe: ``module`` is trained for ``steps`` steps, from where an earlier, ended run left it.
+
+    Step k draws its data from a source of chance seeded by the phase and k, so a resumed run sees what an unbroken one
+    would have seen. With ``average`` the module ends with the exponential average of its weights (decay per step), as
+    diffusion models are sampled from.
+    """
+
+    def __init__(self, name: str, module: nn.Module, steps: int, rate: float, *, average: float = 0.0):
+        self.name = name
+        self.module = module.to(device())
+        self.steps = steps
+        self.rate = rate
+        self.average = average
+        self.curve: list[dict[str, float]] = []
+        self._parameters = [one for one in module.parameters() if one.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self._averages = [one.detach().clone() for one in self._parameters] if average else []
+        self._directory = WORK / name
+        self._done = 0
+
+    def train(self, loss: Loss) -> nn.Module:
+        """Do the steps that are not yet done. Returns the module, in evaluation mode."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self.module.train()
+        began, saved, reported, first = time.monotonic(), time.monotonic(), time.monotonic(), self._done
+        while self._done < self.steps:
+            shown = self._step(loss)
+            now = time.monotonic()
+            ended = self._done == self.steps
+            if ended or self._done == 1 or now - reported > REPORT_SECONDS:
+                reported = now
+                self._report(shown, (now - began) / (self._done - first))
+            if ended or now - saved > SAVE_SECONDS:
+                saved = now
+                self._save()
+        for parameter, mean in zip(self._parameters, self._averages, strict=bool(self._averages)):
+            parameter.data.copy_(mean)
+        return self.module.eval()
+
+    def _step(self, loss: Loss) -> dict[str, float]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate * self._share()
+        torch.manual_seed(self._done)
+        with autocast():
+            value, shown = loss(random.Random(f"{self.name} {self._done}"))
+        self._optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
+        self._optimizer.step()
+        self._done += 1
+        if self.average:
+            # A short memory at first: the first weights are noise.
+            decay = min(self.average, (1 + self._done) / (10 + self._done))
+            torch._foreach_lerp_(self._averages, [one.detach() for one in self._parameters], 1 - decay)
+        return {"loss": value.item(), **shown}
+
+    def _share(self) -> float:
+        warm = max(1, round(WARM_UP * self.steps))
+        if self._done < warm:
+            return (self._done + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (self._done - warm) / max(1, self.steps - warm)))
+
+    def _report(self, shown: dict[str, float], seconds: float) -> None:
+        self.curve.append({"step": self._done, **{name: round(value, 4) for name, value in shown.items()}})
+        left = (self.steps - self._done) * seconds / 60
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        line = f"{self.name}: {self._done}/{self.steps}  {figures}  {seconds * 1000:.0f} ms a step, {left:.0f} min left"
+        print(line, file=sys.stderr, flush=True)
+
+    def _save(self) -> None:
+        state = self._optimizer.state
+        tensors = {}
+        for index, parameter in enumerate(self._parameters):
+            tensors[f"{index}.weight"] = parameter.detach()
+            tensors[f"{index}.mean"] = state[parameter]["exp_avg"]
+            tensors[f"{index}.square"] = state[parameter]["exp_avg_sq"]
+            if self._averages:
+                tensors[f"{index}.average"] = self._averages[index]
+        about = {"step": self._done, "steps": self.steps, "curve": self.curve}
+        held = self._directory / "unfinished"
+        save_file({key: one.contiguous() for key, one in tensors.items()}, held, {"about": json.dumps(about)})
+        held.replace(self._directory / "state.safetensors")
+
+    def _resume(self) -> None:
+        path = self._directory / "state.safetensors"
+        if not path.exists():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        if about["steps"] != self.steps:
+            raise SystemExit(f"{path} is of a run of {about['steps']} steps, not {self.steps}: remove it to start anew")
+        tensors = load_file(path, device=str(device()))
+        self._done, self.curve = about["step"], about["curve"]
+        for index, parameter in enumerate(self._parameters):
+            parameter.data.copy_(tensors[f"{index}.weight"])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(self._done)),
+                "exp_avg": tensors[f"{index}.mean"],
+                "exp_avg_sq": tensors[f"{index}.square"],
+            }
+            if self._averages:
+                self._averages[index].copy_(tensors[f"{index}.average"])
+        print(f"{self.name}: goes on at step {self._done} of {self.steps}", file=sys.stderr, flush=True)
