@@ -115,8 +115,9 @@ class Run:
         tensors = {}
         for index, parameter in enumerate(self._parameters):
             tensors[f"{index}.weight"] = parameter.detach()
-            tensors[f"{index}.mean"] = state[parameter]["exp_avg"]
-            tensors[f"{index}.square"] = state[parameter]["exp_avg_sq"]
+            if parameter in state:  # one that the loss does not depend on has none
+                tensors[f"{index}.mean"] = state[parameter]["exp_avg"]
+                tensors[f"{index}.square"] = state[parameter]["exp_avg_sq"]
             if self._averages:
                 tensors[f"{index}.average"] = self._averages[index]
         about = {"step": self._done, "steps": self.steps, "curve": self.curve}
@@ -138,11 +139,12 @@ class Run:
         self._done, self.curve = about["step"], about["curve"]
         for index, parameter in enumerate(self._parameters):
             parameter.data.copy_(tensors[f"{index}.weight"])
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self._done)),
-                "exp_avg": tensors[f"{index}.mean"],
-                "exp_avg_sq": tensors[f"{index}.square"],
-            }
+            if f"{index}.mean" in tensors:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self._done)),
+                    "exp_avg": tensors[f"{index}.mean"],
+                    "exp_avg_sq": tensors[f"{index}.square"],
+                }
             if self._averages:
                 self._averages[index].copy_(tensors[f"{index}.average"])
         print(f"{self.name}: goes on at step {self._done} of {self.steps}", file=sys.stderr, flush=True)
