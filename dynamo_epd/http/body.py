@@ -10,11 +10,27 @@ the one that came in, holds only known keys, and keeps every picture in one shap
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dynamo_epd.errors import EpdError, InvalidJson, InvalidRequest, UnsupportedParameter
+from dynamo_epd.errors import InvalidJson, InvalidRequest, UnsupportedParameter
+from dynamo_epd.http.fields import (
+    Check,
+    boolean,
+    checked,
+    entries,
+    integer,
+    known,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    only,
+    shown,
+    text,
+    unsupported,
+)
 from dynamo_epd.http.json_schema import check_schema
 from dynamo_epd.http.strict_json import parse_json
 
@@ -23,9 +39,6 @@ __all__ = ["BodyLimits", "ChatBody", "CompletionBody", "ImageRef", "check_chat",
 MAX_TOKENS = 2**31
 MAX_TEXT = 256
 """Characters of a name, an id or a stop string."""
-
-Check = Callable[[Any, str], Any]
-"""(value, its name in the body) -> the value to pass on. Raises `InvalidRequest`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,6 @@ class CompletionBody:
         return bool(self.body.get("stream"))
 
 
-_IGNORED = frozenset({"user", "metadata", "store", "service_tier"})
 # Fields of OpenAI's API that are not served: null says nothing, anything else is refused.
 _NULLABLE = frozenset(
     {
@@ -117,13 +129,13 @@ def check_chat(body: Mapping[str, Any], limits: BodyLimits) -> ChatBody:
     images: list[ImageRef] = []
     own: dict[str, Check] = {
         "messages": lambda value, name: _messages(value, name, limits, images),
-        "max_completion_tokens": _integer(1, MAX_TOKENS),
-        "logprobs": _boolean,
-        "top_logprobs": _integer(0, limits.max_top_logprobs),
+        "max_completion_tokens": integer(1, MAX_TOKENS),
+        "logprobs": boolean,
+        "top_logprobs": integer(0, limits.max_top_logprobs),
         "response_format": _response_format,
         "tools": lambda value, name: _tools(value, name, limits),
         "tool_choice": _tool_choice,
-        "parallel_tool_calls": _boolean,
+        "parallel_tool_calls": boolean,
     }
     clean = _fields(body, _sampling(limits) | own)
     if "messages" not in clean:
@@ -140,8 +152,8 @@ def check_completion(body: Mapping[str, Any], limits: BodyLimits) -> CompletionB
     """A completion body, checked and cleaned; ``prompt`` is a text, a list of token ids, or a list of either."""
     own: dict[str, Check] = {
         "prompt": lambda value, name: _prompt(value, name, limits),
-        "logprobs": _integer(0, limits.max_top_logprobs),
-        "echo": _only(False),
+        "logprobs": integer(0, limits.max_top_logprobs),
+        "echo": only(False),
     }
     clean = _fields(body, _sampling(limits) | own)
     if "prompt" not in clean:
@@ -152,36 +164,32 @@ def check_completion(body: Mapping[str, Any], limits: BodyLimits) -> CompletionB
 def _sampling(limits: BodyLimits) -> dict[str, Check]:
     """Fields that both kinds of body share, with OpenAI's ranges where it has the field and vLLM's elsewhere."""
     return {
-        "model": _text(1, MAX_TEXT),
-        "stream": _boolean,
+        "model": text(1, MAX_TEXT),
+        "stream": boolean,
         "stream_options": _stream_options,
-        "max_tokens": _integer(1, MAX_TOKENS),
-        "n": _integer(1, limits.max_n),
-        "temperature": _number(0, 2),
-        "top_p": _number(0, 1, above=True),
-        "frequency_penalty": _number(-2, 2),
-        "presence_penalty": _number(-2, 2),
-        "seed": _integer(-(2**63), 2**63 - 1),
+        "max_tokens": integer(1, MAX_TOKENS),
+        "n": integer(1, limits.max_n),
+        "temperature": number(0, 2),
+        "top_p": number(0, 1, above=True),
+        "frequency_penalty": number(-2, 2),
+        "presence_penalty": number(-2, 2),
+        "seed": integer(-(2**63), 2**63 - 1),
         "stop": lambda value, name: _stop(value, name, limits),
         "logit_bias": lambda value, name: _logit_bias(value, name, limits),
         # vLLM's, which benchmarks and clients of plain `vllm serve` send.
-        "top_k": _integer(-1, MAX_TOKENS),
-        "min_p": _number(0, 1),
-        "repetition_penalty": _number(0, 10, above=True),
-        "min_tokens": _integer(0, MAX_TOKENS),
-        "ignore_eos": _boolean,
-        "stop_token_ids": _list_of(_integer(0, MAX_TOKENS - 1), 0, 128),
-        "include_stop_str_in_output": _boolean,
-        "skip_special_tokens": _boolean,
+        "top_k": integer(-1, MAX_TOKENS),
+        "min_p": number(0, 1),
+        "repetition_penalty": number(0, 10, above=True),
+        "min_tokens": integer(0, MAX_TOKENS),
+        "ignore_eos": boolean,
+        "stop_token_ids": list_of(integer(0, MAX_TOKENS - 1), 0, 128),
+        "include_stop_str_in_output": boolean,
+        "skip_special_tokens": boolean,
     }
 
 
 def _fields(body: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
-    # Unknown names first: a field that must not be there is named even where another one is merely out of range.
-    for name, value in body.items():
-        if name not in checks and name not in _IGNORED and not (name in _NULLABLE and value is None):
-            raise _unsupported(_shown(name))
-    clean = {name: check(body[name], name) for name, check in checks.items() if body.get(name) is not None}
+    clean = checked(body, checks, _NULLABLE)
     clean.pop("echo", None)
     if "stream_options" in clean and not clean.get("stream"):
         raise InvalidRequest("'stream_options' needs 'stream'", param="stream_options")
@@ -192,7 +200,7 @@ def _fields(body: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, A
 
 
 def _messages(value: Any, name: str, limits: BodyLimits, images: list[ImageRef]) -> list[dict[str, Any]]:
-    messages = _list(value, name, 1, limits.max_messages)
+    messages = entries(value, name, 1, limits.max_messages)
     # Counted before anything else is looked at, so that too many pictures cost nothing.
     parts = (part for message in messages if isinstance(message, dict) for part in _as_list(message.get("content")))
     if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > limits.max_images:
@@ -201,22 +209,22 @@ def _messages(value: Any, name: str, limits: BodyLimits, images: list[ImageRef])
 
 
 def _message(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
-    message = _object(value, name)
+    message = mapping(value, name)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"'{name}.role' must be one of {', '.join(sorted(_ROLES))}", param=f"{name}.role")
-    own: dict[str, Check] = {"content": lambda item, param: _content(item, param, images), "name": _text(1, MAX_TEXT)}
+    own: dict[str, Check] = {"content": lambda item, param: _content(item, param, images), "name": text(1, MAX_TEXT)}
     if role == "tool":
-        own["tool_call_id"] = _text(1, MAX_TEXT)
+        own["tool_call_id"] = text(1, MAX_TEXT)
     if role == "assistant":
-        own |= {"tool_calls": _list_of(_tool_call, 0, 128), "reasoning": _text(0, None)}
+        own |= {"tool_calls": list_of(_tool_call, 0, 128), "reasoning": text(0, None)}
     clean: dict[str, Any] = {"role": role}
     for key, item in message.items():
         # What a reply carries with nothing in it comes back as history.
         if key == "role" or (key in _NULLABLE_IN_MESSAGE and item is None) or (key == "annotations" and item == []):
             continue
         if key not in own:
-            raise _unsupported(f"{name}.{_shown(key)}")
+            raise unsupported(f"{name}.{shown(key)}")
         clean[key] = own[key](item, f"{name}.{key}")
     if role == "tool" and "tool_call_id" not in clean:
         raise InvalidRequest(f"'{name}.tool_call_id' is required", param=f"{name}.tool_call_id")
@@ -230,11 +238,11 @@ def _content(value: Any, name: str, images: list[ImageRef]) -> str | list[dict[s
         return value
     if not isinstance(value, list):
         raise InvalidRequest(f"'{name}' must be a text or a list of parts", param=name)
-    return [_part(part, f"{name}[{j}]", images) for j, part in enumerate(_list(value, name, 1, 4096))]
+    return [_part(part, f"{name}[{j}]", images) for j, part in enumerate(entries(value, name, 1, 4096))]
 
 
 def _part(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
-    part = _object(value, name)
+    part = mapping(value, name)
     kind = part.get("type")
     if kind not in ("text", "image_url"):
         if not isinstance(kind, str):
@@ -242,29 +250,29 @@ def _part(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
         raise UnsupportedParameter(f"'{name}' has a type that is not supported: text and image_url are", param=name)
     for key in part:
         if key not in ("type", kind):
-            raise _unsupported(f"{name}.{_shown(key)}")
+            raise unsupported(f"{name}.{shown(key)}")
     if kind == "text":
-        return {"type": "text", "text": _text(0, None)(part.get("text"), f"{name}.text")}
+        return {"type": "text", "text": text(0, None)(part.get("text"), f"{name}.text")}
     param = f"{name}.image_url"
     image = part.get("image_url")
     if isinstance(image, dict):
         for key in image:
             if key not in ("url", "detail"):
-                raise _unsupported(f"{param}.{_shown(key)}")
+                raise unsupported(f"{param}.{shown(key)}")
         # Taken and dropped: resolution is the model's own here, as in a plain `vllm serve`.
         if image.get("detail") not in (None, "auto", "low", "high"):
             raise InvalidRequest(f"'{param}.detail' must be auto, low or high", param=f"{param}.detail")
         image, param = image.get("url"), f"{param}.url"
-    clean = {"type": "image_url", "image_url": {"url": _text(1, None)(image, param)}}
+    clean = {"type": "image_url", "image_url": {"url": text(1, None)(image, param)}}
     images.append(ImageRef(clean, name))
     return clean
 
 
 def _tool_call(value: Any, name: str) -> dict[str, Any]:
-    call = _known(value, name, "id", "type", "function")
-    _one_of(call.get("type", "function"), f"{name}.type", "function")
-    function = _known(call.get("function"), f"{name}.function", "name", "arguments")
-    arguments = _text(0, None)(function.get("arguments", ""), f"{name}.function.arguments")
+    call = known(value, name, "id", "type", "function")
+    one_of(call.get("type", "function"), f"{name}.type", "function")
+    function = known(call.get("function"), f"{name}.function", "name", "arguments")
+    arguments = text(0, None)(function.get("arguments", ""), f"{name}.function.arguments")
     if arguments:
         try:  # templates get them parsed, by a parser without bounds
             parse_json(arguments.encode())
@@ -272,7 +280,7 @@ def _tool_call(value: Any, name: str) -> dict[str, Any]:
             param = f"{name}.function.arguments"
             raise InvalidRequest(f"'{param}' must be a JSON object within bounds", param=param) from error
     return {
-        "id": _text(1, MAX_TEXT)(call.get("id"), f"{name}.id"),
+        "id": text(1, MAX_TEXT)(call.get("id"), f"{name}.id"),
         "type": "function",
         "function": {"name": _function_name(function.get("name"), f"{name}.function.name"), "arguments": arguments},
     }
@@ -281,95 +289,95 @@ def _tool_call(value: Any, name: str) -> dict[str, Any]:
 def _prompt(value: Any, name: str, limits: BodyLimits) -> Any:
     if isinstance(value, str):
         return value
-    prompts = _list(value, name, 1, None)
-    token = _integer(0, MAX_TOKENS - 1)
+    prompts = entries(value, name, 1, None)
+    token = integer(0, MAX_TOKENS - 1)
     if all(isinstance(item, int) for item in prompts):
         return [token(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
     if len(prompts) > limits.max_prompts:
         raise InvalidRequest(f"'{name}' holds more than {limits.max_prompts} prompts", param=name)
     if all(isinstance(item, str) for item in prompts):
         return prompts
-    return [_list_of(token, 1, None)(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
+    return [list_of(token, 1, None)(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
 
 
 # --- fields with a structure
 
 
 def _stream_options(value: Any, name: str) -> dict[str, Any]:
-    options = _known(value, name, "include_usage", "continuous_usage_stats", "include_obfuscation")
+    options = known(value, name, "include_usage", "continuous_usage_stats", "include_obfuscation")
     if options.get("include_obfuscation"):
-        raise _unsupported(f"{name}.include_obfuscation")
+        raise unsupported(f"{name}.include_obfuscation")
     return {
-        key: _boolean(options[key], f"{name}.{key}")
+        key: boolean(options[key], f"{name}.{key}")
         for key in ("include_usage", "continuous_usage_stats")
         if options.get(key) is not None
     }
 
 
 def _stop(value: Any, name: str, limits: BodyLimits) -> str | list[str]:
-    text = _text(1, MAX_TEXT)
+    one = text(1, MAX_TEXT)
     result: str | list[str] = (
-        text(value, name) if isinstance(value, str) else _list_of(text, 0, limits.max_stop)(value, name)
+        one(value, name) if isinstance(value, str) else list_of(one, 0, limits.max_stop)(value, name)
     )
     return result
 
 
 def _logit_bias(value: Any, name: str, limits: BodyLimits) -> dict[str, float]:
-    biases = _object(value, name)
+    biases = mapping(value, name)
     if len(biases) > limits.max_logit_bias:
         raise InvalidRequest(f"'{name}' has more than {limits.max_logit_bias} entries", param=name)
     for token in biases:
         if not re.fullmatch(r"[0-9]{1,9}", token):
             raise InvalidRequest(f"a key of '{name}' is not a token id", param=name)
-    return {token: _number(-100, 100)(bias, name) for token, bias in biases.items()}
+    return {token: number(-100, 100)(bias, name) for token, bias in biases.items()}
 
 
 def _response_format(value: Any, name: str) -> dict[str, Any]:
     # An object with further keys is how vLLM would be handed a regular expression or a structural tag.
-    wanted = _known(value, name, "type", "json_schema")
-    kind = _one_of(wanted.get("type"), f"{name}.type", "text", "json_object", "json_schema")
+    wanted = known(value, name, "type", "json_schema")
+    kind = one_of(wanted.get("type"), f"{name}.type", "text", "json_object", "json_schema")
     if kind != "json_schema":
         if wanted.get("json_schema") is not None:
-            raise _unsupported(f"{name}.json_schema")
+            raise unsupported(f"{name}.json_schema")
         return {"type": kind}
     param = f"{name}.json_schema"
-    given = _known(wanted.get("json_schema"), param, "name", "description", "schema", "strict")
+    given = known(wanted.get("json_schema"), param, "name", "description", "schema", "strict")
     clean: dict[str, Any] = {
         "name": _function_name(given.get("name"), f"{param}.name"),
         "schema": check_schema(given.get("schema"), f"{param}.schema"),
     }
     if given.get("description") is not None:
-        clean["description"] = _text(0, None)(given["description"], f"{param}.description")
+        clean["description"] = text(0, None)(given["description"], f"{param}.description")
     if given.get("strict") is not None:
-        clean["strict"] = _boolean(given["strict"], f"{param}.strict")
+        clean["strict"] = boolean(given["strict"], f"{param}.strict")
     return {"type": kind, "json_schema": clean}
 
 
 def _tools(value: Any, name: str, limits: BodyLimits) -> list[dict[str, Any]]:
-    return [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(_list(value, name, 1, limits.max_tools))]
+    return [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(entries(value, name, 1, limits.max_tools))]
 
 
 def _tool(value: Any, name: str) -> dict[str, Any]:
-    tool = _known(value, name, "type", "function")
-    _one_of(tool.get("type"), f"{name}.type", "function")
+    tool = known(value, name, "type", "function")
+    one_of(tool.get("type"), f"{name}.type", "function")
     param = f"{name}.function"
-    given = _known(tool.get("function"), param, "name", "description", "parameters", "strict")
+    given = known(tool.get("function"), param, "name", "description", "parameters", "strict")
     function: dict[str, Any] = {"name": _function_name(given.get("name"), f"{param}.name")}
     if given.get("description") is not None:
-        function["description"] = _text(0, None)(given["description"], f"{param}.description")
+        function["description"] = text(0, None)(given["description"], f"{param}.description")
     if given.get("parameters") is not None:
         function["parameters"] = check_schema(given["parameters"], f"{param}.parameters")
     if given.get("strict") is not None:
-        function["strict"] = _boolean(given["strict"], f"{param}.strict")
+        function["strict"] = boolean(given["strict"], f"{param}.strict")
     return {"type": "function", "function": function}
 
 
 def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
     if isinstance(value, str):
-        return _one_of(value, name, "none", "auto", "required")
-    choice = _known(value, name, "type", "function")
-    _one_of(choice.get("type"), f"{name}.type", "function")
-    function = _known(choice.get("function"), f"{name}.function", "name")
+        return one_of(value, name, "none", "auto", "required")
+    choice = known(value, name, "type", "function")
+    one_of(choice.get("type"), f"{name}.type", "function")
+    function = known(choice.get("function"), f"{name}.function", "name")
     chosen = _function_name(function.get("name"), f"{name}.function.name")
     return {"type": "function", "function": {"name": chosen}}
 
@@ -382,110 +390,11 @@ def _check_named_tool(clean: Mapping[str, Any]) -> None:
             raise InvalidRequest("'tool_choice' names none of 'tools'", param="tool_choice")
 
 
-# --- plain values
-
-
-def _integer(low: int, high: int) -> Check:
-    def check(value: Any, name: str) -> int:
-        if isinstance(value, float) and value.is_integer():  # 1.0 is an integer in JSON
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidRequest(f"'{name}' must be an integer from {low} to {high}", param=name)
-        return value
-
-    return check
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Check:
-    """A number in [low, high], or in (low, high] with ``above``. NaN is in neither."""
-
-    def check(value: Any, name: str) -> float:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        if not right or (above and value == low):
-            least = f"above {low}" if above else f"at least {low}"
-            raise InvalidRequest(f"'{name}' must be a number, {least} and at most {high}", param=name)
-        return float(value)
-
-    return check
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"'{name}' must be true or false", param=name)
-    return value
-
-
-def _only(wanted: Any) -> Check:
-    """For a field of which only the value without effect is served."""
-
-    def check(value: Any, name: str) -> Any:
-        if value is not wanted:
-            raise _unsupported(name)
-        return value
-
-    return check
-
-
-def _text(least: int, most: int | None) -> Check:
-    def check(value: Any, name: str) -> str:
-        if not isinstance(value, str):
-            raise InvalidRequest(f"'{name}' must be a text", param=name)
-        if len(value) < least or (most is not None and len(value) > most):
-            bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-            raise InvalidRequest(f"'{name}' must have {bounds} characters", param=name)
-        return value
-
-    return check
-
-
 def _function_name(value: Any, name: str) -> str:
     if not isinstance(value, str) or not _FUNCTION_NAME.fullmatch(value):
         raise InvalidRequest(f"'{name}' must have 1 to 64 letters, digits, underscores or dashes", param=name)
     return value
 
 
-def _one_of(value: Any, name: str, *wanted: str) -> str:
-    if not isinstance(value, str) or value not in wanted:
-        raise InvalidRequest(f"'{name}' must be {' or '.join(wanted)}", param=name)
-    return value
-
-
-def _list(value: Any, name: str, least: int, most: int | None) -> list[Any]:
-    if not isinstance(value, list):
-        raise InvalidRequest(f"'{name}' must be a list", param=name)
-    if len(value) < least or (most is not None and len(value) > most):
-        bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-        raise InvalidRequest(f"'{name}' must have {bounds} entries", param=name)
-    return value
-
-
-def _list_of(check: Check, least: int, most: int | None) -> Check:
-    return lambda value, name: [check(item, f"{name}[{i}]") for i, item in enumerate(_list(value, name, least, most))]
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"'{name}' must be an object", param=name)
-    return value
-
-
-def _known(value: Any, name: str, *keys: str) -> dict[str, Any]:
-    """An object with no keys but these."""
-    found = _object(value, name)
-    for key in found:
-        if key not in keys:
-            raise _unsupported(f"{name}.{_shown(key)}")
-    return found
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _shown(key: str) -> str:
-    """A key of the client's as an error message may show it."""
-    return re.sub(r"[^\w.-]", "?", key[:64], flags=re.ASCII)
-
-
-def _unsupported(name: str) -> EpdError:
-    return UnsupportedParameter(f"'{name}' is not supported", param=name)
