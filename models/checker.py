@@ -26,7 +26,7 @@ NEAR = np.ones((9, 9))
 """A neighbourhood: wider than half of a soft edge, narrower than the gap between two things."""
 BORDER = 6
 """Width of the frame that is taken for ground."""
-CONTRAST = 28.0
+CONTRAST = 32.0
 """What is nearer to the ground's colour than this is ground."""
 SPECK = 0.004
 """Smaller than this part of the picture is no thing, but dirt, of which there may be as much."""
