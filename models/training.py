@@ -54,6 +54,8 @@ class Run:
         self.rate = rate
         self.average = average
         self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+        """What the steps have taken, those of earlier, ended runs with them."""
         self._parameters = [one for one in module.parameters() if one.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         self._averages = [one.detach().clone() for one in self._parameters] if average else []
@@ -66,9 +68,11 @@ class Run:
         self._resume()
         self.module.train()
         began, saved, reported, first = time.monotonic(), time.monotonic(), time.monotonic(), self._done
+        before = self.seconds
         while self._done < self.steps:
             shown = self._step(loss)
             now = time.monotonic()
+            self.seconds = before + now - began
             ended = self._done == self.steps
             if ended or self._done == 1 or now - reported > REPORT_SECONDS:
                 reported = now
@@ -120,7 +124,7 @@ class Run:
                 tensors[f"{index}.square"] = state[parameter]["exp_avg_sq"]
             if self._averages:
                 tensors[f"{index}.average"] = self._averages[index]
-        about = {"step": self._done, "steps": self.steps, "curve": self.curve}
+        about = {"step": self._done, "steps": self.steps, "seconds": round(self.seconds), "curve": self.curve}
         held = self._directory / "unfinished"
         save_file({key: one.contiguous() for key, one in tensors.items()}, held, {"about": json.dumps(about)})
         held.replace(self._directory / "state.safetensors")
@@ -136,7 +140,7 @@ class Run:
         if about["steps"] != self.steps:
             raise SystemExit(f"{path} is of a run of {about['steps']} steps, not {self.steps}: remove it to start anew")
         tensors = load_file(path, device=str(device()))
-        self._done, self.curve = about["step"], about["curve"]
+        self._done, self.curve, self.seconds = about["step"], about["curve"], about.get("seconds", 0.0)
         for index, parameter in enumerate(self._parameters):
             parameter.data.copy_(tensors[f"{index}.weight"])
             if f"{index}.mean" in tensors:
