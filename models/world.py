@@ -307,6 +307,7 @@ def question(scene: Scene, chance: random.Random) -> Question:
 
 def _names(scene: Scene, thing: Thing, asked: str) -> list[str] | None:
     """Ways to point at ``thing`` that leave out what is asked and fit no other thing of the scene."""
+    ways: dict[str, tuple[str, ...]]
     if asked == "shape":
         ways = {f"{thing.colour} one": ("colour",), f"{thing.size} one": ("size",)}
     elif asked == "colour":

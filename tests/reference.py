@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.serving import START_SECONDS
-from tests.toys.running import ROOT, free_port
+from tests.toys.running import ROOT, clean_environment, free_port
 
 NAME = "reference"
 
@@ -36,8 +35,6 @@ class Reference:
             "VLLM_NO_USAGE_STATS": "1",
             "TMPDIR": str(log.parent),
         }
-        # A plain engine: nothing that a test set for ours may reach it.
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "DYN"))}
         # Without its prefix cache: an answer then depends on nothing that was asked before.
         arguments = (
             f"--port {self.port} --host 127.0.0.1 --served-model-name {NAME} --dtype float32 --enforce-eager "
@@ -50,7 +47,7 @@ class Reference:
                     *(*arguments, "--limit-mm-per-prompt", '{"image": 8}'),
                 ],
                 cwd=ROOT,
-                env=ours | settings,
+                env=clean_environment() | settings,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

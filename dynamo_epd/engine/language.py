@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -89,7 +92,7 @@ class LanguageEngine:
         if role != "both":
             arguments["kv_transfer_config"] = kv_transfer_config(_KV_ROLE[role], current_platform.device_type)
             os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", routable_host())
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(listening_port())
         fraction = os.environ.get("DYNAMO_GPU_FRACTION")
         if fraction is not None:
             # `dynamo serve` put several workers on this card: each takes its share of what one would take alone.
@@ -321,7 +324,15 @@ def routable_host() -> str:
         return str(probe.getsockname()[0])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def listening_port() -> int:
+    """A free port below those that the kernel gives to outgoing connections.
+
+    The engine binds it half a minute later. One of those could be taken by then, and the connector of vLLM 0.31 waits
+    for ever where its listener cannot bind.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(max(1024, first - 12_000), first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

@@ -233,7 +233,10 @@ class Worker:
         notify(STOPPING=1, STATUS="draining")
         _end_after(self.drain_seconds + 15)
         for endpoint, _ in self._served():
-            await endpoint.unregister_endpoint_instance()
+            try:
+                await endpoint.unregister_endpoint_instance()
+            except Exception as error:  # the runtime's: discovery is gone, and forgets us when our lease ends
+                log.warning("cannot leave discovery: %s", error)
         if self._http is not None:
             await self._http.stop()
         if self._served():

@@ -21,8 +21,8 @@ import pytest
 
 from tests.questions import Said, ask_all, assert_same, question
 from tests.reference import Reference
-from tests.serving import START_SECONDS
-from tests.toys.running import ROOT
+from tests.serving import START_SECONDS, untrained
+from tests.toys.running import ROOT, clean_environment
 
 HUB = "10.77.0.1"
 STAGES = {
@@ -81,7 +81,7 @@ class Hosts:
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.name(host), *command],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env=clean_environment() | environment,
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -102,9 +102,8 @@ class Hosts:
         return done.stdout
 
     def close(self) -> None:
-        for process in reversed(self._processes):
+        for process in reversed(self._processes):  # the stages first: leaving, they tell etcd
             process.terminate()
-        for process in reversed(self._processes):
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -152,6 +151,7 @@ def _start(hosts: Hosts, home: Path) -> None:
         "graphs.disagg:Frontend",
         "-f",
         "configs/tiny-disagg.yaml",
+        f"--Common.model={untrained('llava')}",
     )
     for host, services in STAGES.items():
         for service in services:

@@ -26,6 +26,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def clean_environment() -> dict[str, str]:
+    """This process' environment without what names a graph, and without what an engine in it has set for itself."""
+    prefixes = ("DYN_", "DYNAMO_", "VLLM_")
+    names = ("NATS_SERVER", "CUDA_VISIBLE_DEVICES", "TORCHDYNAMO_DISABLE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes) and name not in names}
+
+
 class Served:
     """``with Served(state_dir, graph, *arguments) as served``. ``lines`` grows with what it prints, errors included."""
 
@@ -34,15 +41,10 @@ class Served:
         self.port = free_port()
         self.lines: list[str] = []
         self._changed = threading.Condition()
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("DYN_", "DYNAMO_")) and name not in ("NATS_SERVER", "CUDA_VISIBLE_DEVICES")
-        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", *arguments, "-p", str(self.port)],
             cwd=ROOT,
-            env=clean | {"XDG_STATE_HOME": str(state)} | environment,
+            env=clean_environment() | {"XDG_STATE_HOME": str(state)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
