@@ -106,9 +106,9 @@ class EncodeWorker(ArenaOwner):
 
     async def _encode(self, uuid: str, data: bytes) -> Entry:
         item = await asyncio.to_thread(self._process, data)
-        waited = perf_counter()
-        embedding = await self.batcher.submit(item)
-        self.metrics.queue.observe(perf_counter() - waited)
+        ran = await self.batcher.submit(item)
+        self.metrics.queue.observe(ran.queue_seconds)
+        embedding = ran.result
         size = embedding.numel() * embedding.element_size()
         with await self.arena.reserve([size], timeout=self.config.lease_seconds) as (slot,):
             slot.write(embedding)

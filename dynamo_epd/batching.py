@@ -11,6 +11,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Generic, TypeVar
 
 from dynamo_epd.errors import Overloaded
@@ -19,13 +21,30 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Ran(Generic[Result]):
+    """An item's result, how long it waited for its batch, and how long the batch ran."""
+
+    result: Result
+    queue_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    future: asyncio.Future[Ran[Result]]
+    since: float
+
+
 class Batcher(Generic[Item, Result]):
-    """Calls ``run`` with up to ``most`` items in one thread of its own.
+    """Calls ``run`` in one thread of its own, with as many items as ``most`` allows.
 
     Args:
         run: takes a list of items, returns one result an item, in order. It blocks. An exception fails its whole batch.
-        most: items a batch.
+        most: what the items of a batch may weigh together; one that weighs more runs alone.
         waiting: items that may wait; one more is refused with Overloaded.
+        weight: of an item; by default each weighs 1.
         observe: told the size of each batch before it runs.
     """
 
@@ -35,13 +54,15 @@ class Batcher(Generic[Item, Result]):
         *,
         most: int,
         waiting: int,
+        weight: Callable[[Item], int] = lambda item: 1,
         observe: Callable[[int], None] = lambda size: None,
     ):
         self._run = run
         self._most = most
         self._waiting = waiting
+        self._weight = weight
         self._observe = observe
-        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._queue: deque[_Waiting[Item, Result]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self._loop: asyncio.Task[None] | None = None
 
@@ -49,12 +70,12 @@ class Batcher(Generic[Item, Result]):
         """Items that wait."""
         return len(self._queue)
 
-    async def submit(self, item: Item) -> Result:
+    async def submit(self, item: Item) -> Ran[Result]:
         """Waits for the item's result. Cancelled while it waits, the item never runs."""
         if len(self._queue) >= self._waiting:
-            raise Overloaded("too many images wait to be encoded")
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.append((item, future))
+            raise Overloaded(f"{self._waiting} items wait in this stage already; try again later")
+        future: asyncio.Future[Ran[Result]] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(item, future, perf_counter()))
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._drain())
         return await future
@@ -63,27 +84,34 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         while batch := self._next():
             self._observe(len(batch))
+            began = perf_counter()
             try:
-                results = await loop.run_in_executor(self._thread, self._run, [item for item, _ in batch])
+                results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
             except Exception as error:  # the boundary: whatever the batch died of belongs to those who wait for it
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+                for one in batch:
+                    if not one.future.done():
+                        one.future.set_exception(error)
                 continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            seconds = perf_counter() - began
+            for one, result in zip(batch, results, strict=True):
+                if not one.future.done():
+                    one.future.set_result(Ran(result, began - one.since, seconds))
 
-    def _next(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
-        while self._queue and len(batch) < self._most:
-            item, future = self._queue.popleft()
-            if not future.done():
-                batch.append((item, future))
+    def _next(self) -> list[_Waiting[Item, Result]]:
+        batch: list[_Waiting[Item, Result]] = []
+        total = 0
+        while self._queue:
+            first = self._queue[0]
+            if not first.future.done():
+                total += self._weight(first.item)
+                if batch and total > self._most:
+                    break
+                batch.append(first)
+            self._queue.popleft()
         return batch
 
     def close(self) -> None:
         """Refuses what waits and lets the running batch end."""
         while self._queue:
-            self._queue.popleft()[1].cancel()
+            self._queue.popleft().future.cancel()
         self._thread.shutdown(wait=True)

@@ -57,6 +57,10 @@ class Metrics:
         """Images in one forward of the vision tower."""
         return self._histogram("epd_encode_batch_size", "Images in one forward", (1, 2, 4, 8, 16, 32, 64))
 
+    def embed_batch_size(self) -> Any:
+        """Texts in one forward of the text encoder."""
+        return self._histogram("epd_embed_batch_size", "Texts in one forward", (1, 2, 4, 8, 16, 32, 64, 128, 256))
+
     def watch_arena(self, stats: Callable[[], Any], *, cache: bool) -> None:
         """Reports an arena's own counters whenever they are scraped. With ``cache`` it is the embedding cache too."""
         REGISTRY.register(_ArenaCollector(stats, self._labels, cache))

@@ -8,18 +8,28 @@ from collections.abc import Iterator
 import pytest
 
 from tests.reference import Reference, plain_engine
-from tests.serving import Graph, serve, tiny_model
+from tests.serving import Graph, serve, untrained
+
+TINY_DISAGG = "configs/tiny-disagg.yaml"
 
 
 @pytest.fixture(scope="session")
 def reference() -> Iterator[Reference]:
-    """The plain engine on the tiny LLaVA's pixels. It gets ready while a graph starts."""
-    with plain_engine(tiny_model("llava")) as engine:
+    """The plain engine on the random LLaVA's pixels. It gets ready while a graph starts."""
+    with plain_engine(untrained("llava")) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def disagg(reference: Reference) -> Iterator[Graph]:
-    """The disaggregated graph on the tiny LLaVA. Pictures may come from test servers on this machine."""
-    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", "--Common.media.allow-private=true") as graph:
+    """The disaggregated graph on the random LLaVA. Pictures may come from test servers on this machine."""
+    private = "--Common.media.allow-private=true"
+    with serve("graphs.disagg:Frontend", TINY_DISAGG, private, model=untrained("llava")) as graph:
+        yield graph
+
+
+@pytest.fixture(scope="session")
+def seeing() -> Iterator[Graph]:
+    """What `make serve` starts: the disaggregated graph on the trained LLaVA."""
+    with serve("graphs.disagg:Frontend", TINY_DISAGG) as graph:
         yield graph

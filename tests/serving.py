@@ -13,8 +13,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -24,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from models.untrained import write
 from tests.toys.running import ROOT, Served
 
 START_SECONDS = 300.0
@@ -33,12 +32,14 @@ SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<valu
 
 
 @contextlib.contextmanager
-def serve(graph: str, config: str, *overrides: str, **environment: str) -> Iterator[Graph]:
+def serve(graph: str, config: str, *overrides: str, model: Path | None = None, **environment: str) -> Iterator[Graph]:
     """A graph that is up. It is ended by Ctrl-C: exit status 0 and nothing left, or the test fails.
 
-    ``environment`` is added to that of the command.
+    ``model`` is served instead of the configuration's. ``environment`` is added to that of the command.
     """
     home = Path(tempfile.mkdtemp(prefix="epd"))
+    if model is not None:
+        overrides = (f"--Common.model={model}", *overrides)
     try:
         with Graph(home, graph, "-f", config, *overrides, **environment) as served:
             served.wait_for(r"^http://", START_SECONDS)
@@ -226,9 +227,12 @@ def free_ports(count: int) -> int:
     return first
 
 
-def tiny_model(family: str) -> Path:
-    """A tiny random checkpoint, written once. `models/untrained.py` says which families there are."""
-    directory = ROOT / "models" / "tiny" / ("llava" if family == "llava" else f"{family}-untrained")
-    if not (directory / "untrained.json").exists():
-        subprocess.run([sys.executable, "models/untrained.py", family, str(directory)], cwd=ROOT, check=True)
+def untrained(family: str) -> Path:
+    """A tiny checkpoint with random weights, written once. `models/untrained.py` says which families there are.
+
+    Its answers are noise that depends on every pixel and word, and go on until the limit: what a comparison token by
+    token needs, and what a trained model's short, sure answers do not give.
+    """
+    directory = ROOT / "build" / "untrained" / family
+    write(family, directory)
     return directory

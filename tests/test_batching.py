@@ -38,8 +38,8 @@ def test_what_gathers_while_a_batch_runs_is_the_next_batch():
         await asyncio.sleep(0)
         assert len(batcher) == 5
         run.go.set()
-        assert await first == 0
-        assert await asyncio.gather(*rest) == [2, 4, 6, 8, 10]
+        assert (await first).result == 0
+        assert [one.result for one in await asyncio.gather(*rest)] == [2, 4, 6, 8, 10]
         assert run.batches == [[0], [1, 2, 3], [4, 5]]
         assert sizes == [1, 3, 2]
         batcher.close()
@@ -58,7 +58,7 @@ def test_an_item_cancelled_while_it_waits_never_runs():
         dropped.cancel()
         await asyncio.gather(dropped, return_exceptions=True)
         run.go.set()
-        assert [await first, await kept] == [0, 2]
+        assert [(await first).result, (await kept).result] == [0, 2]
         assert run.batches == [[0], [1]]
         batcher.close()
 
@@ -74,11 +74,12 @@ def test_a_batch_that_fails_fails_its_own_items_only():
         rest = [asyncio.create_task(batcher.submit(number)) for number in (1, -1, 3)]
         await asyncio.sleep(0)
         run.go.set()
-        assert await first == 0
+        assert (await first).result == 0
         one, bad, three = await asyncio.gather(*rest, return_exceptions=True)
         assert isinstance(one, RuntimeError)
         assert isinstance(bad, RuntimeError)
-        assert three == 6
+        assert not isinstance(three, BaseException)
+        assert three.result == 6
         batcher.close()
 
     asyncio.run(main())
@@ -95,7 +96,40 @@ def test_more_than_may_wait_is_refused():
         with pytest.raises(Overloaded):
             await batcher.submit(3)
         run.go.set()
-        assert await asyncio.gather(first, *waiting) == [0, 2, 4]
+        assert [one.result for one in await asyncio.gather(first, *waiting)] == [0, 2, 4]
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_batch_is_bounded_by_weight_and_one_too_heavy_runs_alone():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=10, waiting=100, weight=lambda item: item)
+        first = asyncio.create_task(batcher.submit(1))
+        await asyncio.to_thread(run.began.wait, 10)
+        rest = [asyncio.create_task(batcher.submit(number)) for number in (4, 6, 3, 12, 2)]
+        await asyncio.sleep(0)
+        run.go.set()
+        await asyncio.gather(first, *rest)
+        assert run.batches == [[1], [4, 6], [3], [12], [2]]
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_waiting_and_running_are_told_apart():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=1, waiting=100)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        second = asyncio.create_task(batcher.submit(1))
+        await asyncio.sleep(0.05)
+        run.go.set()
+        before, after = await first, await second
+        assert before.run_seconds >= 0.05 > before.queue_seconds
+        assert after.queue_seconds >= 0.05 > after.run_seconds
         batcher.close()
 
     asyncio.run(main())

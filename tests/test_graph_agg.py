@@ -14,7 +14,7 @@ import pytest
 from tests.picture_server import Canary
 from tests.questions import Refused, ask, ask_all, assert_same, chat, data_url, picture, post, question, user
 from tests.reference import NAME, Reference
-from tests.serving import Graph, at_rest, serve
+from tests.serving import Graph, at_rest, serve, untrained
 
 TOOL = {
     "type": "function",
@@ -33,7 +33,9 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def agg(reference: Reference) -> Iterator[Graph]:
-    with serve("graphs.agg:Frontend", "configs/tiny-agg.yaml", "--Processor.tool-call-parser=hermes") as graph:
+    with serve(
+        "graphs.agg:Frontend", "configs/tiny-agg.yaml", "--Processor.tool-call-parser=hermes", model=untrained("llava")
+    ) as graph:
         yield graph
 
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from tests.questions import chat, data_url, picture, user
-from tests.serving import eventually, listens, serve
+from tests.serving import eventually, listens, serve, untrained
 from tests.test_leaving import Client
 
 TOKENS = 300
@@ -17,7 +17,7 @@ TOKENS = 300
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_running_answers_finish_and_nothing_is_left(number: signal.Signals) -> None:
-    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml") as graph:
+    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", model=untrained("llava")) as graph:
         running = []
         for seed in range(8):
             body = chat(
@@ -37,7 +37,7 @@ def test_running_answers_finish_and_nothing_is_left(number: signal.Signals) -> N
 
 
 def test_a_request_that_waits_to_be_encoded_is_finished_too() -> None:
-    with serve("graphs.agg:Frontend", "configs/tiny-agg.yaml") as graph:
+    with serve("graphs.agg:Frontend", "configs/tiny-agg.yaml", model=untrained("llava")) as graph:
         clients = [Client(graph, chat(user("?", data_url(picture(710_000 + seed))))) for seed in range(32)]
         eventually(graph.busy, "something runs")
         graph.signal(signal.SIGTERM)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.questions import Said, ask_all, assert_same, difference, question
 from tests.reference import NAME, Reference, plain_engine
-from tests.serving import serve, tiny_model
+from tests.serving import serve, untrained
 
 ALONE = [question(seed) for seed in range(400_000, 400_200)]
 AT_ONCE = [question(seed) for seed in range(400_200, 400_400)]
@@ -20,7 +20,7 @@ CROWD = 16
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
 def model(request: pytest.FixtureRequest) -> Path:
-    return tiny_model(request.param)
+    return untrained(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_every_answer_is_that_of_the_plain_engine(
     shape: str, model: Path, expected: dict[int, Said], capsys: pytest.CaptureFixture[str]
 ) -> None:
     want = list(expected.values())
-    with serve(f"graphs.{shape}:Frontend", f"configs/tiny-{shape}.yaml", f"--Common.model={model}") as graph:
+    with serve(f"graphs.{shape}:Frontend", f"configs/tiny-{shape}.yaml", model=model) as graph:
         rounds: list[tuple[str, list[dict[str, Any]], list[Said], int]] = [
             ("alone, cold", ALONE, want[:200], 1),
             ("at once, cold", AT_ONCE, want[200:], CROWD),

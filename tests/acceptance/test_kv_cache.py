@@ -13,7 +13,7 @@ import pytest
 
 from tests.questions import Refused, ask, ask_all, assert_same, chat, data_url, picture, post, user
 from tests.reference import NAME, Reference
-from tests.serving import Graph, at_rest, eventually, serve
+from tests.serving import Graph, at_rest, eventually, serve, untrained
 from tests.test_leaving import Client
 
 BLOCK = 128
@@ -40,7 +40,7 @@ def test_answers_are_right_although_decode_preempts(shape: str, reference: Refer
     """Without a prefix cache, for it would hide the loss: a preempted request may find its own blocks there again."""
     expected = ask_all(reference.url, LONG, model=NAME)
     overrides = [*small("DecodeWorker"), "--DecodeWorker.enable-prefix-caching=false"]
-    with serve(f"graphs.{shape}:Frontend", f"configs/tiny-{shape}.yaml", *overrides) as graph:
+    with serve(f"graphs.{shape}:Frontend", f"configs/tiny-{shape}.yaml", *overrides, model=untrained("llava")) as graph:
         assert_same(expected, ask_all(graph.url, LONG, at_once=len(LONG)))
         assert graph.metrics("DecodeWorker").total("vllm:num_preemptions_total") > 0
         at_rest(graph, 5)
@@ -49,7 +49,9 @@ def test_answers_are_right_although_decode_preempts(shape: str, reference: Refer
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Graph]:
     """Prefill has room for one long prompt. Every KV cache that is kept too long stops the next."""
-    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", *small("PrefillWorker")) as graph:
+    with serve(
+        "graphs.disagg:Frontend", "configs/tiny-disagg.yaml", *small("PrefillWorker"), model=untrained("llava")
+    ) as graph:
         yield graph
 
 

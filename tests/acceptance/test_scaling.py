@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.questions import Refused, Said, ask, ask_all, assert_same, chat, data_url, difference, picture, user
-from tests.serving import Graph, at_rest, eventually, serve
+from tests.serving import Graph, at_rest, eventually, serve, untrained
 
 WORKERS = {"EncodeWorker": 3, "PrefillWorker": 2, "DecodeWorker": 2}
 ENDPOINTS = {"EncodeWorker": "encode", "PrefillWorker": "prefill", "DecodeWorker": "generate"}
@@ -23,7 +23,7 @@ ENDPOINTS = {"EncodeWorker": "encode", "PrefillWorker": "prefill", "DecodeWorker
 @pytest.fixture(scope="module")
 def wide() -> Iterator[Graph]:
     workers = [f"--{service}.ServiceArgs.workers={count}" for service, count in WORKERS.items()]
-    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", *workers) as graph:
+    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", *workers, model=untrained("llava")) as graph:
         yield graph
 
 
