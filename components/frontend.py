@@ -8,6 +8,7 @@ again. Only handles travel on.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -19,10 +20,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from components.embed_worker import EmbedWorker
 from components.planner import Planner
 from components.processor import REFERENCE, Processor
-from components.protocol import HealthQuery, HttpReply, HttpRequest, ModelsQuery, Picture
-from dynamo_epd.errors import EpdError, Overloaded, StageUnavailable, WorkerLost
+from components.protocol import EmbedRequest, HealthQuery, HttpReply, HttpRequest, ModelsQuery, Picture
+from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Overloaded, StageUnavailable, WorkerLost
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.http.body import (
     BodyLimits,
@@ -33,6 +35,7 @@ from dynamo_epd.http.body import (
     check_completion,
     parse_json,
 )
+from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
@@ -87,9 +90,10 @@ app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 
 @service(dynamo={"namespace": "dynamo"}, config=FrontendConfig, app=app)
 class Frontend(ArenaOwner):
-    """``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``, ``/live``, ``/metrics``."""
+    """OpenAI's routes for the stages that the graph links, ``/health``, ``/live`` and ``/metrics``."""
 
     processor = depends(Processor)
+    embed_worker = depends(EmbedWorker)
     planner = depends(Planner)
 
     def __init__(self) -> None:
@@ -98,6 +102,7 @@ class Frontend(ArenaOwner):
         for path, route, method in (
             ("/v1/chat/completions", self.chat, "POST"),
             ("/v1/completions", self.complete, "POST"),
+            ("/v1/embeddings", self.embed, "POST"),
             ("/v1/models", self.models, "GET"),
             ("/health", self.health, "GET"),
             ("/live", self.live, "GET"),
@@ -131,20 +136,38 @@ class Frontend(ArenaOwner):
             request, self.processor.complete, lambda raw: check_completion(parse_json(raw), limits)
         )
 
+    async def embed(self, request: Request) -> Response:
+        """``POST /v1/embeddings``, in a graph with an embed worker."""
+        if not self.embed_worker:
+            raise NotFound("this graph has no embedding model")
+        with self._accounted(request.state.request_id) as account, self._admitted():
+            body = check_embeddings(parse_json(await request.body()))
+            message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
+            found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+            account.status = 200
+            return JSONResponse(embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64))
+
     async def models(self) -> Response:
-        """``GET /v1/models``."""
+        """``GET /v1/models``: of every linked stage that clients name a model to."""
         reply = await self.processor.models(ModelsQuery()).only()
-        return Response(reply.body, media_type="application/json")
+        if not self.embed_worker:
+            return Response(reply.body, media_type="application/json")
+        models = json.loads(reply.body)
+        names = (await self.embed_worker.models(ModelsQuery()).only()).names
+        models["data"] += [{"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in names]
+        return JSONResponse(models)
 
     async def health(self) -> Response:
         """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
         stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
+        beside = {stage.name: len(stage.instances()) for stage in (self.embed_worker,) if stage}
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 stages |= (await self.processor.health(HealthQuery()).only()).stages
             whole = all(stages.values())
         except (EpdError, TimeoutError):
             whole = False
+        stages |= beside  # without them chat goes on
         return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
 
     async def live(self) -> Response:
@@ -156,6 +179,19 @@ class Frontend(ArenaOwner):
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
+        """The one reply of a stage, which is asked once more elsewhere where its worker is lost."""
+        try:
+            async with asyncio.timeout(self.config.admission.deadline):
+                try:
+                    return await stage(message).only()
+                except WorkerLost:
+                    return await stage(message).only()
+        except WorkerLost as error:
+            raise StageUnavailable("The request could not be completed; it can be sent again.") from error
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's time is up") from error
 
     async def _answer(
         self, request: Request, stage: Callable[..., Any], check: Callable[[bytes], ChatBody | CompletionBody]

@@ -17,12 +17,15 @@ __all__ = [
     "Completed",
     "DecodeRequest",
     "Delta",
+    "EmbedRequest",
+    "Embedded",
     "EncodeRequest",
     "Encoded",
     "Handle",
     "HealthQuery",
     "HttpReply",
     "HttpRequest",
+    "ModelNames",
     "ModelsQuery",
     "Picture",
     "PrefillReply",
@@ -47,6 +50,13 @@ class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.handle.digest if self.handle is not None else self.url or ""
 
 
+# To a stage that answers clients
+
+
+class ModelsQuery(msgspec.Struct, frozen=True, omit_defaults=True):
+    pass
+
+
 # To the processor
 
 
@@ -59,10 +69,6 @@ class HttpRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     pictures: list[Picture]
     deadline: float
     """Unix seconds."""
-
-
-class ModelsQuery(msgspec.Struct, frozen=True, omit_defaults=True):
-    pass
 
 
 class HealthQuery(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,6 +84,12 @@ class HttpReply(msgspec.Struct, frozen=True, omit_defaults=True):
     status: int | None = None
     body: str | None = None
     event: str | None = None
+
+
+class ModelNames(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What clients call the models of a stage."""
+
+    names: list[str]
 
 
 class StageHealth(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -110,6 +122,32 @@ class Encoded(msgspec.Struct, frozen=True, omit_defaults=True):
     """Identity for every cache: H(tenant, content, processor and tower revision)."""
     metadata: dict[str, list[int]] = {}
     """What the language model must know beside the embedding (`image_grid_thw`)."""
+
+
+# To an embed worker
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Texts that are to be compared."""
+
+    request_id: str
+    texts: list[str]
+    model: str | None = None
+    """What the client calls the model; None asks for whatever there is."""
+
+
+# To whoever asked an embed worker
+
+
+class Embedded(msgspec.Struct, frozen=True, omit_defaults=True):
+    """In the order of the texts."""
+
+    vectors: list[bytes]
+    """Pooled, of length 1; little-endian float32."""
+    tokens: list[int]
+    model: str
+    queue_seconds: float
+    run_seconds: float
 
 
 # To a prefill or decode worker

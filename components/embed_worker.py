@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embed stage: T5's encoder. A text becomes a vector that says what it means."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery
+from dynamo_epd.batching import Batcher
+from dynamo_epd.errors import ModelNotFound
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Keys of the ``EmbedWorker`` section."""
+
+    model: str
+    """A T5 encoder: a directory or a name on the hub."""
+    served_model_name: str | None = None
+    """What clients call it. Default: ``model``."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_tokens: int = 512
+    """Of one text; a longer one is refused."""
+    batch_tokens: int = 16384
+    """Tokens in one forward."""
+    max_waiting: int = 8192
+    """Texts that may wait for a forward; one more is refused."""
+
+
+@service(dynamo={"namespace": "dynamo"}, config=EmbedConfig)
+class EmbedWorker:
+    """Batches texts of all requests by their tokens."""
+
+    def __init__(self) -> None:
+        self.config = service_config(EmbedConfig)
+        self.name = self.config.served_model_name or self.config.model
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.metrics import Metrics
+        from dynamo_epd.text.t5 import TextEncoder
+
+        config = self.config
+        self.encoder = await asyncio.to_thread(
+            TextEncoder, config.model, dtype=config.dtype, max_tokens=config.max_tokens
+        )
+        metrics = Metrics(dynamo_context["namespace"], "EmbedWorker", config.model)
+        self.metrics = metrics.stage(lambda: float(len(self.batcher)))
+        self.batcher = Batcher(
+            self.encoder.encode,
+            most=config.batch_tokens,
+            waiting=config.max_waiting,
+            weight=len,
+            observe=metrics.embed_batch_size().observe,
+        )
+        await asyncio.to_thread(self.encoder.encode, [self.encoder.tokenize("ready", "input")])
+
+    @endpoint()
+    async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:
+        """All texts of a request, or a refusal of all of them."""
+        if request.model not in (None, self.name):
+            raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
+        several = len(request.texts) > 1
+        items = [
+            self.encoder.tokenize(text, f"input[{index}]" if several else "input")
+            for index, text in enumerate(request.texts)
+        ]
+        done = await asyncio.gather(*(self.batcher.submit(ids) for ids in items))
+        queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
+        self.metrics.queue.observe(queued)
+        self.metrics.run.observe(ran)
+        vectors = [one.result.vector.numpy().tobytes() for one in done]
+        yield Embedded(vectors, [len(ids) for ids in items], self.name, queued, ran)
+
+    @endpoint()
+    async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
+        """For ``GET /v1/models``."""
+        yield ModelNames([self.name])
+
+    @on_shutdown
+    async def stop(self) -> None:
+        self.batcher.close()

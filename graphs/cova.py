@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Content validation: the disaggregated chain, and T5 beside it that compares texts."""
+
+from components.decode_worker import DecodeWorker
+from components.embed_worker import EmbedWorker
+from components.encode_worker import EncodeWorker
+from components.frontend import Frontend
+from components.planner import Planner
+from components.prefill_worker import PrefillWorker
+from components.processor import Processor
+
+Frontend.link(Planner)
+Frontend.link(Processor)
+Frontend.link(EmbedWorker)
+Processor.link(EncodeWorker)
+Processor.link(PrefillWorker)
+Processor.link(DecodeWorker)
