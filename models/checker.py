@@ -6,6 +6,8 @@ It judges pictures that a model painted, so it never guesses: what is not clearl
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -38,8 +40,10 @@ SAME = 0.9
 """Part of a thing's inner pixels that must have its colour."""
 SIZE_LIMIT = 1.25
 """How many times larger or smaller than its size says a thing may be."""
-FIT = {"circle": 0.9, "square": 0.88, "triangle": 0.82, "star": 0.76, "ring": 0.76, "cross": 0.78}
-"""Intersection over union that a thing and its outline must have: less where there is more edge..."""
+EDGE = 0.01
+"""How far from its outline a thing's edge may lie on average, in parts of the side..."""
+FIT = 0.76
+"""...and the intersection over union that it must have with it however much edge it has..."""
 LEAD = 0.04
 """...and by how much more than with any other shape's."""
 APART = 0.04
@@ -109,7 +113,8 @@ def _thing(smooth: np.ndarray, mask: np.ndarray) -> tuple[float, Thing] | None:
         return None
     fits = sorted((_fit(mask, shape) for shape in SHAPES), reverse=True)
     best, second = fits[:2]
-    if best.overlap < FIT[best.shape] or best.overlap - second.overlap < LEAD:
+    area, length = _measures(best.shape)
+    if best.overlap < max(FIT, 1 - EDGE * length / area / best.place.radius) or best.overlap - second.overlap < LEAD:
         return None
     for size, radius in SIZES.items():
         if 1 / SIZE_LIMIT < best.place.radius / radius < SIZE_LIMIT:
@@ -128,7 +133,7 @@ class Fit(NamedTuple):
 def _fit(mask: np.ndarray, shape: str) -> Fit:
     """The shape's outline with the mask's area and centroid, which is the centre of all six."""
     rows, columns = np.nonzero(mask)
-    radius = math.sqrt(len(rows) / _area(shape)) / SIDE
+    radius = math.sqrt(len(rows) / _measures(shape)[0]) / SIDE
     place = Place((columns.mean() + 0.5) / SIDE, (rows.mean() + 0.5) / SIDE, radius)
     drawn = Image.new("1", (SIDE, SIDE), 0)
     for polygon, filled in zip(outline(shape, place), (1, 0), strict=False):
@@ -137,10 +142,12 @@ def _fit(mask: np.ndarray, shape: str) -> Fit:
     return Fit(float((mask & wanted).sum() / (mask | wanted).sum()), shape, place)
 
 
-def _area(shape: str) -> float:
-    """Of the shape with radius 1."""
-    areas = []
-    for polygon in outline(shape, Place(0, 0, 1)):
-        x, y = np.array(polygon).T
-        areas.append(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
-    return areas[0] - sum(areas[1:])
+@functools.cache
+def _measures(shape: str) -> tuple[float, float]:
+    """Area and length of edge of the shape with radius 1."""
+    area, length = 0.0, 0.0
+    for polygon, sign in zip(outline(shape, Place(0, 0, 1)), (1, -1), strict=False):
+        for (x, y), (next_x, next_y) in itertools.pairwise([*polygon, polygon[0]]):
+            area += sign * (x * next_y - y * next_x) / 2
+            length += math.hypot(next_x - x, next_y - y)
+    return area, length
