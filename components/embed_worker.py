@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
 
-from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery
+from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery, States, StatesRequest
 from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import ModelNotFound
+from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 
 
@@ -27,12 +28,15 @@ class EmbedConfig:
     """Of one text; a longer one is refused."""
     batch_tokens: int = 16384
     """Tokens in one forward."""
+    arena_bytes: int = 64 * 1024 * 1024
+    """States that wait for their READ."""
+    lease_seconds: float = 30.0
     max_waiting: int = 8192
     """Texts that may wait for a forward; one more is refused."""
 
 
 @service(dynamo={"namespace": "dynamo"}, config=EmbedConfig)
-class EmbedWorker:
+class EmbedWorker(ArenaOwner):
     """Batches texts of all requests by their tokens."""
 
     def __init__(self) -> None:
@@ -57,6 +61,8 @@ class EmbedWorker:
             weight=len,
             observe=metrics.embed_batch_size().observe,
         )
+        await self.open_arena(config.arena_bytes)
+        metrics.watch_arena(self.arena.stats, cache=False)
         await asyncio.to_thread(self.encoder.encode, [self.encoder.tokenize("ready", "input")])
 
     @endpoint()
@@ -77,6 +83,18 @@ class EmbedWorker:
         yield Embedded(vectors, [len(ids) for ids in items], self.name, queued, ran)
 
     @endpoint()
+    async def states(self, request: StatesRequest) -> AsyncIterator[States]:
+        """Token-level states for a picture, and the prompt's vector: one forward where the pipeline masks its padding,
+        else two rows of one batch."""
+        real = request.ids[: request.real]
+        rows = [real] if request.masked else [request.ids, real]
+        done = await asyncio.gather(*(self.batcher.submit(row) for row in rows))
+        self.metrics.queue.observe(done[0].queue_seconds)
+        self.metrics.run.observe(done[0].run_seconds)
+        handle = await self.offer(done[0].result.states.contiguous(), self.config.lease_seconds)
+        yield States(handle, done[-1].result.vector.numpy().tobytes())
+
+    @endpoint()
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
         yield ModelNames([self.name])
@@ -84,3 +102,4 @@ class EmbedWorker:
     @on_shutdown
     async def stop(self) -> None:
         self.batcher.close()
+        await self.close_arena()

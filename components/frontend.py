@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +21,19 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.requests import ClientDisconnect
 
 from components.embed_worker import EmbedWorker
+from components.image_worker import ImageWorker
 from components.planner import Planner
 from components.processor import REFERENCE, Processor
-from components.protocol import EmbedRequest, HealthQuery, HttpReply, HttpRequest, ModelsQuery, Picture
-from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Overloaded, StageUnavailable, WorkerLost
+from components.protocol import (
+    EmbedRequest,
+    Generated,
+    GenerateRequest,
+    HealthQuery,
+    HttpRequest,
+    ModelsQuery,
+    Picture,
+)
+from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Overloaded, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.http.body import (
     BodyLimits,
@@ -37,6 +46,7 @@ from dynamo_epd.http.body import (
 )
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.images import MAX_SEED, ImagesBody, Usage, check_images, image_event, images_reply
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
@@ -76,6 +86,9 @@ class FrontendConfig:
     limits: Limits = field(default_factory=Limits)
 
 
+READ_SECONDS = 30.0
+"""For the READ of one picture from its image worker."""
+
 LARGE_BODY = 256 * 1024
 """Bytes from which a body is parsed in a thread: a 16 MB one would hold everybody else up for 80 ms."""
 
@@ -94,6 +107,7 @@ class Frontend(ArenaOwner):
 
     processor = depends(Processor)
     embed_worker = depends(EmbedWorker)
+    image_worker = depends(ImageWorker)
     planner = depends(Planner)
 
     def __init__(self) -> None:
@@ -103,6 +117,7 @@ class Frontend(ArenaOwner):
             ("/v1/chat/completions", self.chat, "POST"),
             ("/v1/completions", self.complete, "POST"),
             ("/v1/embeddings", self.embed, "POST"),
+            ("/v1/images/generations", self.generate_images, "POST"),
             ("/v1/models", self.models, "GET"),
             ("/health", self.health, "GET"),
             ("/live", self.live, "GET"),
@@ -147,27 +162,111 @@ class Frontend(ArenaOwner):
             account.status = 200
             return JSONResponse(embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64))
 
+    async def generate_images(self, request: Request) -> Response:
+        """``POST /v1/images/generations``, in a graph with an image worker. Several pictures go to several workers."""
+        if not self.image_worker:
+            raise NotFound("this graph has no image model")
+        async with AsyncExitStack() as held:
+            account = held.enter_context(self._accounted(request.state.request_id))
+            held.enter_context(self._admitted())
+            body = check_images(parse_json(await request.body()))
+            deadline = time.time() + self.config.admission.deadline
+            messages = [
+                GenerateRequest(
+                    request_id=request.state.request_id,
+                    prompt=body.prompt,
+                    seed=(body.seed + index) % (MAX_SEED + 1),
+                    size=body.size,
+                    quality=body.quality,
+                    model=body.model,
+                    steps=body.steps,
+                    guidance_scale=body.guidance_scale,
+                    negative_prompt=body.negative_prompt,
+                    lora=body.lora,
+                    partial_images=body.partial_images,
+                    format=body.format,
+                    compression=body.compression,
+                    deadline=deadline,
+                )
+                for index in range(body.n)
+            ]
+            account.images = body.n
+            if body.stream:
+                call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
+                await held.enter_async_context(aclosing(call))
+                account.status = 200
+                stream = self._image_events(call, head, body, held.pop_all())
+                return StreamingResponse(stream, media_type="text/event-stream")
+            made = await unless_gone(request, all_of(self._picture(message) for message in messages))
+            account.status = 200
+            usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
+            files, seeds = [file for file, _ in made], [message.seed for message in messages]
+            return JSONResponse(images_reply(files, seeds, body, size_of(made[0][1]), usage))
+
+    async def _picture(self, message: GenerateRequest) -> tuple[bytes, Generated]:
+        """A picture's file and the worker's last word on it; made once more elsewhere where a worker is lost."""
+        for attempt in (1, 2):
+            try:
+                async with aclosing(self.image_worker.generate(message)) as call:
+                    async for reply in call:
+                        if reply.done is not None:
+                            return await self._file(reply), reply
+            except Retryable as error:
+                if attempt == 2:
+                    raise StageUnavailable("The picture could not be made; it can be asked for again.") from error
+        raise StageUnavailable("The picture could not be made; it can be asked for again.")
+
+    async def _file(self, reply: Generated) -> bytes:
+        assert reply.handle is not None
+        async with self.arena.read([reply.handle], timeout=READ_SECONDS) as (view,):
+            return bytes(view)
+
+    async def _image_events(
+        self, call: Any, head: Generated, body: ImagesBody, held: AsyncExitStack
+    ) -> AsyncGenerator[bytes, None]:
+        """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
+        async with held:
+            partial = 0
+            try:
+                async for reply in chained(head, call):
+                    if reply.handle is None:
+                        continue
+                    file = await self._file(reply)
+                    if reply.done is None:
+                        yield image_event("partial_image", file, body, size_of(reply), partial_image_index=partial)
+                        partial += 1
+                    else:
+                        usage = usage_of(reply).to_openai()
+                        yield image_event("completed", file, body, size_of(reply), usage=usage)
+            except EpdError as error:
+                yield b"data: " + error_body(error) + b"\n\n"
+
     async def models(self) -> Response:
         """``GET /v1/models``: of every linked stage that clients name a model to."""
         reply = await self.processor.models(ModelsQuery()).only()
-        if not self.embed_worker:
-            return Response(reply.body, media_type="application/json")
         models = json.loads(reply.body)
-        names = (await self.embed_worker.models(ModelsQuery()).only()).names
-        models["data"] += [{"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in names]
+        for stage in self._beside():
+            names = (await stage.models(ModelsQuery()).only()).names
+            models["data"] += [
+                {"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in names
+            ]
         return JSONResponse(models)
+
+    def _beside(self) -> list[Any]:
+        """The linked stages beside the chat chain: without them chat goes on."""
+        return [stage for stage in (self.embed_worker, self.image_worker) if stage]
 
     async def health(self) -> Response:
         """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
         stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
-        beside = {stage.name: len(stage.instances()) for stage in (self.embed_worker,) if stage}
+        beside = {stage.name: len(stage.instances()) for stage in self._beside()}
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 stages |= (await self.processor.health(HealthQuery()).only()).stages
             whole = all(stages.values())
         except (EpdError, TimeoutError):
             whole = False
-        stages |= beside  # without them chat goes on
+        stages |= beside
         return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
 
     async def live(self) -> Response:
@@ -286,6 +385,31 @@ class Account:
     images: int = 0
 
 
+def size_of(reply: Generated) -> str:
+    return f"{reply.width}x{reply.height}"
+
+
+def usage_of(reply: Generated) -> Usage:
+    assert reply.done is not None
+    return Usage(reply.done.prompt_tokens, reply.done.image_tokens)
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results in order; the first failure cancels the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def chained(head: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield head
+    async for reply in rest:
+        yield reply
+
+
 async def decoded(url: str, max_bytes: int) -> bytes:
     """The bytes of a ``data:`` URL; large ones are decoded in a thread."""
     if len(url) > LARGE_BODY:
@@ -293,8 +417,8 @@ async def decoded(url: str, max_bytes: int) -> bytes:
     return parse_data_url(url, max_bytes)
 
 
-async def first_reply(stage: Callable[..., Any], message: HttpRequest) -> tuple[Any, HttpReply]:
-    """The call and its first reply. A processor that is lost before it is asked once more elsewhere."""
+async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any]:
+    """The call and its first reply. A worker that is lost before it is asked once more elsewhere."""
     call = stage(message)
     try:
         return call, await anext(call)

@@ -6,7 +6,7 @@ A message has only the fields that its receiver reads. Bytes never travel here: 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,10 +17,13 @@ __all__ = [
     "Completed",
     "DecodeRequest",
     "Delta",
+    "Done",
     "EmbedRequest",
     "Embedded",
     "EncodeRequest",
     "Encoded",
+    "GenerateRequest",
+    "Generated",
     "Handle",
     "HealthQuery",
     "HttpReply",
@@ -34,6 +37,8 @@ __all__ = [
     "RejectRequest",
     "ReleaseRequest",
     "StageHealth",
+    "States",
+    "StatesRequest",
     "TokenLogprobs",
 ]
 
@@ -136,6 +141,15 @@ class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the client calls the model; None asks for whatever there is."""
 
 
+class StatesRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A text as an image pipeline has tokenized it: `dynamo_epd.diffusion.text_encoder.Row`."""
+
+    request_id: str
+    ids: list[int]
+    real: int
+    masked: bool
+
+
 # To whoever asked an embed worker
 
 
@@ -148,6 +162,68 @@ class Embedded(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str
     queue_seconds: float
     run_seconds: float
+
+
+class States(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What conditions a picture, and what its prompt is compared by: of one call."""
+
+    handle: Handle
+    """(tokens, width): of the real tokens where the row was masked, else of all."""
+    vector: bytes
+    """Pooled over the real tokens, of length 1; little-endian float32."""
+
+
+# To an image worker
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One picture. None leaves a value to the pipeline."""
+
+    request_id: str
+    prompt: str
+    seed: int
+    size: str | None = None
+    """``1024x1024``, or a name that the worker's configuration gives a size."""
+    quality: str | None = None
+    """A name that the worker's configuration gives a number of steps."""
+    model: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    lora: str | None = None
+    partial_images: int = 0
+    format: Literal["png", "webp", "jpeg", "pixels"] = "png"
+    """``pixels``: uint8 (height, width, 3), for a stage of the graph and no client."""
+    compression: int = 100
+    deadline: float = 0.0
+    """Unix seconds."""
+
+
+# To whoever asked an image worker
+
+
+class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Progress, a partial picture or, last, the picture."""
+
+    step: int
+    steps: int
+    width: int
+    height: int
+    handle: Handle | None = None
+    """The picture in the format that was asked for, where there is one by now."""
+    done: Done | None = None
+
+
+class Done(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the picture took."""
+
+    model: str
+    prompt_tokens: int
+    image_tokens: int
+    queue_seconds: float
+    run_seconds: float
+    prompt_vector: bytes | None = None
+    """The prompt's pooled vector, where an embed worker conditioned the picture."""
 
 
 # To a prefill or decode worker

@@ -19,6 +19,7 @@ from dynamo_epd.sdk.client import EndpointClient, ServiceClient
 
 if TYPE_CHECKING:
     from dynamo_epd.transfer import Arena
+    from dynamo_epd.transfer.handle import Handle
 
 
 class CardQuery(msgspec.Struct, frozen=True):
@@ -51,6 +52,13 @@ class ArenaOwner:
     async def arena_card(self, query: CardQuery) -> AsyncIterator[CardReply]:
         """How to READ from this arena."""
         yield CardReply(self.arena.metadata())
+
+    async def offer(self, value: Any, seconds: float) -> Handle:
+        """Lays a tensor or bytes into the arena for one READ within ``seconds``. Raises what `Arena.reserve` raises."""
+        nbytes = value.nbytes if hasattr(value, "nbytes") else len(value)
+        with await self.arena.reserve([nbytes], timeout=seconds) as (slot,):
+            slot.write(value)
+            return self.arena.lease(slot.publish(), seconds)
 
     @asynccontextmanager
     async def prompt_images(self, images: Sequence[Any], timeout: float) -> AsyncIterator[list[Any]]:

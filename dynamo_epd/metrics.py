@@ -61,6 +61,14 @@ class Metrics:
         """Texts in one forward of the text encoder."""
         return self._histogram("epd_embed_batch_size", "Texts in one forward", (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
+    def images(self) -> Any:
+        """Pictures made."""
+        return Counter("epd_images_generated", "Pictures made", LABELS).labels(*self._labels)
+
+    def denoise_steps(self) -> Any:
+        """Seconds of each denoise step."""
+        return self._histogram("epd_denoise_step_seconds", "Seconds of one denoise step")
+
     def watch_arena(self, stats: Callable[[], Any], *, cache: bool) -> None:
         """Reports an arena's own counters whenever they are scraped. With ``cache`` it is the embedding cache too."""
         REGISTRY.register(_ArenaCollector(stats, self._labels, cache))

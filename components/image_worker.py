@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image stage: a prompt becomes a picture, by a diffusers pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import threading
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from components.embed_worker import EmbedWorker
+from components.protocol import Done, Generated, GenerateRequest, Handle, ModelNames, ModelsQuery, StatesRequest
+from dynamo_epd.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Retryable,
+    StageUnavailable,
+)
+from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+
+if TYPE_CHECKING:
+    import numpy
+
+    from dynamo_epd.diffusion.generator import Made
+    from dynamo_epd.diffusion.text_encoder import Conditioning, Row
+
+SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Keys of the ``ImageWorker`` section."""
+
+    model: str
+    """A diffusers pipeline: a directory or a name on the hub."""
+    served_model_name: str | None = None
+    """What clients call it. Default: ``model``."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    sizes: dict[str, str] = field(default_factory=lambda: {"default": "1024x1024"})
+    """Named choices, ``WIDTHxHEIGHT``; ``default`` is taken where a request says none or ``auto``."""
+    max_pixels: int = 2048 * 2048
+    qualities: dict[str, int] = field(default_factory=dict)
+    """Named choices of denoise steps, for OpenAI's ``quality``."""
+    num_inference_steps: int | None = None
+    """Where a request says neither. Default: the pipeline's own."""
+    max_steps: int = 100
+    guidance_scale: float | None = None
+    attention_slicing: bool = False
+    vae_slicing: bool = False
+    cpu_offload: bool = False
+    compile: bool = False
+    loras: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters by the name that requests give them: directory or name on the hub."""
+    arena_bytes: int = 128 * 1024 * 1024
+    """Pictures that wait for their READ, and states being READ."""
+    lease_seconds: float = 30.0
+    max_waiting: int = 64
+    """Pictures that may wait for their turn; one more is refused."""
+
+
+@service(dynamo={"namespace": "dynamo"}, config=ImageConfig)
+class ImageWorker(ArenaOwner):
+    """Makes one picture at a time, each with a scheduler of its own, so that neighbours change no pixel."""
+
+    embed_worker = depends(EmbedWorker)
+
+    def __init__(self) -> None:
+        self.config = service_config(ImageConfig)
+        self.name = self.config.served_model_name or self.config.model
+        self.waiting = 0
+
+    @async_on_start
+    async def start(self) -> None:
+        from dynamo_epd.diffusion.generator import Generator
+        from dynamo_epd.metrics import Metrics
+
+        config = self.config
+        self.loop = asyncio.get_running_loop()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="denoise")
+        metrics = Metrics(dynamo_context["namespace"], "ImageWorker", config.model)
+        self.metrics = metrics.stage(lambda: float(self.waiting))
+        self.steps = metrics.denoise_steps()
+        self.images = metrics.images()
+        await self.open_arena(config.arena_bytes)
+        metrics.watch_arena(self.arena.stats, cache=False)
+        self.generator = await asyncio.to_thread(
+            Generator,
+            config.model,
+            dtype=config.dtype,
+            ask=self._condition if self.embed_worker else None,
+            attention_slicing=config.attention_slicing,
+            vae_slicing=config.vae_slicing,
+            cpu_offload=config.cpu_offload,
+            compile=config.compile,
+            loras=config.loras,
+        )
+
+    @endpoint()
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
+        """Progress after every step, partial pictures where they are asked for, and the picture."""
+        from dynamo_epd.diffusion.generator import Wanted
+
+        if request.model not in (None, self.name):
+            raise ModelNotFound(f"the image model here is {self.name!r}", param="model")
+        width, height = self._size(request.size)
+        steps = self._steps(request)
+        guidance = request.guidance_scale if request.guidance_scale is not None else self.config.guidance_scale
+        wanted = Wanted(
+            request.prompt, request.seed, width, height, steps, guidance, request.negative_prompt, request.lora
+        )
+        if self.waiting >= self.config.max_waiting:
+            raise Overloaded(f"{self.waiting} pictures wait already; try again later")
+        self.waiting += 1
+        making = _Making(self, wanted, request)
+        try:
+            async for event in making.events():
+                yield event
+        finally:
+            making.stop.set()
+            self.waiting -= 1
+
+    @endpoint()
+    async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
+        """For ``GET /v1/models``."""
+        yield ModelNames([self.name])
+
+    @on_shutdown
+    async def stop(self) -> None:
+        self.thread.shutdown(wait=True)
+        await self.close_arena()
+
+    def _steps(self, request: GenerateRequest) -> int:
+        if request.quality not in (None, "auto", *self.config.qualities):
+            known = ", ".join(("auto", *self.config.qualities))
+            raise InvalidRequest(f"'quality' must be one of {known}", param="quality")
+        named = self.config.qualities.get(request.quality or "auto")
+        steps = request.steps or named or self.config.num_inference_steps or self.generator.steps
+        if steps > self.config.max_steps:
+            most = self.config.max_steps
+            raise InvalidRequest(f"'num_inference_steps' may be {most} at most", param="num_inference_steps")
+        return steps
+
+    def _size(self, size: str | None) -> tuple[int, int]:
+        named = self.config.sizes.get("default" if size in (None, "auto") else str(size), size)
+        found = SIZE.fullmatch(named or "")
+        if found is None:
+            raise InvalidRequest(
+                f"'size' must be WIDTHxHEIGHT or one of {', '.join(sorted(self.config.sizes))}", param="size"
+            )
+        width, height = int(found[1]), int(found[2])
+        if width * height > self.config.max_pixels:
+            raise InvalidRequest(f"'size' may have {self.config.max_pixels} pixels at most", param="size")
+        return width, height
+
+    def _condition(self, row: Row) -> Conditioning:
+        """Asked by the pipeline, in its thread, where its own T5 would be asked."""
+        return asyncio.run_coroutine_threadsafe(self._states(row), self.loop).result(self.config.lease_seconds)
+
+    async def _states(self, row: Row) -> Conditioning:
+        from dynamo_epd.diffusion.text_encoder import Conditioning
+
+        request = StatesRequest("", list(row.ids), row.real, row.masked)
+        for attempt in (1, 2):
+            try:
+                reply = await self.embed_worker.states(request).only()
+                async with self.arena.read([reply.handle], timeout=self.config.lease_seconds) as (states,):
+                    return Conditioning(states.clone(), reply.vector)
+            except Retryable as error:
+                if attempt == 2:
+                    raise StageUnavailable("the text encoder's states could not be had; send it again") from error
+        raise AssertionError
+
+
+class _Making:
+    """One picture: its thread, and what comes out of it."""
+
+    def __init__(self, worker: ImageWorker, wanted: Any, request: GenerateRequest):
+        self._worker = worker
+        self._wanted = wanted
+        self._request = request
+        self._events: asyncio.Queue[tuple[int, numpy.ndarray | None]] = asyncio.Queue()
+        self._last = 0.0
+        self.stop = threading.Event()
+
+    async def events(self) -> AsyncIterator[Generated]:
+        worker, wanted, arrived = self._worker, self._wanted, perf_counter()
+        began = arrived
+
+        def work() -> Made:
+            nonlocal began
+            began = self._last = perf_counter()
+            if self.stop.is_set():  # its client left while it waited
+                raise asyncio.CancelledError
+            return worker.generator.generate(wanted, self._on_step, self.stop)
+
+        limit = self._request.deadline - time.time() if self._request.deadline else None
+        task = asyncio.ensure_future(worker.loop.run_in_executor(worker.thread, work))
+        try:
+            async with asyncio.timeout(limit):
+                async for step, partial in self._until(task):
+                    handle = None if partial is None else await self._offered(partial)
+                    yield Generated(step, wanted.steps, wanted.width, wanted.height, handle)
+                made = await task
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's time is up") from error
+        finally:
+            self.stop.set()
+            task.cancel()
+        queued, ran = began - arrived, perf_counter() - began
+        worker.metrics.queue.observe(queued)
+        worker.metrics.run.observe(ran)
+        worker.images.inc()
+        handle = await self._offered(made.pixels)
+        done = Done(worker.name, made.prompt_tokens, made.image_tokens, queued, ran, made.prompt_vector)
+        yield Generated(wanted.steps, wanted.steps, wanted.width, wanted.height, handle, done)
+
+    async def _until(self, task: asyncio.Future[Any]) -> AsyncIterator[tuple[int, Any]]:
+        while True:
+            getter = asyncio.ensure_future(self._events.get())
+            try:
+                await asyncio.wait({task, getter}, return_when=asyncio.FIRST_COMPLETED)
+                if not getter.done():
+                    return
+                yield getter.result()
+            finally:
+                getter.cancel()
+
+    def _on_step(self, step: int, steps: int, preview: Any) -> None:
+        now = perf_counter()
+        self._worker.steps.observe(now - self._last)
+        self._last = now
+        wanted = self._request.partial_images
+        due = {round(steps * (index + 1) / (wanted + 1)) for index in range(wanted)}
+        partial = preview() if step in due and step < steps else None
+        self._worker.loop.call_soon_threadsafe(self._events.put_nowait, (step, partial))
+
+    async def _offered(self, image: numpy.ndarray) -> Handle:
+        import torch
+
+        if self._request.format == "pixels":
+            return await self._worker.offer(torch.from_numpy(image), self._worker.config.lease_seconds)
+        data = await asyncio.to_thread(encoded, image, self._request.format, self._request.compression)
+        return await self._worker.offer(data, self._worker.config.lease_seconds)
+
+
+def encoded(image: numpy.ndarray, format: str, compression: int) -> bytes:
+    """A file. image: uint8 (height, width, 3). ``compression``: quality in percent, for webp and jpeg."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    options = {} if format == "png" else {"quality": compression}
+    Image.fromarray(image).save(file, format, **options)
+    return file.getvalue()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/v1/images/generations``: what its body may say, its reply and its events."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.http.fields import Check, boolean, checked, integer, known, number, one_of, only, text
+
+MAX_PROMPT = 32_000
+"""Characters, as at OpenAI's."""
+MAX_IMAGES = 10
+MAX_PARTIAL = 3
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+Format = Literal["png", "webp", "jpeg"]
+
+
+@dataclass(frozen=True)
+class ImagesBody:
+    """A body that passed. None leaves a value to the image worker."""
+
+    prompt: str
+    model: str | None
+    n: int
+    size: str | None
+    quality: str | None
+    format: Format
+    compression: int
+    stream: bool
+    partial_images: int
+    steps: int | None
+    guidance_scale: float | None
+    negative_prompt: str | None
+    lora: str | None
+    seed: int
+    """Of the first picture; drawn where the client gives none. The k-th picture after it has this plus k."""
+
+
+_OWN: dict[str, Check] = {
+    "negative_prompt": text(0, MAX_PROMPT),
+    "num_inference_steps": integer(1, MAX_STEPS),
+    "guidance_scale": number(0, 100),
+    "seed": integer(0, MAX_SEED),
+    "lora": text(1, 256),
+}
+"""What diffusion has and OpenAI's API lacks: at the top, or under ``nvext``."""
+
+
+def check_images(body: Mapping[str, Any]) -> ImagesBody:
+    """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
+    clean = checked(
+        body,
+        {
+            "prompt": text(1, MAX_PROMPT),
+            "model": text(1, 256),
+            "n": integer(1, MAX_IMAGES),
+            "size": text(1, 32),
+            "quality": text(1, 32),
+            "output_format": lambda value, name: one_of(value, name, "png", "webp", "jpeg"),
+            "output_compression": integer(0, 100),
+            "response_format": lambda value, name: one_of(value, name, "b64_json"),
+            "stream": boolean,
+            "partial_images": integer(0, MAX_PARTIAL),
+            "background": lambda value, name: one_of(value, name, "auto", "opaque"),
+            "moderation": lambda value, name: one_of(value, name, "auto", "low"),
+            "style": only(None),
+            "nvext": _nvext,
+            **_OWN,
+        },
+    )
+    clean = clean.pop("nvext", {}) | clean
+    if not clean.get("prompt", "").strip():
+        raise InvalidRequest("'prompt' is required", param="prompt")
+    stream, n = clean.get("stream", False), clean.get("n", 1)
+    if stream and n > 1:
+        raise InvalidRequest("a stream has one picture: 'n' must be 1", param="n")
+    if clean.get("partial_images") and not stream:
+        raise InvalidRequest("'partial_images' needs 'stream'", param="partial_images")
+    form: Format = clean.get("output_format", "png")
+    if form == "png" and clean.get("output_compression", 100) != 100:
+        raise InvalidRequest("'output_compression' is for webp and jpeg", param="output_compression")
+    return ImagesBody(
+        prompt=clean["prompt"],
+        model=clean.get("model"),
+        n=n,
+        size=clean.get("size"),
+        quality=clean.get("quality"),
+        format=form,
+        compression=clean.get("output_compression", 100),
+        stream=stream,
+        partial_images=clean.get("partial_images", 0),
+        steps=clean.get("num_inference_steps"),
+        guidance_scale=clean.get("guidance_scale"),
+        negative_prompt=clean.get("negative_prompt"),
+        lora=clean.get("lora"),
+        seed=clean["seed"] if "seed" in clean else secrets.randbelow(2**32),
+    )
+
+
+def _nvext(value: Any, name: str) -> dict[str, Any]:
+    given = known(value, name, *_OWN)
+    return {key: check(given[key], f"{name}.{key}") for key, check in _OWN.items() if given.get(key) is not None}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt for the text encoder, and of the pictures for the denoiser."""
+
+    prompt_tokens: int
+    image_tokens: int
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.prompt_tokens + other.prompt_tokens, self.image_tokens + other.image_tokens)
+
+    def to_openai(self) -> dict[str, Any]:
+        return {
+            "input_tokens": self.prompt_tokens,
+            "input_tokens_details": {"text_tokens": self.prompt_tokens, "image_tokens": 0},
+            "output_tokens": self.image_tokens,
+            "total_tokens": self.prompt_tokens + self.image_tokens,
+        }
+
+
+def images_reply(
+    files: Sequence[bytes], seeds: Sequence[int], body: ImagesBody, size: str, usage: Usage
+) -> dict[str, Any]:
+    """OpenAI's reply; each picture also says its seed."""
+    return {
+        "created": int(time.time()),
+        "data": [
+            {"b64_json": base64.b64encode(file).decode(), "seed": seed} for file, seed in zip(files, seeds, strict=True)
+        ],
+        "background": "opaque",
+        "output_format": body.format,
+        "quality": body.quality or "auto",
+        "size": size,
+        "usage": usage.to_openai(),
+    }
+
+
+def image_event(
+    kind: Literal["partial_image", "completed"], file: bytes, body: ImagesBody, size: str, **more: Any
+) -> bytes:
+    """One server-sent event of OpenAI's image stream."""
+    name = f"image_generation.{kind}"
+    data = {
+        "type": name,
+        "b64_json": base64.b64encode(file).decode(),
+        "created_at": int(time.time()),
+        "size": size,
+        "quality": body.quality or "auto",
+        "background": "opaque",
+        "output_format": body.format,
+        **more,
+    }
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
