@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ import psutil
 from models.untrained import write
 from tests.toys.running import ROOT, Served
 
-START_SECONDS = 300.0
+START_SECONDS = 400.0
 """Bound of a graph's start: engines are loaded side by side, and the machine may be busy."""
+WORKER_SECONDS = "200"
+"""Bound of one worker's start: it is then shown and made again."""
 SYSTEM_PORTS = 24
 SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 
@@ -43,6 +46,8 @@ def serve(graph: str, config: str, *overrides: str, model: Path | None = None, *
     try:
         with Graph(home, graph, "-f", config, *overrides, **environment) as served:
             served.wait_for(r"^http://", START_SECONDS)
+            if "has not come up" in served.text:
+                warnings.warn(f"a worker's start stood still:\n{served.text}", stacklevel=3)
             yield served
             if served.process.poll() is None:
                 served.finish()
@@ -60,7 +65,12 @@ class Graph(Served):
         self._seen: set[psutil.Process] = set()
         system_port = free_ports(SYSTEM_PORTS)
         super().__init__(
-            home / "state", *arguments, TMPDIR=str(self._temporary), DYN_SYSTEM_PORT=str(system_port), **environment
+            home / "state",
+            *arguments,
+            TMPDIR=str(self._temporary),
+            DYN_SYSTEM_PORT=str(system_port),
+            DYNAMO_START_SECONDS=WORKER_SECONDS,
+            **environment,
         )
 
     def __enter__(self) -> Graph:

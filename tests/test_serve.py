@@ -164,6 +164,16 @@ def test_a_worker_that_says_it_is_not_alive_is_started_again(tmp_path: Path) -> 
         assert served.stop() == 0
 
 
+def test_a_start_that_stands_still_is_shown_and_made_again(tmp_path: Path) -> None:
+    settings = {"DYNAMO_START_SECONDS": "8", "MARKER": str(tmp_path / "marker")}
+    with Served(tmp_path, "tests/toys/failing.py:Dawdling", **settings) as served:
+        served.wait_for(r"^Dawdling-0 has not come up in 8 s; where it stands:")
+        served.wait_for(r"failing.py\", line \d+ in __init__")
+        served.wait_for(r"Dawdling-0 died \(signal 9\); starting it again")
+        served.wait_for(r"^Dawdling ready")
+        assert served.stop() == 0
+
+
 def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
     with Served(tmp_path, RELAY) as served:
         served.wait_until_up()

@@ -34,6 +34,21 @@ def test_warnings_tracebacks_and_request_lines_are_shown_with_the_workers_name()
     assert len(slot.tail) == 11  # the last words have everything
 
 
+def test_a_thread_that_died_and_stacks_are_shown_though_they_have_no_level() -> None:
+    text = (
+        b"loading\nException in thread listener:\nTraceback (most recent call last):\nValueError: no\nINFO x: on\n"
+        b"more\nThread 0x00007f (most recent call first):\n  File a.py\n"
+    )
+    lines, _ = shown(text)
+    assert [line.removeprefix("[Back-1] ") for line in lines] == [
+        "Exception in thread listener:",
+        "Traceback (most recent call last):",
+        "ValueError: no",
+        "Thread 0x00007f (most recent call first):",
+        "  File a.py",
+    ]
+
+
 def test_lines_are_whole_whatever_the_chunks_and_progress_bars_are_split() -> None:
     lines, slot = shown(b"WARN", b"ING a: b", b"\n", b"10%\r20%\r\n", verbose=True)
     assert lines == ["[Back-1] WARNING a: b", "[Back-1] 10%", "[Back-1] 20%"]

@@ -9,11 +9,17 @@ alone.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 from dynamo_epd.engine.environment import NIXL_DELAY
+
+LISTENER = "nixl_handshake_listener"
+"""vLLM's thread that tells decode engines how to READ a prefill engine's KV cache."""
 
 MODELS = {
     "InternVLChatModel": "InternVL",
@@ -29,6 +35,8 @@ def register() -> None:
     delay = os.environ.get(NIXL_DELAY)
     if delay is None:
         return
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    threading.excepthook = _die_with_the_listener
     from vllm import ModelRegistry
 
     for architecture, name in MODELS.items():
@@ -40,6 +48,14 @@ def register() -> None:
         return
     if not isinstance(api.nixlBind, _Calm):
         api.nixlBind = _Calm(api.nixlBind, int(delay))
+
+
+def _die_with_the_listener(failed: threading.ExceptHookArgs) -> None:
+    """An engine whose side channel has died looks alive and is none: nobody can take its KV cache over. At start vLLM
+    0.31 would wait for the dead thread for ever."""
+    threading.__excepthook__(failed)
+    if failed.thread is not None and failed.thread.name == LISTENER:
+        os._exit(1)
 
 
 def _leave_every_core() -> None:

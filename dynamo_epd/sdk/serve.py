@@ -23,6 +23,8 @@ from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.service import info_of
 
 DEFAULT_DRAIN = 30.0
+DEFAULT_START = 1800.0
+"""Seconds that a worker may take to become ready: a large checkpoint from a slow disk takes many minutes."""
 NATS_SLOT = "nats"
 
 
@@ -186,6 +188,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
     supervisor = Supervisor(
         [*stop_groups(plan.graph, plan.services), [NATS_SLOT]],
         drain=drain,
+        start=float(os.environ.get("DYNAMO_START_SECONDS", DEFAULT_START)),
         verbose=verbose,
         show=_say,
         on_death=lambda slot: _forget(plan, slot.instance),

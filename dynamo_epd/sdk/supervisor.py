@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ MAX_DEATHS = 5
 KILL_GRACE = 20.0
 """Seconds beyond the drain bound before a worker's process group is killed."""
 PROGRESS_SECONDS = 5.0
+DUMP_SECONDS = 2.0
+"""For a worker that did not come up to say where it stands, before it is killed."""
 TAIL_LINES = 40
 LAST_WORDS = 15
 """Lines of a worker that died that are shown while it is started again."""
@@ -83,6 +85,8 @@ class Slot:
 
 _LEVEL = re.compile(r"(?:^|[\s\[])(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)(?:\s|:|\])")
 _REQUEST_LINE = "INFO dynamo_epd.request"
+_WITHOUT_LEVEL = ("Exception in thread", "Thread 0x", "Current thread 0x")
+"""Python's own words: a thread that died, and faulthandler's stacks."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -108,6 +112,8 @@ class _Output:
         level = _LEVEL.search(line[:80])
         if level:  # a line without a level belongs to the one before it (tracebacks)
             self._showing = level[1] not in ("DEBUG", "INFO") or line.startswith(_REQUEST_LINE)
+        elif line.startswith(_WITHOUT_LEVEL):
+            self._showing = True
         if self._verbose or self._showing:
             self._show(f"[{self._slot.name}] {line}")
 
@@ -116,7 +122,8 @@ class Supervisor:
     """Runs slots until told to stop or until one keeps dying.
 
     ``order`` lists groups of services so that each stands before those it calls: groups are stopped one after another.
-    ``on_death`` is told of every slot whose process has ended. ``drain`` in seconds.
+    ``on_death`` is told of every slot whose process has ended. ``drain`` and ``start`` in seconds: a worker that is not
+    ready after ``start`` dumps its stacks and is started again.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class Supervisor:
         order: list[list[str]],
         *,
         drain: float,
+        start: float = 1800.0,
         verbose: bool = False,
         show: Callable[[str], None] = print,
         on_death: Callable[[Slot], None] = lambda _: None,
@@ -131,13 +139,14 @@ class Supervisor:
         self.slots: dict[str, Slot] = {}
         self._order = order
         self._drain = drain
+        self._start_seconds = start
         self._verbose = verbose
         self._show = show
         self._on_death = on_death
         self._failure: asyncio.Future[Any]
         self._stopping = False
         self._notify: socket.socket
-        self._restarts: set[asyncio.Task[None]] = set()
+        self._pending: set[asyncio.Task[None]] = set()
         self._said_ready: set[str] = set()
         self._changed: asyncio.Event
 
@@ -184,7 +193,9 @@ class Supervisor:
         if slot.pid is None:
             self._fail(slot, f"{slot.name} cannot be started")
             return
-        if not slot.waits_for_ready:
+        if slot.waits_for_ready:
+            self._later(self._overdue(slot, slot.pid))
+        else:
             slot.ready = slot.ever_ready = True
             slot.ready_at = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
@@ -223,9 +234,24 @@ class Supervisor:
             self._show(f"{slot.name} died ({how}); starting it again in {delay:g} s")
             for line in [] if self._verbose else list(slot.tail)[-LAST_WORDS:]:
                 self._show(f"[{slot.name}] {line}")
-            task = asyncio.create_task(self._restart(slot, delay))
-            self._restarts.add(task)
-            task.add_done_callback(self._restarts.discard)
+            self._later(self._restart(slot, delay))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+    async def _overdue(self, slot: Slot, pid: int) -> None:
+        """A start that stands still must not be waited for for ever."""
+        await asyncio.sleep(self._start_seconds)
+        if slot.pid != pid or slot.ready:
+            return
+        self._show(f"{slot.name} has not come up in {self._start_seconds:g} s; where it stands:")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGUSR1)  # `worker.main` and the engines' plugin answer it with their stacks
+            await asyncio.sleep(DUMP_SECONDS)
+            if slot.pid == pid:
+                os.kill(pid, signal.SIGKILL)
 
     async def _restart(self, slot: Slot, delay: float) -> None:
         await asyncio.sleep(delay)
@@ -307,7 +333,7 @@ class Supervisor:
     async def stop(self) -> None:
         """Callers first, then what they call, each within the drain bound."""
         self._stopping = True
-        for task in list(self._restarts):
+        for task in list(self._pending):
             task.cancel()
         for group in self._order:
             await asyncio.gather(*map(self.stop_service, group))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import faulthandler
 import inspect
 import json
 import logging
@@ -298,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one worker to its end and returns the exit status."""
     arguments = _arguments(argv)
     supervisor = _die_with_supervisor()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # `kill -USR1` shows where a worker stands
     logging.basicConfig(
         level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, service
@@ -75,6 +76,21 @@ class Ailing:
     def alive(self) -> bool:
         self.asked += 1
         return self.asked < 2
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
+
+
+@service
+class Dawdling:
+    """Stands still in its first start, with a marker file to know it by."""
+
+    def __init__(self) -> None:
+        marker = os.environ["MARKER"]
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            time.sleep(600)
 
     @endpoint()
     async def answer(self) -> AsyncIterator[int]:
