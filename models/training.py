@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +67,7 @@ class Run:
     def train(self, loss: Loss) -> nn.Module:
         """Do the steps that are not yet done. Returns the module, in evaluation mode."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        alone = self._alone()
         self._resume()
         self.module.train()
         began, saved, reported, first = time.monotonic(), time.monotonic(), time.monotonic(), self._done
@@ -82,7 +85,17 @@ class Run:
                 self._save()
         for parameter, mean in zip(self._parameters, self._averages, strict=bool(self._averages)):
             parameter.data.copy_(mean)
+        alone.close()
         return self.module.eval()
+
+    def _alone(self) -> IO[str]:
+        """A file that is locked while this run trains. Two that saved to one place would spoil each other."""
+        file = (self._directory / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{self.name}: another process trains this already") from None
+        return file
 
     def _step(self, loss: Loss) -> dict[str, float]:
         for group in self._optimizer.param_groups:
