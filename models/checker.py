@@ -36,8 +36,12 @@ THING = 0.015
 """At least as large a part of the picture is every thing; what lies between the two is not of this world."""
 GROUND = 0.7
 """Part of the picture's border that must have the ground's colour: things may come near it."""
+FULL = 0.8
+"""Quantile of a part's contrast that is taken for the whole, as edges have less."""
+DEEP = 0.6
+"""A thing's colour is looked for where it is at least so deep, as a part of the depth where it is deepest."""
 SAME = 0.9
-"""Part of a thing's inner pixels that must have its colour."""
+"""Part of a thing's pixels that must have its colour, or a mixture with the ground's."""
 SIZE_LIMIT = 1.25
 """How many times larger or smaller than its size says a thing may be."""
 EDGE = 0.01
@@ -72,7 +76,7 @@ def read(image: Image.Image) -> Scene | None:
         if area < SPECK:
             dirt += area
             continue
-        thing = _thing(smooth, mask) if area >= THING else None
+        thing = _thing(smooth, ground, mask) if area >= THING else None
         if thing is None or len(found) == 2:
             return None
         found.append(thing)
@@ -94,22 +98,33 @@ def _colour(level: np.ndarray) -> str | None:
 def _parts(contrast: np.ndarray) -> list[np.ndarray]:
     """Masks of what stands out from the ground, each connected. ``contrast``: every pixel's distance from the ground.
 
-    An edge lies where a pixel has half of its neighbourhood's contrast: a soft one is neither fat nor a bridge.
+    A first look takes for a part's edge where a pixel has half of its neighbourhood's contrast, so that two things do
+    not run together; a second where it has half of the part's own, so that a soft edge makes nothing fat.
     """
     near = cv2.dilate(contrast, NEAR)
-    inside = ((contrast > CONTRAST) & (contrast > near / 2)).astype(np.uint8)
-    count, labels = cv2.connectedComponents(inside, connectivity=4)
+    parts = []
+    for rough in _connected((contrast > CONTRAST) & (contrast > near / 2)):
+        full = np.quantile(contrast[rough], FULL)
+        fine = rough & (contrast > full / 2)
+        left_out = cv2.erode((rough & ~fine).astype(np.uint8), NEAR).astype(bool)
+        parts += _connected(fine) + _connected(left_out)
+    return parts
+
+
+def _connected(mask: np.ndarray) -> list[np.ndarray]:
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     return [labels == index for index in range(1, count)]
 
 
-def _thing(smooth: np.ndarray, mask: np.ndarray) -> tuple[float, Thing] | None:
+def _thing(smooth: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> tuple[float, Thing] | None:
     """Where from left to right a thing's centre is, and the thing."""
-    core = cv2.erode(mask.astype(np.uint8), NEAR).astype(bool)
-    if not core.any():
-        return None
-    level = np.median(smooth[core], axis=0)
+    depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3)
+    level = np.median(smooth[depth >= DEEP * depth.max()], axis=0)
     colour = _colour(level)
-    if colour is None or (np.linalg.norm(smooth[core] - level, axis=1) < COLOUR_LIMIT).mean() < SAME:
+    # A soft edge is a mixture of both colours; what is none belongs to another thing.
+    share = np.clip((smooth[mask] - ground) @ (level - ground) / ((level - ground) ** 2).sum(), 0, 1)[:, None]
+    mixed = ground + share * (level - ground)
+    if colour is None or (np.linalg.norm(smooth[mask] - mixed, axis=1) < COLOUR_LIMIT).mean() < SAME:
         return None
     fits = sorted((_fit(mask, shape) for shape in SHAPES), reverse=True)
     best, second = fits[:2]
