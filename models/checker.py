@@ -31,7 +31,9 @@ BORDER = 6
 CONTRAST = 32.0
 """What is nearer to the ground's colour than this is ground."""
 SPECK = 0.004
-"""Smaller than this part of the picture is no thing, but dirt, of which there may be as much."""
+"""Smaller than this part of the picture is no thing, but dirt."""
+DIRT = 0.01
+"""There may be so much of it."""
 THING = 0.015
 """At least as large a part of the picture is every thing; what lies between the two is not of this world."""
 GROUND = 0.7
@@ -80,7 +82,7 @@ def read(image: Image.Image) -> Scene | None:
         if thing is None or len(found) == 2:
             return None
         found.append(thing)
-    if not found or dirt > SPECK or background in {thing.colour for _, thing in found}:
+    if not found or dirt > DIRT or background in {thing.colour for _, thing in found}:
         return None
     found.sort(key=lambda one: one[0])
     if len(found) == 2 and found[1][0] - found[0][0] < APART:
