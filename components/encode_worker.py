@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from components.protocol import Completed, Encoded, EncodeRequest, Picture, ReleaseRequest
@@ -19,6 +19,9 @@ from dynamo_epd.flights import Flights
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
+
+if TYPE_CHECKING:
+    import numpy
 
 HOLD_SECONDS = 0.25
 
@@ -77,7 +80,7 @@ class EncodeWorker(ArenaOwner):
     async def encode(self, request: EncodeRequest) -> AsyncIterator[Encoded]:
         """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
         arrived = perf_counter()
-        data = await self._bytes(request.picture)
+        data = await self._data(request.picture)
         uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
         entry = self.arena.lookup(uuid)
         if entry is None:
@@ -98,13 +101,14 @@ class EncodeWorker(ArenaOwner):
         self.fetcher.close()
         await self.close_arena()
 
-    async def _bytes(self, picture: Picture) -> bytes:
+    async def _data(self, picture: Picture) -> bytes | numpy.ndarray:
+        """A file, or the pixels of a picture that was made in this graph: uint8 (height, width, 3)."""
         if picture.handle is None:
             return await self.fetcher.fetch(picture.url or "")
         async with self.arena.read([picture.handle], timeout=self.config.lease_seconds) as (view,):
-            return bytes(view)
+            return bytes(view) if picture.handle.dtype == "bytes" else view.numpy().copy()
 
-    async def _encode(self, uuid: str, data: bytes) -> Entry:
+    async def _encode(self, uuid: str, data: bytes | numpy.ndarray) -> Entry:
         item = await asyncio.to_thread(self._process, data)
         ran = await self.batcher.submit(item)
         self.metrics.queue.observe(ran.queue_seconds)
@@ -125,16 +129,19 @@ class EncodeWorker(ArenaOwner):
 
         self.encoder.embed([self.encoder.process(Image.new("RGB", (224, 224), "grey"))])
 
-    def _process(self, data: bytes) -> Any:
+    def _process(self, data: bytes | numpy.ndarray) -> Any:
+        from PIL import Image
+
         from dynamo_epd.images.decode import decode
 
-        image = decode(data, self.config.media.max_pixels)
+        image = decode(data, self.config.media.max_pixels) if isinstance(data, bytes) else Image.fromarray(data)
         try:
             return self.encoder.process(image)
         except ValueError as error:
             raise MediaError(f"the model's image processor refuses this image: {error}") from error
 
-    def _uuid(self, tenant: str, data: bytes) -> str:
+    def _uuid(self, tenant: str, data: bytes | numpy.ndarray) -> str:
         """H(tenant, content, processor and tower revision): never the address that the content came from."""
-        content = hashlib.sha256(data).digest()
-        return hashlib.sha256(b"\0".join((tenant.encode(), content, self.revision.encode()))).hexdigest()
+        kind = b"" if isinstance(data, bytes) else repr(data.shape).encode()
+        content = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
+        return hashlib.sha256(b"\0".join((tenant.encode(), kind, content, self.revision.encode()))).hexdigest()

@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,21 +20,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from components.beside_chat import BesideChat, first_reply, unless_gone
 from components.embed_worker import EmbedWorker
 from components.image_worker import ImageWorker
 from components.planner import Planner
 from components.processor import REFERENCE, Processor
 from components.protocol import (
-    EmbedRequest,
-    Generated,
-    GenerateRequest,
     HealthQuery,
     HttpRequest,
     ModelsQuery,
     Picture,
 )
-from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Overloaded, Retryable, StageUnavailable, WorkerLost
-from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.errors import EpdError, Overloaded
 from dynamo_epd.http.body import (
     BodyLimits,
     ChatBody,
@@ -44,9 +41,7 @@ from dynamo_epd.http.body import (
     check_completion,
     parse_json,
 )
-from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
-from dynamo_epd.http.images import MAX_SEED, ImagesBody, Usage, check_images, image_event, images_reply
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
@@ -102,7 +97,7 @@ app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 
 
 @service(dynamo={"namespace": "dynamo"}, config=FrontendConfig, app=app)
-class Frontend(ArenaOwner):
+class Frontend(BesideChat):
     """OpenAI's routes for the stages that the graph links, ``/health``, ``/live`` and ``/metrics``."""
 
     processor = depends(Processor)
@@ -118,6 +113,7 @@ class Frontend(ArenaOwner):
             ("/v1/completions", self.complete, "POST"),
             ("/v1/embeddings", self.embed, "POST"),
             ("/v1/images/generations", self.generate_images, "POST"),
+            ("/v1/validations", self.validate, "POST"),
             ("/v1/models", self.models, "GET"),
             ("/health", self.health, "GET"),
             ("/live", self.live, "GET"),
@@ -150,96 +146,6 @@ class Frontend(ArenaOwner):
         return await self._answer(
             request, self.processor.complete, lambda raw: check_completion(parse_json(raw), limits)
         )
-
-    async def embed(self, request: Request) -> Response:
-        """``POST /v1/embeddings``, in a graph with an embed worker."""
-        if not self.embed_worker:
-            raise NotFound("this graph has no embedding model")
-        with self._accounted(request.state.request_id) as account, self._admitted():
-            body = check_embeddings(parse_json(await request.body()))
-            message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
-            found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
-            account.status = 200
-            return JSONResponse(embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64))
-
-    async def generate_images(self, request: Request) -> Response:
-        """``POST /v1/images/generations``, in a graph with an image worker. Several pictures go to several workers."""
-        if not self.image_worker:
-            raise NotFound("this graph has no image model")
-        async with AsyncExitStack() as held:
-            account = held.enter_context(self._accounted(request.state.request_id))
-            held.enter_context(self._admitted())
-            body = check_images(parse_json(await request.body()))
-            deadline = time.time() + self.config.admission.deadline
-            messages = [
-                GenerateRequest(
-                    request_id=request.state.request_id,
-                    prompt=body.prompt,
-                    seed=(body.seed + index) % (MAX_SEED + 1),
-                    size=body.size,
-                    quality=body.quality,
-                    model=body.model,
-                    steps=body.steps,
-                    guidance_scale=body.guidance_scale,
-                    negative_prompt=body.negative_prompt,
-                    lora=body.lora,
-                    partial_images=body.partial_images,
-                    format=body.format,
-                    compression=body.compression,
-                    deadline=deadline,
-                )
-                for index in range(body.n)
-            ]
-            account.images = body.n
-            if body.stream:
-                call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
-                await held.enter_async_context(aclosing(call))
-                account.status = 200
-                stream = self._image_events(call, head, body, held.pop_all())
-                return StreamingResponse(stream, media_type="text/event-stream")
-            made = await unless_gone(request, all_of(self._picture(message) for message in messages))
-            account.status = 200
-            usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
-            files, seeds = [file for file, _ in made], [message.seed for message in messages]
-            return JSONResponse(images_reply(files, seeds, body, size_of(made[0][1]), usage))
-
-    async def _picture(self, message: GenerateRequest) -> tuple[bytes, Generated]:
-        """A picture's file and the worker's last word on it; made once more elsewhere where a worker is lost."""
-        for attempt in (1, 2):
-            try:
-                async with aclosing(self.image_worker.generate(message)) as call:
-                    async for reply in call:
-                        if reply.done is not None:
-                            return await self._file(reply), reply
-            except Retryable as error:
-                if attempt == 2:
-                    raise StageUnavailable("The picture could not be made; it can be asked for again.") from error
-        raise StageUnavailable("The picture could not be made; it can be asked for again.")
-
-    async def _file(self, reply: Generated) -> bytes:
-        assert reply.handle is not None
-        async with self.arena.read([reply.handle], timeout=READ_SECONDS) as (view,):
-            return bytes(view)
-
-    async def _image_events(
-        self, call: Any, head: Generated, body: ImagesBody, held: AsyncExitStack
-    ) -> AsyncGenerator[bytes, None]:
-        """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
-        async with held:
-            partial = 0
-            try:
-                async for reply in chained(head, call):
-                    if reply.handle is None:
-                        continue
-                    file = await self._file(reply)
-                    if reply.done is None:
-                        yield image_event("partial_image", file, body, size_of(reply), partial_image_index=partial)
-                        partial += 1
-                    else:
-                        usage = usage_of(reply).to_openai()
-                        yield image_event("completed", file, body, size_of(reply), usage=usage)
-            except EpdError as error:
-                yield b"data: " + error_body(error) + b"\n\n"
 
     async def models(self) -> Response:
         """``GET /v1/models``: of every linked stage that clients name a model to."""
@@ -279,26 +185,13 @@ class Frontend(ArenaOwner):
 
         return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
-        """The one reply of a stage, which is asked once more elsewhere where its worker is lost."""
-        try:
-            async with asyncio.timeout(self.config.admission.deadline):
-                try:
-                    return await stage(message).only()
-                except WorkerLost:
-                    return await stage(message).only()
-        except WorkerLost as error:
-            raise StageUnavailable("The request could not be completed; it can be sent again.") from error
-        except TimeoutError as error:
-            raise DeadlineExceeded("the request's time is up") from error
-
     async def _answer(
         self, request: Request, stage: Callable[..., Any], check: Callable[[bytes], ChatBody | CompletionBody]
     ) -> Response:
         """Checks a body and passes it to a processor. What the request holds is freed when its last byte is out."""
         async with AsyncExitStack() as held:
-            account = held.enter_context(self._accounted(request.state.request_id))
-            held.enter_context(self._admitted())
+            account = held.enter_context(self.accounted(request.state.request_id))
+            held.enter_context(self.admitted())
             raw = await request.body()
             checked = await asyncio.to_thread(check, raw) if len(raw) > LARGE_BODY else check(raw)
             images = checked.images if isinstance(checked, ChatBody) else ()
@@ -318,7 +211,7 @@ class Frontend(ArenaOwner):
             return StreamingResponse(events(call, held.pop_all()), account.status, media_type="text/event-stream")
 
     @contextmanager
-    def _accounted(self, request_id: str) -> Iterator[Account]:
+    def accounted(self, request_id: str) -> Iterator[Account]:
         """Measures one request and writes its one line, whatever its end."""
         account, began = Account(), time.perf_counter()
         try:
@@ -336,7 +229,7 @@ class Frontend(ArenaOwner):
             request_log.info("%s %d images=%d %.0f ms", request_id, account.status, account.images, seconds * 1e3)
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def admitted(self) -> Iterator[None]:
         if self.in_flight >= self.config.admission.max_in_flight:
             raise Overloaded(f"{self.in_flight} requests are being answered; try again later")
         self.in_flight += 1
@@ -385,56 +278,11 @@ class Account:
     images: int = 0
 
 
-def size_of(reply: Generated) -> str:
-    return f"{reply.width}x{reply.height}"
-
-
-def usage_of(reply: Generated) -> Usage:
-    assert reply.done is not None
-    return Usage(reply.done.prompt_tokens, reply.done.image_tokens)
-
-
-async def all_of(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results in order; the first failure cancels the others and is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def chained(head: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    yield head
-    async for reply in rest:
-        yield reply
-
-
 async def decoded(url: str, max_bytes: int) -> bytes:
     """The bytes of a ``data:`` URL; large ones are decoded in a thread."""
     if len(url) > LARGE_BODY:
         return await asyncio.to_thread(parse_data_url, url, max_bytes)
     return parse_data_url(url, max_bytes)
-
-
-async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any]:
-    """The call and its first reply. A worker that is lost before it is asked once more elsewhere."""
-    call = stage(message)
-    try:
-        return call, await anext(call)
-    except WorkerLost:
-        pass
-    except BaseException:
-        await call.aclose()
-        raise
-    call = stage(message)
-    try:
-        return call, await anext(call)
-    except WorkerLost as error:
-        raise StageUnavailable("The request could not be completed; it can be sent again.") from error
-    except BaseException:
-        await call.aclose()
-        raise
 
 
 async def events(call: Any, held: AsyncExitStack) -> AsyncGenerator[bytes, None]:
@@ -445,19 +293,3 @@ async def events(call: Any, held: AsyncExitStack) -> AsyncGenerator[bytes, None]
                 yield reply.event.encode()
         except EpdError as error:
             yield b"data: " + error_body(error) + b"\n\n"
-
-
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of ``work``, which is cancelled when the client goes away first. Raises ClientDisconnect then."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

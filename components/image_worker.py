@@ -15,7 +15,17 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.embed_worker import EmbedWorker
-from components.protocol import Done, Generated, GenerateRequest, Handle, ModelNames, ModelsQuery, StatesRequest
+from components.protocol import (
+    Completed,
+    Done,
+    Generated,
+    GenerateRequest,
+    Handle,
+    ModelNames,
+    ModelsQuery,
+    ReleaseRequest,
+    StatesRequest,
+)
 from dynamo_epd.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -33,6 +43,8 @@ if TYPE_CHECKING:
     from dynamo_epd.diffusion.generator import Made
     from dynamo_epd.diffusion.text_encoder import Conditioning, Row
 
+LEASE_SECONDS = 60.0
+"""Of pixels, where the request names no deadline."""
 SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 
@@ -129,6 +141,13 @@ class ImageWorker(ArenaOwner):
             self.waiting -= 1
 
     @endpoint()
+    async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
+        """Ends leases on pixels that nobody will READ any more."""
+        for lease in request.leases:
+            self.arena.release(lease)
+        yield Completed()
+
+    @endpoint()
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
         yield ModelNames([self.name])
@@ -220,8 +239,9 @@ class _Making:
         worker.metrics.run.observe(ran)
         worker.images.inc()
         handle = await self._offered(made.pixels)
+        pixels = await self._kept(made.pixels) if self._request.pixels else None
         done = Done(worker.name, made.prompt_tokens, made.image_tokens, queued, ran, made.prompt_vector)
-        yield Generated(wanted.steps, wanted.steps, wanted.width, wanted.height, handle, done)
+        yield Generated(wanted.steps, wanted.steps, wanted.width, wanted.height, handle, pixels, done)
 
     async def _until(self, task: asyncio.Future[Any]) -> AsyncIterator[tuple[int, Any]]:
         while True:
@@ -244,12 +264,15 @@ class _Making:
         self._worker.loop.call_soon_threadsafe(self._events.put_nowait, (step, partial))
 
     async def _offered(self, image: numpy.ndarray) -> Handle:
-        import torch
-
-        if self._request.format == "pixels":
-            return await self._worker.offer(torch.from_numpy(image), self._worker.config.lease_seconds)
         data = await asyncio.to_thread(encoded, image, self._request.format, self._request.compression)
         return await self._worker.offer(data, self._worker.config.lease_seconds)
+
+    async def _kept(self, image: numpy.ndarray) -> Handle:
+        """For a stage that may have to READ it more than once."""
+        import torch
+
+        seconds = max(1.0, self._request.deadline - time.time()) if self._request.deadline else LEASE_SECONDS
+        return await self._worker.offer(torch.from_numpy(image), seconds, ends_on_read=False)
 
 
 def encoded(image: numpy.ndarray, format: str, compression: int) -> bytes:

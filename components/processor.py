@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from components.decode_worker import DecodeWorker
+from components.embed_worker import EmbedWorker
 from components.encode_worker import EncodeWorker
+from components.image_worker import ImageWorker
 from components.prefill_worker import PrefillWorker
 from components.protocol import (
     DecodeRequest,
@@ -39,7 +41,10 @@ from components.protocol import (
     RejectRequest,
     ReleaseRequest,
     StageHealth,
+    Validated,
+    ValidateRequest,
 )
+from components.validation import Validation, ValidationConfig
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
@@ -85,6 +90,7 @@ class ProcessorConfig:
     prefill_threshold: int = 0
     """Prompts without images up to this many tokens are prefilled where they decode."""
     routing: Routing = field(default_factory=Routing)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,6 +101,8 @@ class Processor:
     encode_worker = depends(EncodeWorker)
     prefill_worker = depends(PrefillWorker)
     decode_worker = depends(DecodeWorker)
+    image_worker = depends(ImageWorker)
+    embed_worker = depends(EmbedWorker)
 
     def __init__(self) -> None:
         self.config = service_config(ProcessorConfig)
@@ -146,6 +154,26 @@ class Processor:
                 yield reply
 
     @endpoint()
+    async def validate(self, request: ValidateRequest) -> AsyncIterator[Validated]:
+        """Answers ``POST /v1/validations``: each stage's result as it comes."""
+        async with aclosing(Validation(self, request).results()) as results:
+            async for result in results:
+                yield result
+
+    async def answered(self, request: HttpRequest) -> str:
+        """The JSON body of a chat's whole reply."""
+        async with Conversation(self, request) as conversation:
+            answer = await self.front.chat(request.body, conversation.answer)
+        assert answer.body is not None
+        return answer.body
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether embed workers condition this graph's pictures."""
+        edges = dynamo_context["graph"].edges
+        return any(service is ImageWorker and name == "embed_worker" for service, name in edges)
+
+    @endpoint()
     async def models(self, query: ModelsQuery) -> AsyncIterator[HttpReply]:
         """Answers ``GET /v1/models``."""
         yield HttpReply(status=200, body=await self.front.models())
@@ -179,6 +207,10 @@ class Processor:
             return DecodeRequest(request_id, token_ids, known, sampling, tenant_salt(tenant), prefilled.kv)
         salt = hashed(tenant, *(leased.encoded.uuid for leased in images)) if images else tenant_salt(tenant)
         return DecodeRequest(request_id, prefilled.token_ids, [], sampling, salt, prefilled.kv)
+
+    def give_back(self, call: Any) -> None:
+        """Lets a release reach its worker although the request is over."""
+        self.afterwards(give_back(call))
 
     def afterwards(self, work: Coroutine[Any, Any, None]) -> None:
         """Lets ``work`` go on although the request that it belongs to is over."""

@@ -36,15 +36,19 @@ __all__ = [
     "PromptImage",
     "RejectRequest",
     "ReleaseRequest",
+    "Stage",
     "StageHealth",
     "States",
     "StatesRequest",
     "TokenLogprobs",
+    "ValidateRequest",
+    "Validated",
 ]
 
 
 class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A picture as the client sent it: an address, or bytes that came in the body and lie in the frontend's arena."""
+    """A picture: an address; bytes that came in the body and lie in the frontend's arena; or the pixels of one that
+    was made here, uint8 (height, width, 3), in an image worker's."""
 
     url: str | None = None
     handle: Handle | None = None
@@ -80,7 +84,39 @@ class HealthQuery(msgspec.Struct, frozen=True, omit_defaults=True):
     pass
 
 
+class ValidateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Make a picture of a prompt, describe it, and compare."""
+
+    request_id: str
+    tenant: str
+    picture: GenerateRequest
+    threshold: float | None
+    """Similarity from which the picture is right; None leaves it to the processor's configuration."""
+    deadline: float
+    """Unix seconds."""
+
+
 # To the frontend
+
+
+class Stage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one stage of a validation took."""
+
+    name: str
+    queue_seconds: float
+    run_seconds: float
+
+
+class Validated(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One stage's result, the moment it is there; fields of other stages are empty."""
+
+    stage: Stage
+    picture: Generated | None = None
+    caption: str | None = None
+    similarity: float | None = None
+    threshold: float | None = None
+    prompt_vector: bytes | None = None
+    caption_vector: bytes | None = None
 
 
 class HttpReply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -103,6 +139,15 @@ class StageHealth(msgspec.Struct, frozen=True, omit_defaults=True):
     stages: dict[str, int]
 
 
+# To an encode or image worker
+
+
+class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Leases that nobody will READ any more."""
+
+    leases: list[str]
+
+
 # To an encode worker
 
 
@@ -110,12 +155,6 @@ class EncodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     tenant: str
     picture: Picture
-
-
-class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Leases that nobody will READ any more."""
-
-    leases: list[str]
 
 
 # To the processor, from an encode worker: the work-complete event
@@ -192,9 +231,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     negative_prompt: str | None = None
     lora: str | None = None
     partial_images: int = 0
-    format: Literal["png", "webp", "jpeg", "pixels"] = "png"
-    """``pixels``: uint8 (height, width, 3), for a stage of the graph and no client."""
+    format: Literal["png", "webp", "jpeg"] = "png"
     compression: int = 100
+    pixels: bool = False
+    """Whether a stage of the graph will READ the picture as a tensor, beside the file for the client."""
     deadline: float = 0.0
     """Unix seconds."""
 
@@ -211,6 +251,8 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
     height: int
     handle: Handle | None = None
     """The picture in the format that was asked for, where there is one by now."""
+    pixels: Handle | None = None
+    """uint8 (height, width, 3), leased until it is released or the request's deadline."""
     done: Done | None = None
 
 

@@ -53,12 +53,12 @@ class ArenaOwner:
         """How to READ from this arena."""
         yield CardReply(self.arena.metadata())
 
-    async def offer(self, value: Any, seconds: float) -> Handle:
-        """Lays a tensor or bytes into the arena for one READ within ``seconds``. Raises what `Arena.reserve` raises."""
+    async def offer(self, value: Any, seconds: float, *, ends_on_read: bool = True) -> Handle:
+        """Lays a tensor or bytes into the arena, for one READ or ``seconds``. Raises what `Arena.reserve` raises."""
         nbytes = value.nbytes if hasattr(value, "nbytes") else len(value)
         with await self.arena.reserve([nbytes], timeout=seconds) as (slot,):
             slot.write(value)
-            return self.arena.lease(slot.publish(), seconds)
+            return self.arena.lease(slot.publish(), seconds, ends_on_read=ends_on_read)
 
     @asynccontextmanager
     async def prompt_images(self, images: Sequence[Any], timeout: float) -> AsyncIterator[list[Any]]:

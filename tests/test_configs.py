@@ -56,7 +56,8 @@ HUB = {
 
 
 def graph_of(name: str) -> str:
-    return "graphs.disagg:Frontend" if "disagg" in name else "graphs.agg:Frontend"
+    graph = next((graph for graph in ("disagg", "cova") if graph in name), "agg")
+    return f"graphs.{graph}:Frontend"
 
 
 def settle(path: Path, graph: str) -> dict[str, ServiceSettings]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dynamo_epd.errors import InvalidRequest
-from dynamo_epd.http.fields import Check, boolean, checked, integer, known, number, one_of, only, text
+from dynamo_epd.http.fields import Check, boolean, checked, integer, known, number, one_of, text
 
 MAX_PROMPT = 32_000
 """Characters, as at OpenAI's."""
@@ -25,24 +25,31 @@ Format = Literal["png", "webp", "jpeg"]
 
 
 @dataclass(frozen=True)
-class ImagesBody:
-    """A body that passed. None leaves a value to the image worker."""
+class WantedPicture:
+    """What a body says of its picture. None leaves a value to the image worker."""
 
     prompt: str
     model: str | None
-    n: int
     size: str | None
     quality: str | None
     format: Format
     compression: int
-    stream: bool
-    partial_images: int
     steps: int | None
     guidance_scale: float | None
     negative_prompt: str | None
     lora: str | None
     seed: int
     """Of the first picture; drawn where the client gives none. The k-th picture after it has this plus k."""
+
+
+@dataclass(frozen=True)
+class ImagesBody:
+    """A body that passed."""
+
+    picture: WantedPicture
+    n: int
+    stream: bool
+    partial_images: int
 
 
 _OWN: dict[str, Check] = {
@@ -55,49 +62,43 @@ _OWN: dict[str, Check] = {
 """What diffusion has and OpenAI's API lacks: at the top, or under ``nvext``."""
 
 
-def check_images(body: Mapping[str, Any]) -> ImagesBody:
-    """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
-    clean = checked(
-        body,
-        {
-            "prompt": text(1, MAX_PROMPT),
-            "model": text(1, 256),
-            "n": integer(1, MAX_IMAGES),
-            "size": text(1, 32),
-            "quality": text(1, 32),
-            "output_format": lambda value, name: one_of(value, name, "png", "webp", "jpeg"),
-            "output_compression": integer(0, 100),
-            "response_format": lambda value, name: one_of(value, name, "b64_json"),
-            "stream": boolean,
-            "partial_images": integer(0, MAX_PARTIAL),
-            "background": lambda value, name: one_of(value, name, "auto", "opaque"),
-            "moderation": lambda value, name: one_of(value, name, "auto", "low"),
-            "style": only(None),
-            "nvext": _nvext,
-            **_OWN,
-        },
-    )
-    clean = clean.pop("nvext", {}) | clean
+def _nvext(value: Any, name: str) -> dict[str, Any]:
+    given = known(value, name, *_OWN)
+    return {key: check(given[key], f"{name}.{key}") for key, check in _OWN.items() if given.get(key) is not None}
+
+
+PICTURE: dict[str, Check] = {
+    "prompt": text(1, MAX_PROMPT),
+    "model": text(1, 256),
+    "n": integer(1, MAX_IMAGES),
+    "size": text(1, 32),
+    "quality": text(1, 32),
+    "output_format": lambda value, name: one_of(value, name, "png", "webp", "jpeg"),
+    "output_compression": integer(0, 100),
+    "stream": boolean,
+    "nvext": _nvext,
+    **_OWN,
+}
+"""Fields of every body that asks for pictures."""
+
+
+def wanted_picture(clean: dict[str, Any]) -> WantedPicture:
+    """The picture of a body whose fields passed `PICTURE`."""
+    clean = clean.get("nvext", {}) | clean
     if not clean.get("prompt", "").strip():
         raise InvalidRequest("'prompt' is required", param="prompt")
-    stream, n = clean.get("stream", False), clean.get("n", 1)
-    if stream and n > 1:
+    if clean.get("stream") and clean.get("n", 1) > 1:
         raise InvalidRequest("a stream has one picture: 'n' must be 1", param="n")
-    if clean.get("partial_images") and not stream:
-        raise InvalidRequest("'partial_images' needs 'stream'", param="partial_images")
     form: Format = clean.get("output_format", "png")
     if form == "png" and clean.get("output_compression", 100) != 100:
         raise InvalidRequest("'output_compression' is for webp and jpeg", param="output_compression")
-    return ImagesBody(
+    return WantedPicture(
         prompt=clean["prompt"],
         model=clean.get("model"),
-        n=n,
         size=clean.get("size"),
         quality=clean.get("quality"),
         format=form,
         compression=clean.get("output_compression", 100),
-        stream=stream,
-        partial_images=clean.get("partial_images", 0),
         steps=clean.get("num_inference_steps"),
         guidance_scale=clean.get("guidance_scale"),
         negative_prompt=clean.get("negative_prompt"),
@@ -106,9 +107,19 @@ def check_images(body: Mapping[str, Any]) -> ImagesBody:
     )
 
 
-def _nvext(value: Any, name: str) -> dict[str, Any]:
-    given = known(value, name, *_OWN)
-    return {key: check(given[key], f"{name}.{key}") for key, check in _OWN.items() if given.get(key) is not None}
+def check_images(body: Mapping[str, Any]) -> ImagesBody:
+    """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
+    own: dict[str, Check] = {
+        "response_format": lambda value, name: one_of(value, name, "b64_json"),
+        "partial_images": integer(0, MAX_PARTIAL),
+        "background": lambda value, name: one_of(value, name, "auto", "opaque"),
+        "moderation": lambda value, name: one_of(value, name, "auto", "low"),
+    }
+    clean = checked(body, PICTURE | own, nullable=("style",))
+    picture = wanted_picture(clean)
+    if clean.get("partial_images") and not clean.get("stream"):
+        raise InvalidRequest("'partial_images' needs 'stream'", param="partial_images")
+    return ImagesBody(picture, clean.get("n", 1), clean.get("stream", False), clean.get("partial_images", 0))
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ class Usage:
 
 
 def images_reply(
-    files: Sequence[bytes], seeds: Sequence[int], body: ImagesBody, size: str, usage: Usage
+    files: Sequence[bytes], seeds: Sequence[int], wanted: WantedPicture, size: str, usage: Usage
 ) -> dict[str, Any]:
     """OpenAI's reply; each picture also says its seed."""
     return {
@@ -140,26 +151,29 @@ def images_reply(
             {"b64_json": base64.b64encode(file).decode(), "seed": seed} for file, seed in zip(files, seeds, strict=True)
         ],
         "background": "opaque",
-        "output_format": body.format,
-        "quality": body.quality or "auto",
+        "output_format": wanted.format,
+        "quality": wanted.quality or "auto",
         "size": size,
         "usage": usage.to_openai(),
     }
 
 
 def image_event(
-    kind: Literal["partial_image", "completed"], file: bytes, body: ImagesBody, size: str, **more: Any
+    kind: Literal["partial_image", "completed"], file: bytes, wanted: WantedPicture, size: str, **more: Any
 ) -> bytes:
     """One server-sent event of OpenAI's image stream."""
-    name = f"image_generation.{kind}"
     data = {
-        "type": name,
         "b64_json": base64.b64encode(file).decode(),
         "created_at": int(time.time()),
         "size": size,
-        "quality": body.quality or "auto",
+        "quality": wanted.quality or "auto",
         "background": "opaque",
-        "output_format": body.format,
+        "output_format": wanted.format,
         **more,
     }
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return event(f"image_generation.{kind}", data)
+
+
+def event(name: str, data: dict[str, Any]) -> bytes:
+    """A server-sent event that says its type in its data too, as OpenAI's do."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes of the stages beside the chat chain: embeddings, pictures, validations. Part of the `Frontend`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+import uuid
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from components.protocol import EmbedRequest, Generated, GenerateRequest, Validated, ValidateRequest
+from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Retryable, StageUnavailable, WorkerLost
+from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.http.body import parse_json
+from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
+from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.images import (
+    MAX_SEED,
+    Usage,
+    WantedPicture,
+    check_images,
+    event,
+    image_event,
+    images_reply,
+)
+from dynamo_epd.http.validations import ValidationsBody, check_validations
+
+if TYPE_CHECKING:
+    from components.frontend import Account, FrontendConfig
+
+Result = TypeVar("Result")
+
+READ_SECONDS = 30.0
+"""For the READ of one picture from its image worker."""
+
+
+class BesideChat(ArenaOwner):
+    """What the `Frontend` answers by stages that a graph may link or not."""
+
+    config: FrontendConfig
+    processor: Any
+    embed_worker: Any
+    image_worker: Any
+    accounted: Callable[[str], AbstractContextManager[Account]]
+    admitted: Callable[[], AbstractContextManager[None]]
+
+    async def embed(self, request: Request) -> Response:
+        """``POST /v1/embeddings``, in a graph with an embed worker."""
+        if not self.embed_worker:
+            raise NotFound("this graph has no embedding model")
+        with self.accounted(request.state.request_id) as account, self.admitted():
+            body = check_embeddings(parse_json(await request.body()))
+            message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
+            found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+            account.status = 200
+            return JSONResponse(embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64))
+
+    async def generate_images(self, request: Request) -> Response:
+        """``POST /v1/images/generations``, in a graph with an image worker. Several pictures go to several workers."""
+        if not self.image_worker:
+            raise NotFound("this graph has no image model")
+        async with AsyncExitStack() as held:
+            account = held.enter_context(self.accounted(request.state.request_id))
+            held.enter_context(self.admitted())
+            body = check_images(parse_json(await request.body()))
+            wanted, account.images = body.picture, body.n
+            messages = [self._generate(request, wanted, index, body.partial_images) for index in range(body.n)]
+            if body.stream:
+                call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
+                await held.enter_async_context(aclosing(call))
+                account.status = 200
+                stream = self._image_events(chained(head, call), wanted, held.pop_all())
+                return StreamingResponse(stream, media_type="text/event-stream")
+            made = await unless_gone(request, all_of(self._picture(message) for message in messages))
+            account.status = 200
+            usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
+            files, seeds = [file for file, _ in made], [message.seed for message in messages]
+            return JSONResponse(images_reply(files, seeds, wanted, size_of(made[0][1]), usage))
+
+    async def validate(self, request: Request) -> Response:
+        """``POST /v1/validations``, in a graph with image and embed workers."""
+        if not (self.image_worker and self.embed_worker):
+            raise NotFound("this graph has no image model, or no embedding model")
+        async with AsyncExitStack() as held:
+            account = held.enter_context(self.accounted(request.state.request_id))
+            held.enter_context(self.admitted())
+            body = check_validations(parse_json(await request.body()))
+            account.images = body.n
+            messages = [
+                ValidateRequest(f"{request.state.request_id}-{index}", "", picture, body.threshold, picture.deadline)
+                for index, picture in enumerate(self._generate(request, body.picture, k) for k in range(body.n))
+            ]
+            if body.stream:
+                call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
+                await held.enter_async_context(aclosing(call))
+                account.status = 200
+                stream = self._validation_events(chained(head, call), messages[0], body, held.pop_all())
+                return StreamingResponse(stream, media_type="text/event-stream")
+            found = await unless_gone(request, all_of(self._validated(message, body) for message in messages))
+            account.status = 200
+            return JSONResponse(
+                {
+                    "id": f"val-{uuid.uuid4().hex}",
+                    "object": "validation",
+                    "created": int(time.time()),
+                    "prompt": body.picture.prompt,
+                    "data": found,
+                }
+            )
+
+    def _generate(
+        self, request: Request, wanted: WantedPicture, index: int, partial_images: int = 0
+    ) -> GenerateRequest:
+        """The message for the ``index``-th picture of a body."""
+        return GenerateRequest(
+            request_id=f"{request.state.request_id}-{index}",
+            prompt=wanted.prompt,
+            seed=(wanted.seed + index) % (MAX_SEED + 1),
+            size=wanted.size,
+            quality=wanted.quality,
+            model=wanted.model,
+            steps=wanted.steps,
+            guidance_scale=wanted.guidance_scale,
+            negative_prompt=wanted.negative_prompt,
+            lora=wanted.lora,
+            partial_images=partial_images,
+            format=wanted.format,
+            compression=wanted.compression,
+            deadline=time.time() + self.config.admission.deadline,
+        )
+
+    async def _validated(self, message: ValidateRequest, body: ValidationsBody) -> dict[str, Any]:
+        """All stages of one validation as one object."""
+        found: dict[str, Any] = {"seed": message.picture.seed}
+        stages = []
+        async with aclosing(self.processor.validate(message)) as call:
+            async for result in call:
+                found |= await self._shown(result, body)
+                stages.append(stage_of(result))
+        return found | {"stages": stages}
+
+    async def _shown(self, result: Validated, body: ValidationsBody) -> dict[str, Any]:
+        """One stage's result as a client sees it."""
+        if result.picture is not None:
+            file = await self._file(result.picture)
+            return {
+                "b64_json": base64.b64encode(file).decode(),
+                "output_format": body.picture.format,
+                "size": size_of(result.picture),
+            }
+        if result.caption is not None:
+            return {"caption": result.caption}
+        assert result.similarity is not None
+        assert result.threshold is not None
+        shown: dict[str, Any] = {
+            "similarity": round(result.similarity, 6),
+            "threshold": result.threshold,
+            "verdict": "match" if result.similarity >= result.threshold else "mismatch",
+        }
+        if body.include_embeddings:
+            shown["prompt_embedding"] = array("f", result.prompt_vector or b"").tolist()
+            shown["caption_embedding"] = array("f", result.caption_vector or b"").tolist()
+        return shown
+
+    async def _validation_events(
+        self, results: AsyncIterator[Validated], message: ValidateRequest, body: ValidationsBody, held: AsyncExitStack
+    ) -> AsyncGenerator[bytes, None]:
+        """An event a stage, the moment its result is there. Where it breaks off it ends in an error event."""
+        async with held:
+            try:
+                async for result in results:
+                    shown = await self._shown(result, body)
+                    data = {"seed": message.picture.seed, **shown, "stage": stage_of(result)}
+                    yield event(f"validation.{result.stage.name}", data)
+            except EpdError as error:
+                yield b"data: " + error_body(error) + b"\n\n"
+
+    async def _picture(self, message: GenerateRequest) -> tuple[bytes, Generated]:
+        """A picture's file and the worker's last word on it; made once more elsewhere where a worker is lost."""
+        for attempt in (1, 2):
+            try:
+                async with aclosing(self.image_worker.generate(message)) as call:
+                    async for reply in call:
+                        if reply.done is not None:
+                            return await self._file(reply), reply
+            except Retryable as error:
+                if attempt == 2:
+                    raise StageUnavailable("The picture could not be made; it can be asked for again.") from error
+        raise StageUnavailable("The picture could not be made; it can be asked for again.")
+
+    async def _file(self, reply: Generated) -> bytes:
+        assert reply.handle is not None
+        async with self.arena.read([reply.handle], timeout=READ_SECONDS) as (view,):
+            return bytes(view)
+
+    async def _image_events(
+        self, replies: AsyncIterator[Generated], wanted: WantedPicture, held: AsyncExitStack
+    ) -> AsyncGenerator[bytes, None]:
+        """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
+        async with held:
+            partial = 0
+            try:
+                async for reply in replies:
+                    if reply.handle is None:
+                        continue
+                    file = await self._file(reply)
+                    if reply.done is None:
+                        yield image_event("partial_image", file, wanted, size_of(reply), partial_image_index=partial)
+                        partial += 1
+                    else:
+                        usage = usage_of(reply).to_openai()
+                        yield image_event("completed", file, wanted, size_of(reply), usage=usage)
+            except EpdError as error:
+                yield b"data: " + error_body(error) + b"\n\n"
+
+    async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
+        """The one reply of a stage, which is asked once more elsewhere where its worker is lost."""
+        try:
+            async with asyncio.timeout(self.config.admission.deadline):
+                try:
+                    return await stage(message).only()
+                except WorkerLost:
+                    return await stage(message).only()
+        except WorkerLost as error:
+            raise StageUnavailable("The request could not be completed; it can be sent again.") from error
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's time is up") from error
+
+
+def stage_of(result: Validated) -> dict[str, Any]:
+    stage = result.stage
+    return {"name": stage.name, "queue_seconds": stage.queue_seconds, "run_seconds": stage.run_seconds}
+
+
+def size_of(reply: Generated) -> str:
+    return f"{reply.width}x{reply.height}"
+
+
+def usage_of(reply: Generated) -> Usage:
+    assert reply.done is not None
+    return Usage(reply.done.prompt_tokens, reply.done.image_tokens)
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results in order; the first failure cancels the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def chained(head: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield head
+    async for reply in rest:
+        yield reply
+
+
+async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any]:
+    """The call and its first reply. A worker that is lost before it is asked once more elsewhere."""
+    call = stage(message)
+    try:
+        return call, await anext(call)
+    except WorkerLost:
+        pass
+    except BaseException:
+        await call.aclose()
+        raise
+    call = stage(message)
+    try:
+        return call, await anext(call)
+    except WorkerLost as error:
+        raise StageUnavailable("The request could not be completed; it can be sent again.") from error
+    except BaseException:
+        await call.aclose()
+        raise
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of ``work``, which is cancelled when the client goes away first. Raises ClientDisconnect then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

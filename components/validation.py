@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A validation: prompt → picture → caption → similarity. The processor conducts it stage by stage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from array import array
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from components.protocol import (
+    Embedded,
+    EmbedRequest,
+    Generated,
+    HttpRequest,
+    Picture,
+    ReleaseRequest,
+    Stage,
+    Validated,
+    ValidateRequest,
+)
+from dynamo_epd.errors import DeadlineExceeded, Retryable, StageUnavailable
+
+if TYPE_CHECKING:
+    from components.processor import Processor
+
+REFERENCE = "image:0"
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Key ``validation`` of the ``Processor`` section."""
+
+    threshold: float = 0.8
+    """Cosine similarity of prompt and caption from which a picture is right."""
+    question: str = "Describe the picture."
+    max_tokens: int = 128
+
+
+class Validation:
+    """One validation while it runs."""
+
+    def __init__(self, processor: Processor, request: ValidateRequest):
+        self._processor = processor
+        self._request = request
+        self._config = processor.config.validation
+
+    async def results(self) -> AsyncGenerator[Validated, None]:
+        """Each stage's result as it comes: image, caption, similarity. A lost worker is asked again elsewhere, once."""
+        prompt = self._request.picture.prompt
+        # Where the embed worker conditions the picture, that one call gives the prompt's vector too.
+        ahead = None if self._processor.conditioned else asyncio.create_task(self._embed(prompt))
+        try:
+            async with asyncio.timeout(self._request.deadline - time.time()):
+                made, worker = await self._again(self._picture)
+                try:
+                    assert made.done is not None
+                    yield Validated(Stage("image", made.done.queue_seconds, made.done.run_seconds), picture=made)
+                    caption, stage = await self._caption(made)
+                finally:
+                    self._release(made, worker)
+                yield Validated(stage, caption=caption)
+                said = await self._embed(caption)
+                vector = made.done.prompt_vector or (await (ahead or self._embed(prompt))).vectors[0]
+                yield Validated(
+                    Stage("similarity", said.queue_seconds, said.run_seconds),
+                    similarity=cosine(vector, said.vectors[0]),
+                    threshold=self._threshold,
+                    prompt_vector=vector,
+                    caption_vector=said.vectors[0],
+                )
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's time is up") from error
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
+    @property
+    def _threshold(self) -> float:
+        return self._config.threshold if self._request.threshold is None else self._request.threshold
+
+    async def _picture(self) -> tuple[Generated, int]:
+        """The picture, and the worker that keeps its pixels."""
+        call = self._processor.image_worker.generate(msgspec.structs.replace(self._request.picture, pixels=True))
+        async with aclosing(call):
+            async for reply in call:
+                if reply.done is not None:
+                    return reply, call.instance
+        raise StageUnavailable("The picture could not be made; it can be asked for again.")
+
+    async def _caption(self, made: Generated) -> tuple[str, Stage]:
+        began = perf_counter()
+        part = {"type": "image_url", "image_url": {"url": REFERENCE}}
+        content = [part, {"type": "text", "text": self._config.question}]
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._config.max_tokens,
+            "temperature": 0,
+        }
+        request = HttpRequest(
+            f"{self._request.request_id}-caption",
+            self._request.tenant,
+            body,
+            [Picture(handle=made.pixels)],
+            self._request.deadline,
+        )
+        reply = json.loads(await self._processor.answered(request))
+        caption = reply["choices"][0]["message"]["content"].strip()
+        return caption, Stage("caption", 0.0, perf_counter() - began)
+
+    async def _embed(self, text: str) -> Embedded:
+        request = EmbedRequest(self._request.request_id, [text])
+        found: Embedded = await self._again(lambda: self._processor.embed_worker.embed(request).only())
+        return found
+
+    def _release(self, made: Generated, worker: int) -> None:
+        if made.pixels is not None:
+            release = ReleaseRequest([made.pixels.lease])
+            self._processor.give_back(self._processor.image_worker.release(release, instance=worker))
+
+    async def _again(self, work: Any) -> Any:
+        """The result of ``work``, which is tried once more where a worker or a hand-off is lost."""
+        try:
+            return await work()
+        except Retryable:
+            pass
+        try:
+            return await work()
+        except Retryable as error:
+            raise StageUnavailable("The validation could not be completed; it can be asked for again.") from error
+
+
+def cosine(one: bytes, other: bytes) -> float:
+    """Of two vectors of length 1, little-endian float32."""
+    return sum(a * b for a, b in zip(array("f", one), array("f", other), strict=True))
