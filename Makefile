@@ -5,26 +5,21 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TINY := models/tiny/llava/untrained.json
 GRAPH ?= graphs.disagg:Frontend
 CONFIG ?= configs/tiny-disagg.yaml
 ARGS ?=
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance clean
+.PHONY: serve setup check test acceptance models llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
 
-setup: $(READY) $(TINY)
+setup: $(READY)
 
 $(READY): requirements-cpu.txt requirements-dev.txt pyproject.toml build_hook.py dynamo_epd.pth tools/install.py
 	@$(PYTHON) tools/install.py $(VENV)
 	@touch $(READY)
-
-$(TINY): models/untrained.py | $(READY)
-	@echo "tiny random model: models/tiny/llava"
-	@rm -rf $(@D) && $(BIN)/python models/untrained.py llava $(@D) >$(VENV)/untrained.log 2>&1 || (cat $(VENV)/untrained.log; exit 1)
 
 check: setup
 	@$(BIN)/ruff check $(SOURCES)
@@ -34,8 +29,20 @@ check: setup
 test: setup
 	@$(BIN)/pytest -q tests --ignore=tests/acceptance $(ARGS)
 
+# Two recipes side by side, one core each. What is trained already is not trained again.
+models: setup
+	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-recipe image-recipe
+	@$(BIN)/python -m models.evaluate
+
+llava-recipe:
+	@$(BIN)/python -m models.llava
+
+image-recipe:
+	@$(BIN)/python -m models.t5
+	@$(BIN)/python -m models.image
+
 acceptance: setup
 	@$(BIN)/pytest -q tests/acceptance $(ARGS)
 
 clean:
-	@rm -rf $(VENV) models/tiny build dist .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
