@@ -6,7 +6,8 @@ processor, tokenizer and chat template, loaded by exactly the code that loads th
 
     python models/untrained.py llava DIRECTORY
 
-Families: llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, llama4.
+Families: llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, llama4, and pixart, which draws (from the repository's
+root: its T5 is the trained one).
 """
 
 from __future__ import annotations
@@ -415,6 +416,45 @@ def write_llama4(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def write_pixart(directory: Path) -> None:
+    """PixArtSigmaPipeline of 64×64 pixels around the trained `models/tiny/t5`: noise that depends on every word."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(7)
+    text = T5EncoderModel.from_pretrained("models/tiny/t5").eval()
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=1.0,
+    ).eval()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        caption_channels=text.config.d_model,
+        sample_size=16,
+        patch_size=2,
+    ).eval()
+    PixArtSigmaPipeline(
+        tokenizer=T5Tokenizer.from_pretrained("models/tiny/t5"),
+        text_encoder=text,
+        vae=vae,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ).save_pretrained(directory)
+
+
 def rename_tensors(directory: Path, old: str, new: str) -> None:
     """transformers 5 writes ``vision_tower.*``; vLLM 0.31 and the hub say ``vision_tower.vision_model.*``."""
     from safetensors.torch import load_file, save_file
@@ -437,6 +477,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "qwen3_vl": write_qwen3_vl,
     "internvl": write_internvl,
     "llama4": write_llama4,
+    "pixart": write_pixart,
 }
 
 

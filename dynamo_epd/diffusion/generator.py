@@ -88,7 +88,7 @@ class Generator:
         elsewhere: dict[str, Any] = {}
         if ask is not None:
             elsewhere = dict.fromkeys(t5_components(DiffusionPipeline.load_config(model)))
-        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=self._dtype, **elsewhere)
+        pipeline = DiffusionPipeline.from_pretrained(model, dtype=self._dtype, **elsewhere)
         pipeline.set_progress_bar_config(disable=True)
         for name, path in (loras or {}).items():
             pipeline.load_lora_weights(path, adapter_name=name)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/v1/embeddings`` with OpenAI's client, on the trained T5, against plain transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer, T5EncoderModel
+
+from models import world
+from tests.serving import Graph, serve
+from tests.toys.running import ROOT
+
+MODEL = "tiny-t5"
+DIRECTORY = ROOT / "models/tiny/t5"
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
+    config = tmp_path_factory.mktemp("embedding") / "config.yaml"
+    config.write_text(
+        "EmbedWorker: {model: models/tiny/t5, served-model-name: tiny-t5, max-tokens: 64, ServiceArgs: {workers: 2}}"
+    )
+    with serve("tests.toys.embedding:Frontend", str(config)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(graph: Graph) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=0, timeout=60) as one:
+        yield one
+
+
+def plain(texts: list[str]) -> np.ndarray:
+    """The vectors by transformers' calls alone, one text at a time: float32 (texts, width)."""
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+    model = T5EncoderModel.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+    rows = []
+    for text in texts:
+        with torch.inference_mode():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1)[0]
+        rows.append((mean / mean.norm()).numpy())
+    return np.stack(rows)
+
+
+def test_vectors_are_those_of_plain_transformers_in_order(client: openai.OpenAI) -> None:
+    found = world.scenes(random.Random(5), held_out=True, pairs=0.5)
+    texts = [next(found).caption for _ in range(40)] + ["star", "Ein ganz anderer Satz, länger als die anderen."]
+    reply = client.embeddings.create(model=MODEL, input=texts)
+    vectors = np.array([one.embedding for one in reply.data])
+    assert [one.index for one in reply.data] == list(range(len(texts)))
+    np.testing.assert_allclose(vectors, plain(texts), atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+    assert reply.usage.prompt_tokens == sum(len(tokenizer(text).input_ids) for text in texts)
+    assert reply.model == MODEL
+
+
+def test_base64_and_float_say_the_same(client: openai.OpenAI) -> None:
+    by_default = client.embeddings.create(model=MODEL, input="a large red star on a blue background")
+    as_floats = client.embeddings.create(
+        model=MODEL, input="a large red star on a blue background", encoding_format="float"
+    )
+    np.testing.assert_allclose(by_default.data[0].embedding, as_floats.data[0].embedding, atol=1e-7)
+    assert np.linalg.norm(as_floats.data[0].embedding) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_paraphrase_is_nearer_than_another_colour(client: openai.OpenAI) -> None:
+    texts = [
+        "a large red star on a blue background",
+        "a picture of a big red star on blue",
+        "a large green star on a blue background",
+    ]
+    caption, same, other = (np.array(one.embedding) for one in client.embeddings.create(model=MODEL, input=texts).data)
+    assert caption @ same > caption @ other
+
+
+def test_texts_of_many_clients_are_not_mixed_up(client: openai.OpenAI, graph: Graph) -> None:
+    found = world.scenes(random.Random(6), held_out=True, pairs=0.5)
+    texts = [next(found).caption for _ in range(96)]
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda text: client.embeddings.create(model=MODEL, input=text), texts))
+    np.testing.assert_allclose(np.array([one.data[0].embedding for one in replies]), plain(texts), atol=1e-5)
+    ran = [graph.metrics("EmbedWorker", index).total("epd_stage_run_seconds_count") for index in range(2)]
+    assert all(ran), "both workers were asked"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"input": []}, openai.BadRequestError, "input"),
+        ({"input": ""}, openai.BadRequestError, "input"),
+        ({"input": ["a"] * 2049}, openai.BadRequestError, "input"),
+        ({"input": [[1, 2, 3]]}, openai.BadRequestError, "input"),
+        ({"input": [1, 2, 3]}, openai.BadRequestError, "input"),
+        ({"input": "star " * 100}, openai.BadRequestError, "input"),
+        ({"input": ["star", "star " * 100]}, openai.BadRequestError, "input[1]"),
+        ({"input": "a", "dimensions": 8}, openai.BadRequestError, "dimensions"),
+        ({"input": "a", "model": "no such"}, openai.NotFoundError, "model"),
+    ],
+)
+def test_refusals(
+    client: openai.OpenAI, fields: dict[str, Any], error: type[openai.APIStatusError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        client.embeddings.create(**{"model": MODEL, **fields})
+    assert caught.value.param == param
+    if fields["input"] == [1, 2, 3]:
+        assert "check_embedding_ctx_length=False" in str(caught.value)
+
+
+def test_half_the_texts_wrong_embeds_none(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model=MODEL, input=["a star", ""])
