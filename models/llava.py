@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,7 +389,6 @@ def train_whole(model: LlavaForConditionalGeneration, examples: Examples) -> Run
 
 def main() -> None:
     """Train what is not yet trained, and write the checkpoint."""
-    began = time.monotonic()
     made = processor()
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)
@@ -405,7 +403,7 @@ def main() -> None:
         "seed": SEED,
         "parameters": sum(one.numel() for one in model.parameters()),
         "steps": {"tower": TOWER_STEPS, "whole": STEPS},
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes": round((tower.seconds + whole.seconds) / 60, 1),
         "curve": {"tower": tower.curve, "whole": whole.curve},
     }
     text = re.sub(

@@ -30,6 +30,6 @@ def disagg(reference: Reference) -> Iterator[Graph]:
 
 @pytest.fixture(scope="session")
 def seeing() -> Iterator[Graph]:
-    """What `make serve` starts: the disaggregated graph on the trained LLaVA."""
-    with serve("graphs.disagg:Frontend", TINY_DISAGG) as graph:
+    """Content validation on the trained LLaVA and T5. Its pictures are noise: the image model is not trained yet."""
+    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", f"--ImageWorker.model={untrained('pixart')}") as graph:
         yield graph

@@ -14,6 +14,7 @@ from tests.toys.running import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+REPLIES = "".join(re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 CURLS = [block for block in BLOCKS if block.startswith("curl")]
 OTHERS = [line for block in BLOCKS if not block.startswith("curl") for line in block.splitlines()]
 MAKES = re.findall(r"^\$ (make \w+)", README, re.MULTILINE)
@@ -30,19 +31,28 @@ def test_the_readme_has_the_commands_that_these_tests_run():
 
 
 @pytest.mark.parametrize("block", CURLS)
-def test_what_is_asked_of_a_running_graph(block: str, disagg: Graph):
+def test_what_is_asked_of_a_running_graph(block: str, seeing: Graph):
     for line in [block] if "-d '" in block else block.splitlines():
-        done = run(line.replace("http://127.0.0.1:8000", disagg.url).replace("curl -s", "curl -sS --fail-with-body"))
+        done = run(line.replace("http://127.0.0.1:8000", seeing.url).replace("curl -s", "curl -sS --fail-with-body"))
         assert done.returncode == 0, done.stdout + done.stderr
         if "chat/completions" in line:
             answer = json.loads(done.stdout)
-            assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+            (choice,) = answer["choices"]
+            assert choice["message"]["content"] == shown("content")
+            assert choice["finish_reason"] == shown("finish_reason")
             written = json.loads(re.search(r'"usage": (\{[^}]*\})', README)[1])  # type: ignore[index]
             assert {key: answer["usage"][key] for key in written} == written, "the README shows this answer's usage"
         elif "health" in line:
             assert json.loads(done.stdout)["status"] == "ready"
         else:
             assert "epd_request_duration_seconds_bucket" in done.stdout
+
+
+def shown(key: str) -> str:
+    """What the README's replies say under ``key``."""
+    found = re.search(rf'"{key}": "?([^",]+)"?', REPLIES)
+    assert found is not None
+    return found[1]
 
 
 @pytest.mark.parametrize("line", OTHERS)
@@ -56,7 +66,7 @@ def test_what_needs_no_running_graph(line: str):
         assert resolved["services"]["EncodeWorker"]["ServiceArgs"]["workers"] == 3
 
 
-@pytest.mark.parametrize("command", [*MAKES, "make setup", "make check", "make acceptance"])
+@pytest.mark.parametrize("command", [*MAKES, "make setup", "make check", "make models", "make acceptance"])
 def test_the_makefile_has_what_the_readme_names(command: str):
     done = run(command.replace("make", "make -n"))
     assert done.returncode == 0, done.stderr
