@@ -28,6 +28,8 @@ class DecodeConfig:
 class DecodeWorker(ArenaOwner):
     """Streams token deltas. A request whose KV cache the engine gives up fails as `Preempted`, never wrongly."""
 
+    reads = ("EncodeWorker",)
+
     def __init__(self) -> None:
         self.config = service_config(DecodeConfig)
 

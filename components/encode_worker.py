@@ -46,6 +46,8 @@ class EncodeConfig:
 class EncodeWorker(ArenaOwner):
     """Fetches, decodes, batches, runs vision tower and projector, and keeps what it encoded, keyed on content."""
 
+    reads = ("Frontend", "ImageWorker")
+
     def __init__(self) -> None:
         self.config = service_config(EncodeConfig)
 

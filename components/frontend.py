@@ -100,6 +100,8 @@ app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 class Frontend(BesideChat):
     """OpenAI's routes for the stages that the graph links, ``/health``, ``/live`` and ``/metrics``."""
 
+    reads = ("ImageWorker",)
+
     processor = depends(Processor)
     embed_worker = depends(EmbedWorker)
     image_worker = depends(ImageWorker)

@@ -83,6 +83,8 @@ class ImageConfig:
 class ImageWorker(ArenaOwner):
     """Makes one picture at a time, each with a scheduler of its own, so that neighbours change no pixel."""
 
+    reads = ("EmbedWorker",)
+
     embed_worker = depends(EmbedWorker)
 
     def __init__(self) -> None:

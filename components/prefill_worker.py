@@ -27,6 +27,8 @@ class PrefillConfig:
 class PrefillWorker(ArenaOwner):
     """READs embeddings over NIXL into its own arena, checks them, prefills, and keeps the KV cache for one reader."""
 
+    reads = ("EncodeWorker",)
+
     def __init__(self) -> None:
         self.config = service_config(PrefillConfig)
 

@@ -35,13 +35,15 @@ class ArenaOwner:
     """A service with one arena, ``self.arena``, between `open_arena` and `close_arena`."""
 
     arena: Arena
+    reads: tuple[str, ...] = ()
+    """Services whose arenas this one READs from. Each costs a watch of discovery, which are few: see `connect`."""
 
     async def open_arena(self, nbytes: int) -> None:
         """Maps and registers ``nbytes`` of host memory."""
         from dynamo_epd.transfer import Arena
 
         owner = "/".join((dynamo_context["namespace"], dynamo_context["component"], str(dynamo_context["instance_id"])))
-        await connect_owners()
+        await connect_owners(self.reads)
         self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
 
     async def close_arena(self) -> None:
@@ -87,11 +89,12 @@ class ArenaOwner:
 _clients: dict[str, ServiceClient] = {}
 
 
-async def connect_owners() -> None:
-    """Makes a client for every arena of the graph. At start, and not when one is needed: see `ServiceClient.locate`."""
+async def connect_owners(names: Sequence[str]) -> None:
+    """Makes a client for the arena of each named service that the graph has. At start, and not when one is needed: see
+    `ServiceClient.locate`."""
     graph, addresses = dynamo_context["graph"], dynamo_context["addresses"]
-    for name, service in graph.services.items():
-        if issubclass(service, ArenaOwner):
+    for name in names:
+        if name in graph.services:
             client = ServiceClient(name, addresses[name], None)
             client.endpoints["arena_card"] = EndpointClient(client, "arena_card", CardReply)
             client.locate(dynamo_context["runtime"])

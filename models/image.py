@@ -43,12 +43,15 @@ DECODER_NOISE = 0.1
 """Added to latents of unit spread while the decoder alone is taught: a transformer's latents are never quite right."""
 KL = 1e-4
 """Weight of the term that keeps the latents near a normal distribution."""
-STEPS = 6000
+STEPS = 5000
 BATCH = 32
 RATE = 1e-3
 AVERAGE = 0.999
-POOL = 24_000
+POOL = 16_000
 """Pictures whose latents are computed once; each is met several times, with another noise and another wording."""
+SPREAD = 0.15
+"""How far things stray from their usual place in what the transformer learns to draw: a prompt does not say where they
+are, and what may be anywhere takes many times as long to learn."""
 PAIRS = 0.4
 DROPPED = 0.1
 """Part of the prompts that are left out, for guidance."""
@@ -98,10 +101,12 @@ def build_transformer(text_width: int) -> PixArtTransformer2DModel:
     return model
 
 
-def pixels(scenes: Iterator[world.Scene], count: int, chance: random.Random) -> tuple[torch.Tensor, list[world.Scene]]:
+def pixels(
+    scenes: Iterator[world.Scene], count: int, chance: random.Random, spread: float = 1.0
+) -> tuple[torch.Tensor, list[world.Scene]]:
     """Drawn scenes: uint8 (count, 3, 64, 64), and the scenes themselves."""
     taken = [next(scenes) for _ in range(count)]
-    drawn = np.stack([np.asarray(world.draw(scene, chance).image) for scene in taken])
+    drawn = np.stack([np.asarray(world.draw(scene, chance, spread=spread).image) for scene in taken])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous(), taken
 
 
@@ -178,7 +183,7 @@ class Pool:
         parts = []
         with torch.no_grad(), autocast():
             while len(self.scenes) < POOL:
-                image, taken = pixels(scenes, min(200, POOL - len(self.scenes)), chance)
+                image, taken = pixels(scenes, min(200, POOL - len(self.scenes)), chance, SPREAD)
                 parts.append(vae.encode(_to_range(image)).latent_dist.mean.float() * vae.config["scaling_factor"])
                 self.scenes += taken
         self.latents = torch.cat(parts)

@@ -132,16 +132,21 @@ def changed(scene: Scene, chance: random.Random) -> tuple[Scene, str]:
             return Scene(things, scene.background), what
 
 
-def places(scene: Scene, chance: random.Random) -> list[Place]:
-    """Where the things of a scene are: by chance, inside the picture, apart, from left to right."""
+def places(scene: Scene, chance: random.Random, spread: float = 1.0) -> list[Place]:
+    """Where the things of a scene are: by chance, inside the picture, apart, from left to right.
+
+    ``spread``: how far, from 0 to 1, they stray from where a lone thing is (the middle) and two are (two corners).
+    """
     while True:
         found = []
-        for thing in scene.things:
+        for index, thing in enumerate(scene.things):
             radius = SIZES[thing.size] * (1 + chance.uniform(-RADIUS_JITTER, RADIUS_JITTER))
             slack = 0.5 - radius - 0.01
+            home = 0.5 + slack * (2 * index - 1) if len(scene.things) == 2 else 0.5
             if len(scene.things) == 1:
                 slack = min(slack, 0.2)
-            found.append(Place(0.5 + chance.uniform(-slack, slack), 0.5 + chance.uniform(-slack, slack), radius))
+            x, y = (0.5 + chance.uniform(-slack, slack) for _ in range(2))
+            found.append(Place(home + spread * (x - home), home + spread * (y - home), radius))
         if all(
             right.x - left.x >= APART
             and math.hypot(right.x - left.x, right.y - left.y) >= left.radius + right.radius + GAP
@@ -191,8 +196,8 @@ class Picture(NamedTuple):
     owner: np.ndarray
 
 
-def draw(scene: Scene, chance: random.Random, side: int = SIDE) -> Picture:
-    """Draw a scene with jitter of place, size and colour and with noise in the pixels."""
+def draw(scene: Scene, chance: random.Random, side: int = SIDE, spread: float = 1.0) -> Picture:
+    """Draw a scene with jitter of place (``spread``: see `places`), size and colour and with noise in the pixels."""
     generator = np.random.default_rng(chance.getrandbits(64))
 
     def paint(colour: str) -> tuple[int, int, int]:
@@ -202,7 +207,7 @@ def draw(scene: Scene, chance: random.Random, side: int = SIDE) -> Picture:
 
     image = Image.new("RGB", (side, side), paint(scene.background))
     owner = Image.new("L", (side, side), 0)
-    for index, (thing, place) in enumerate(zip(scene.things, places(scene, chance), strict=True), start=1):
+    for index, (thing, place) in enumerate(zip(scene.things, places(scene, chance, spread), strict=True), start=1):
         mask = Image.new("1", (side, side), 0)
         for polygon, filled in zip(outline(thing.shape, place), (1, 0), strict=False):
             ImageDraw.Draw(mask).polygon([(px * side - 0.5, py * side - 0.5) for px, py in polygon], fill=filled)
