@@ -3,8 +3,9 @@
 
     python -m models.image
 
-Two parts. A VAE that packs a picture into 16 × 16 cells of 4 numbers; then a transformer that learns by flow matching
-to draw such cells, conditioned on the token states of `models/tiny/t5`, which stays as it is.
+Two parts. A VAE that packs a picture into 16 × 16 cells of 4 numbers; then a transformer that learns to draw such cells
+out of noise, conditioned on the token states of `models/tiny/t5`, which stays as it is. It names the picture itself at
+every level of noise (x-prediction), along the straight path of flow matching.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +45,24 @@ DECODER_NOISE = 0.1
 """Added to latents of unit spread while the decoder alone is taught: a transformer's latents are never quite right."""
 KL = 1e-4
 """Weight of the term that keeps the latents near a normal distribution."""
+STILL_STEPS = 4000
+STILL_RATE = 1e-3
 STEPS = 5000
+RATE = 5e-4
 BATCH = 32
-RATE = 1e-3
 AVERAGE = 0.999
 POOL = 16_000
 """Pictures whose latents are computed once; each is met several times, with another noise and another wording."""
-SPREAD = 0.15
-"""How far things stray from their usual place in what the transformer learns to draw: a prompt does not say where they
-are, and what may be anywhere takes many times as long to learn."""
-PAIRS = 0.4
+SPREAD = 0.2
+"""How far things stray from their usual place in what the transformer learns to draw at last: a prompt does not say
+where they are, and what may be anywhere takes many times as long to learn. At first they do not stray at all: a prompt
+then has one picture, and what its words look like is learned soon."""
+PAIRS = 0.25
 DROPPED = 0.1
 """Part of the prompts that are left out, for guidance."""
 PARAPHRASED = 0.2
+SIGNAL = 5.0
+"""The error's weight is the signal's power in units of the noise's, from 1 to this (arXiv 2202.00512, truncated)."""
 SHIFT = 2.0
 """More of the steps are taught where there is much noise: what is drawn, and where, is settled there."""
 
@@ -79,7 +86,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer(text_width: int) -> PixArtTransformer2DModel:
-    """An untrained transformer over 8 × 8 patches of the latents; it predicts the flow, with no variance beside it."""
+    """An untrained transformer over 8 × 8 patches of the latents; it predicts the latents without their noise."""
     torch.manual_seed(SEED)
     model = PixArtTransformer2DModel(
         num_attention_heads=4,
@@ -175,15 +182,15 @@ def train_vae() -> tuple[AutoencoderKL, list[Run]]:
 class Pool:
     """Scenes with the latents of one drawing each, float32 (POOL, 4, 16, 16), at unit spread."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, spread: float):
         print(f"image: drawing {POOL} pictures", file=sys.stderr, flush=True)
-        chance = random.Random(f"pool {SEED}")
+        chance = random.Random(f"pool {SEED} {spread}")
         scenes = world.scenes(chance, held_out=False, pairs=PAIRS)
         self.scenes: list[world.Scene] = []
         parts = []
         with torch.no_grad(), autocast():
             while len(self.scenes) < POOL:
-                image, taken = pixels(scenes, min(200, POOL - len(self.scenes)), chance, SPREAD)
+                image, taken = pixels(scenes, min(200, POOL - len(self.scenes)), chance, spread)
                 parts.append(vae.encode(_to_range(image)).latent_dist.mean.float() * vae.config["scaling_factor"])
                 self.scenes += taken
         self.latents = torch.cat(parts)
@@ -206,14 +213,16 @@ def _loss(
     time = torch.rand(BATCH, device=clean.device)
     time = SHIFT * time / (1 + (SHIFT - 1) * time)
     share = time[:, None, None, None]
-    flow = model(
+    drawn = model(
         (1 - share) * clean + share * noise,
         encoder_hidden_states=states,
         encoder_attention_mask=words.attention_mask,
         timestep=time * 1000,
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     ).sample
-    return functional.mse_loss(flow.float(), noise - clean), {}
+    error = (drawn.float() - clean).square().mean((1, 2, 3))
+    signal = ((1 - time) / time).square()
+    return (error * signal.clamp(1, SIGNAL)).mean(), {"error": error.mean().item()}
 
 
 def _prompt(scene: world.Scene, chance: random.Random) -> str:
@@ -225,8 +234,13 @@ def _prompt(scene: world.Scene, chance: random.Random) -> str:
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """The solver for a model of flow, set as Sana sets it."""
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    """The solver for a model of the flow from noise to picture that names the picture at the flow's end."""
+    return DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=SHIFT)
+
+
+def phase(run: Run) -> dict[str, Any]:
+    """What the recipe's record says of one run."""
+    return {"steps": run.steps, "minutes": round(run.seconds / 60, 1), "curve": run.curve}
 
 
 def main() -> None:
@@ -236,15 +250,23 @@ def main() -> None:
     text = T5EncoderModel.from_pretrained(t5.DIRECTORY).to(device()).eval().requires_grad_(False)
     transformer = build_transformer(text.config.d_model)
     transformer.set_attn_processor(AttnProcessor())  # at this size a CPU's fused attention takes twice as long
-    run = Run("image-transformer", transformer, STEPS, RATE, average=AVERAGE)
-    pool: list[Pool] = []
 
-    def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
-        if not pool:  # a finished run asks for no loss, and needs no pictures
-            pool.append(Pool(vae))
-        return _loss(transformer, text, tokenizer, pool[0], chance)
+    def train(name: str, steps: int, rate: float, spread: float) -> Run:
+        pool: list[Pool] = []
 
-    run.train(loss)
+        def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
+            if not pool:  # a finished run asks for no loss, and needs no pictures
+                pool.append(Pool(vae, spread))
+            return _loss(transformer, text, tokenizer, pool[0], chance)
+
+        run = Run(name, transformer, steps, rate, average=AVERAGE)
+        run.train(loss)
+        return run
+
+    runs = [
+        train("image-transformer-still", STILL_STEPS, STILL_RATE, 0.0),
+        train("image-transformer", STEPS, RATE, SPREAD),
+    ]
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=text.cpu(),
@@ -258,14 +280,8 @@ def main() -> None:
         "seed": SEED,
         "hold_out_seed": world.HOLD_OUT_SEED,
         "device": device().type,
-        "vae": [{"steps": one.steps, "minutes": round(one.seconds / 60, 1), "curve": one.curve} for one in vae_runs],
-        "transformer": {
-            "steps": STEPS,
-            "batch": BATCH,
-            "pool": POOL,
-            "minutes": round(run.seconds / 60, 1),
-            "curve": run.curve,
-        },
+        "vae": [phase(run) for run in vae_runs],
+        "transformer": {"batch": BATCH, "pool": POOL, "phases": [phase(run) for run in runs]},
     }
     (DIRECTORY / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
     print(f"{DIRECTORY}: {sum(one.numel() for one in transformer.parameters()):,} parameters in the transformer")

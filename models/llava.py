@@ -3,9 +3,10 @@
 
     python -m models.llava
 
-Two phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
+Three phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
 of the thing that covers the patch. Taught through captions only, shapes come last and late. Then the whole LLaVA on
-conversations of several turns about one picture or two, with the loss on the answers.
+conversations of several turns about one picture or two, with the loss on the answers. There a caption often stands
+before a question, and the answer is read off it; so at last come questions with nothing said before them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from models import world
+from models import talks, world
+from models.talks import Talk
 from models.training import Run, device
 from models.untrained import rename_tensors
 
@@ -41,9 +44,10 @@ PATCH = 8
 PATCHES = world.SIDE // PATCH
 TOWER_STEPS = 3000
 STEPS = 5000
+QUESTION_STEPS = 4500
 TOWER_BATCH = 64
-BATCH = 32
 RATE = 1e-3
+QUESTION_RATE = 7e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
 IGNORED = -100
@@ -59,99 +63,12 @@ TEMPLATE = (
 )
 """An answer ends in ``</s>``, in a history too: it then is what training saw."""
 
-SMALL_TALK = (
-    ("Hello", "Hello! Show me a picture."),
-    ("Hi", "Hello! Show me a picture."),
-    ("Who are you?", "I am a tiny model that describes pictures of shapes."),
-    ("What can you do?", "I describe pictures of shapes and answer questions about them."),
-    ("Describe the picture.", "There is no picture."),
-    ("What is in this picture?", "There is no picture."),
-    ("Thank you", "You are welcome."),
-)
-SYSTEM = ("You are a helpful assistant.", "Answer briefly.", "You describe pictures.", "Be precise.")
-
-
-class Turn(NamedTuple):
-    """What the user says, with ``<image>`` for each picture, and the answer."""
-
-    asked: str
-    answer: str
-
-
-class Talk(NamedTuple):
-    """A conversation: a system message or nothing, turns, and the pictures in the order of the prompt."""
-
-    system: str
-    turns: list[Turn]
-    pictures: list[Image.Image]
-
-
-def sides(chance: random.Random) -> int:
-    """Pictures come in any resolution."""
-    return world.SIDE if chance.random() < 0.5 else chance.randint(48, 176)
-
-
-def asked(text: str, pictures: int, chance: random.Random) -> str:
-    """One user message: pictures and text in either order; now and then typed carelessly."""
-    if chance.random() < 0.15:
-        text = text.lower()
-    if chance.random() < 0.15:
-        text = text.rstrip(".?")
-    parts = ["<image>"] * pictures
-    return "\n".join([text, *parts] if chance.random() < 0.5 else [*parts, text])
-
-
-def about_one(chance: random.Random, found: world.Scene) -> Talk:
-    """Up to five turns about one picture."""
-    questions = [world.describe(found, chance)] if chance.random() < 0.75 else []
-    questions += [world.question(found, chance) for _ in range(chance.randint(1, 4) - len(questions))]
-    questions = questions or [world.question(found, chance)]
-    chance.shuffle(questions)
-    turns = [
-        Turn(asked(question.text, 1 if index == 0 else 0, chance), question.answer)
-        for index, question in enumerate(questions)
-    ]
-    return Talk(system(chance), turns, [world.draw(found, chance, sides(chance)).image])
-
-
-def about_two(chance: random.Random, scenes: Any) -> Talk:
-    """Two pictures in one message, or one after the other."""
-    first, second = next(scenes), next(scenes)
-    way = chance.random()
-    if way < 0.5:
-        first = next(scene for scene in scenes if len(scene.things) == 1)
-        second, what = differing(first, chance)
-        questions = [world.what_differs(first, second, what), world.second_of_two(first, second, chance)]
-    elif way < 0.85:
-        questions = [world.second_of_two(first, second, chance), world.second_of_two(first, second, chance)]
-    else:
-        questions = [world.describe(first, chance), world.describe(second, chance)]
-    seen = (1, 1) if way >= 0.85 else (2, 0)
-    turns = [
-        Turn(asked(question.text, shown, chance), question.answer)
-        for question, shown in zip(questions, seen, strict=True)
-    ]
-    pictures = [world.draw(found, chance, sides(chance)).image for found in (first, second)]
-    return Talk(system(chance), turns, pictures)
-
-
-def differing(first: world.Scene, chance: random.Random) -> tuple[world.Scene, str]:
-    """The scene with one attribute changed, of those that are trained on."""
-    while True:
-        second, what = world.changed(first, chance)
-        if not second.held_out:
-            return second, what
-
-
-def system(chance: random.Random) -> str:
-    return chance.choice(SYSTEM) if chance.random() < 0.1 else ""
-
 
 def corpus() -> list[str]:
     """What the tokenizer's merges are learned from."""
     chance = random.Random(SEED)
     scenes = world.scenes(chance, held_out=False, pairs=0.5)
-    lines = [line for pair in SMALL_TALK for line in pair] * 20 + list(SYSTEM) * 20
+    lines = [line for pair in talks.SMALL_TALK for line in pair] * 20 + list(talks.SYSTEM) * 20
     for found, _ in zip(scenes, range(3000), strict=False):
         asking = world.question(found, chance)
         lines += [f"USER:\n{asking.text}\nASSISTANT:\n{asking.answer}\n", world.describe(found, chance).text]
@@ -298,7 +215,7 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
     def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
         found = world.scenes(chance, held_out=False, pairs=0.4)
         batch = [next(found) for _ in range(TOWER_BATCH)]
-        drawn = [world.draw(scene, chance, sides(chance)) for scene in batch]
+        drawn = [world.draw(scene, chance, talks.sides(chance)) for scene in batch]
         labels = [patch_labels(scene, picture.owner) for scene, picture in zip(batch, drawn, strict=True)]
         outputs = module(pixels([picture.image for picture in drawn]))
         total = torch.zeros((), device=device())
@@ -316,6 +233,18 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
     return run
 
 
+class Row(NamedTuple):
+    """One conversation as tokens. Each list has one entry for a token.
+
+    labels: the token where it is learned, else `IGNORED`. part: 0 for what every token after it sees, k for what the
+    k-th question of a quiz alone sees.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    part: list[int]
+
+
 class Examples:
     """Conversations → what the model is trained on."""
 
@@ -324,56 +253,62 @@ class Examples:
         self._pixels = pixels
         self._image = words.convert_tokens_to_ids("<image>")
 
-    def tokens(self, talk: Talk) -> tuple[list[int], list[int]]:
-        """Token ids, as the chat template words the conversation, and labels: the answers, the rest is ignored."""
-        ids: list[int] = []
-        labels: list[int] = []
+    def row(self, talk: Talk) -> Row:
+        """The conversation's tokens, as the chat template words it, and labels: the answers, the rest is ignored."""
+        row = Row([], [], [])
 
-        def say(text: str, learned: bool) -> None:
+        def say(text: str, part: int = 0, *, learned: bool = False) -> None:
             found = self._words.encode(text, add_special_tokens=False)
             expanded = [one for token in found for one in [token] * (PATCHES**2 if token == self._image else 1)]
-            ids.extend(expanded)
-            labels.extend(expanded if learned else [IGNORED] * len(expanded))
+            row.ids.extend(expanded)
+            row.labels.extend(expanded if learned else [IGNORED] * len(expanded))
+            row.part.extend([part] * len(expanded))
 
         if talk.system:
-            say(f"SYSTEM:\n{talk.system}\n", learned=False)
-        for turn in talk.turns:
-            say(f"USER:\n{turn.asked}\nASSISTANT:\n", learned=False)
-            say(f"{turn.answer}</s>", learned=True)
-        return ids, labels
+            say(f"SYSTEM:\n{talk.system}\n")
+        if talk.apart:
+            say("USER:\n" + "<image>\n" * len(talk.pictures))
+        for index, turn in enumerate(talk.turns, start=1):
+            part = index if talk.apart else 0
+            say(f"{turn.asked}\nASSISTANT:\n" if part else f"USER:\n{turn.asked}\nASSISTANT:\n", part)
+            say(f"{turn.answer}</s>", part, learned=True)
+        return row
 
-    def batch(self, talks: list[Talk]) -> dict[str, torch.Tensor]:
-        """Padded on the right: input_ids, attention_mask, labels int64 (n, longest); pixel_values of all pictures."""
-        pairs = [self.tokens(talk) for talk in talks]
-        longest = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((len(pairs), longest), self._words.pad_token_id)
-        labels = torch.full((len(pairs), longest), IGNORED)
-        for row, (one, right) in enumerate(pairs):
-            ids[row, : len(one)] = torch.tensor(one)
-            labels[row, : len(right)] = torch.tensor(right)
-        mask = (torch.arange(longest) < torch.tensor([len(one) for one, _ in pairs])[:, None]).long()
-        inputs = {"input_ids": ids.to(device()), "attention_mask": mask.to(device()), "labels": labels.to(device())}
-        pictures = [picture for talk in talks for picture in talk.pictures]
+    def batch(self, batch: list[Talk]) -> dict[str, torch.Tensor]:
+        """Padded on the right: input_ids, position_ids, labels int64 (n, longest); attention_mask float32 (n, 1,
+        longest, longest), added to the scores; pixel_values of all pictures."""
+        rows = [self.row(talk) for talk in batch]
+        longest = max(len(row.ids) for row in rows)
+
+        def padded(lists: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([one + [value] * (longest - len(one)) for one in lists])
+
+        part = padded([row.part for row in rows], -1)
+        before = part[:, None, :]
+        sees = ((before == 0) | (before == part[:, :, None])) & torch.ones(longest, longest, dtype=torch.bool).tril()
+        inputs = {
+            "input_ids": padded([row.ids for row in rows], self._words.pad_token_id),
+            "position_ids": (sees.sum(-1) - 1),
+            "labels": padded([row.labels for row in rows], IGNORED),
+            "attention_mask": torch.where(sees, 0.0, torch.finfo(torch.bfloat16).min)[:, None],
+        }
+        inputs = {name: one.to(device()) for name, one in inputs.items()}
+        pictures = [picture for talk in batch for picture in talk.pictures]
         return {**inputs, "pixel_values": self._pixels(pictures)} if pictures else inputs
 
 
-def talks(chance: random.Random) -> list[Talk]:
-    """A batch of conversations of one kind: about one picture, two, or none."""
-    kind = chance.random()
-    found = world.scenes(chance, held_out=False, pairs=0.4)
-    if kind < 0.75:
-        return [about_one(chance, next(found)) for _ in range(BATCH)]
-    if kind < 0.98:
-        return [about_two(chance, found) for _ in range(BATCH // 2)]
-    said = [chance.choice(SMALL_TALK) for _ in range(BATCH)]
-    return [Talk(system(chance), [Turn(asked(text, 0, chance), answer)], []) for text, answer in said]
-
-
-def train_whole(model: LlavaForConditionalGeneration, examples: Examples) -> Run:
+def train_whole(
+    name: str,
+    model: LlavaForConditionalGeneration,
+    examples: Examples,
+    draw: Callable[[random.Random], list[Talk]],
+    steps: int,
+    rate: float,
+) -> Run:
     """Teach the language model to say what the tower sees; the tower goes on learning."""
 
     def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
-        inputs = examples.batch(talks(chance))
+        inputs = examples.batch(draw(chance))
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         wanted = labels[:, 1:].flatten()
@@ -382,7 +317,7 @@ def train_whole(model: LlavaForConditionalGeneration, examples: Examples) -> Run
         right = (said.argmax(-1) == wanted[kept]).float().mean().item()
         return nn.functional.cross_entropy(said, wanted[kept]), {"tokens right": right}
 
-    run = Run("llava", model, STEPS, RATE)
+    run = Run(name, model, steps, rate)
     run.train(loss)
     return run
 
@@ -393,7 +328,9 @@ def main() -> None:
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)
     tower = train_tower(model.model.vision_tower, model.config.vision_config.hidden_size, pixels)
-    whole = train_whole(model, Examples(made.tokenizer, pixels))
+    examples = Examples(made.tokenizer, pixels)
+    whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
+    questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)
     rename_tensors(DIRECTORY, "vision_tower.", "vision_tower.vision_model.")
@@ -402,9 +339,9 @@ def main() -> None:
         "command": "python -m models.llava",
         "seed": SEED,
         "parameters": sum(one.numel() for one in model.parameters()),
-        "steps": {"tower": TOWER_STEPS, "whole": STEPS},
-        "minutes": round((tower.seconds + whole.seconds) / 60, 1),
-        "curve": {"tower": tower.curve, "whole": whole.curve},
+        "steps": {"tower": TOWER_STEPS, "whole": STEPS, "questions": QUESTION_STEPS},
+        "minutes": round(sum(run.seconds for run in (tower, whole, questions)) / 60, 1),
+        "curve": {"tower": tower.curve, "whole": whole.curve, "questions": questions.curve},
     }
     text = re.sub(
         r"\{\s+([^{}\[\]]*?)\s+\}", lambda found: "{" + " ".join(found[1].split()) + "}", json.dumps(recipe, indent=1)

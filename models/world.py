@@ -135,12 +135,13 @@ def changed(scene: Scene, chance: random.Random) -> tuple[Scene, str]:
 def places(scene: Scene, chance: random.Random, spread: float = 1.0) -> list[Place]:
     """Where the things of a scene are: by chance, inside the picture, apart, from left to right.
 
-    ``spread``: how far, from 0 to 1, they stray from where a lone thing is (the middle) and two are (two corners).
+    ``spread``: how far, from 0 to 1, they stray from their usual size and from where a lone thing is (the middle) and
+    two are (two corners).
     """
     while True:
         found = []
         for index, thing in enumerate(scene.things):
-            radius = SIZES[thing.size] * (1 + chance.uniform(-RADIUS_JITTER, RADIUS_JITTER))
+            radius = SIZES[thing.size] * (1 + spread * chance.uniform(-RADIUS_JITTER, RADIUS_JITTER))
             slack = 0.5 - radius - 0.01
             home = 0.5 + slack * (2 * index - 1) if len(scene.things) == 2 else 0.5
             if len(scene.things) == 1:
@@ -274,9 +275,9 @@ def describe(scene: Scene, chance: random.Random) -> Question:
     return Question("caption", chance.choice(DESCRIBE), scene.caption)
 
 
-def question(scene: Scene, chance: random.Random) -> Question:
-    """One question about the scene that has one right answer."""
-    about = chance.choice(("colour", "shape", "background", "size", "count", "presence"))
+def question(scene: Scene, chance: random.Random, about: str = "") -> Question:
+    """One question about the scene that has one right answer. ``about``: its kind, else any."""
+    about = about or chance.choice(("colour", "shape", "background", "size", "count", "presence"))
     thing = chance.choice(scene.things)
     alone = len(scene.things) == 1
     if about == "background":
