@@ -70,6 +70,8 @@ class DecodeWorker(ArenaOwner):
                     async for delta in deltas:
                         # The engine has its own copy by the first token: the arena's room is for the next prompt.
                         await held.aclose()
+                        if delta.queue_seconds is not None:
+                            self.metrics.queue.observe(delta.queue_seconds)
                         yield delta
 
     @endpoint()

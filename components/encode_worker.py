@@ -72,7 +72,7 @@ class EncodeWorker(ArenaOwner):
             waiting=self.config.max_waiting,
             observe=metrics.batch_size().observe,
         )
-        self.flights: Flights[Entry] = Flights()
+        self.flights: Flights[tuple[Entry, float]] = Flights()
         self.fetcher = Fetcher(self.config.media)
         self.metadata: WeakKeyDictionary[Entry, dict[str, list[int]]] = WeakKeyDictionary()
         await self.open_arena(self.config.arena_bytes)
@@ -84,11 +84,11 @@ class EncodeWorker(ArenaOwner):
         arrived = perf_counter()
         data = await self._data(request.picture)
         uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
-        entry = self.arena.lookup(uuid)
+        entry, queued = self.arena.lookup(uuid), 0.0
         if entry is None:
-            entry = await self.flights.join(uuid, lambda: self._encode(uuid, data))
+            entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
         self.metrics.run.observe(perf_counter() - arrived)
-        yield Encoded(self.arena.lease(entry, self.config.lease_seconds), uuid, self.metadata[entry])
+        yield Encoded(self.arena.lease(entry, self.config.lease_seconds), uuid, self.metadata[entry], queued)
 
     @endpoint()
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
@@ -110,7 +110,8 @@ class EncodeWorker(ArenaOwner):
         async with self.arena.read([picture.handle], timeout=self.config.lease_seconds) as (view,):
             return bytes(view) if picture.handle.dtype == "bytes" else view.numpy().copy()
 
-    async def _encode(self, uuid: str, data: bytes | numpy.ndarray) -> Entry:
+    async def _encode(self, uuid: str, data: bytes | numpy.ndarray) -> tuple[Entry, float]:
+        """The embedding in the arena, and the seconds that it waited for its batch."""
         item = await asyncio.to_thread(self._process, data)
         ran = await self.batcher.submit(item)
         self.metrics.queue.observe(ran.queue_seconds)
@@ -123,7 +124,7 @@ class EncodeWorker(ArenaOwner):
         # Until those who wait for it have leases of their own: a full arena could evict it before they run.
         hold = self.arena.lease(entry, HOLD_SECONDS, ends_on_read=False)
         asyncio.get_running_loop().call_later(HOLD_SECONDS, self.arena.release, hold.lease)
-        return entry
+        return entry, ran.queue_seconds
 
     def _warm_up(self) -> None:
         """One grey picture: a worker that says it is ready has encoded once, and the first request meets a warm one."""

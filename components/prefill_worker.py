@@ -54,7 +54,8 @@ class PrefillWorker(ArenaOwner):
                 filled = await self.engine.prefill(
                     request.request_id, request.token_ids, images, cache_salt=request.cache_salt
                 )
-        yield PrefillReply(filled.kv, filled.token_ids)
+        self.metrics.queue.observe(filled.queue_seconds)
+        yield PrefillReply(filled.kv, filled.token_ids, filled.queue_seconds)
 
     @liveness
     def alive(self) -> bool:

@@ -160,12 +160,12 @@ class Processor:
             async for result in results:
                 yield result
 
-    async def answered(self, request: HttpRequest) -> str:
-        """The JSON body of a chat's whole reply."""
+    async def answered(self, request: HttpRequest) -> tuple[str, float]:
+        """The JSON body of a chat's whole reply, and the seconds that it waited in the stages' queues."""
         async with Conversation(self, request) as conversation:
             answer = await self.front.chat(request.body, conversation.answer)
         assert answer.body is not None
-        return answer.body
+        return answer.body, conversation.queue_seconds
 
     @property
     def conditioned(self) -> bool:
@@ -236,6 +236,8 @@ class Conversation:
         self._arrived = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + request.deadline - time.time()
         self._ahead: dict[int, asyncio.Task[Leased]] = {}
+        self.queue_seconds = 0.0
+        """In the queues of all stages; of pictures encoded side by side the longest counts."""
 
     async def __aenter__(self) -> Conversation:
         for index, picture in enumerate(self._request.pictures):
@@ -297,6 +299,7 @@ class Conversation:
             if processor.prefills_apart(token_ids, images):
                 prefilled = await self._prefill(request_id, token_ids, images)
                 unread, kv = [], prefilled.kv
+                self.queue_seconds += prefilled.queue_seconds
                 decode = processor.take_over(request_id, token_ids, images, prefilled, sampling, self._request.tenant)
             else:
                 decode = DecodeRequest(
@@ -310,6 +313,7 @@ class Conversation:
             async with aclosing(call):
                 while (delta := await self._before_deadline(anext(call, None))) is not None:
                     unread, kv = [], None
+                    self.queue_seconds += delta.queue_seconds or 0.0
                     if streamed and delta.prompt_tokens is not None:
                         delta = msgspec.structs.replace(delta, prompt_tokens=None)
                     yield delta
@@ -326,10 +330,12 @@ class Conversation:
             ahead = self._ahead.pop(index, None)
             tasks.append(ahead or asyncio.create_task(self._encode(self._request.pictures[index])))
         try:
-            return await self._before_deadline(asyncio.gather(*map(asyncio.shield, tasks)))
+            images: list[Leased] = await self._before_deadline(asyncio.gather(*map(asyncio.shield, tasks)))
         except BaseException:
             self._processor.afterwards(self._release_unwanted(tasks))
             raise
+        self.queue_seconds += max((leased.encoded.queue_seconds for leased in images), default=0.0)
+        return images
 
     async def _encode(self, picture: Picture) -> Leased:
         request = EncodeRequest(self._request.request_id, self._request.tenant, picture)

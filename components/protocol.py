@@ -166,6 +166,8 @@ class Encoded(msgspec.Struct, frozen=True, omit_defaults=True):
     """Identity for every cache: H(tenant, content, processor and tower revision)."""
     metadata: dict[str, list[int]] = {}
     """What the language model must know beside the embedding (`image_grid_thw`)."""
+    queue_seconds: float = 0.0
+    """0 where the embedding was there already."""
 
 
 # To an embed worker
@@ -310,6 +312,7 @@ class PrefillReply(msgspec.Struct, frozen=True, omit_defaults=True):
     kv: dict[str, Any]
     token_ids: list[int]
     """The prompt with its image tokens expanded."""
+    queue_seconds: float = 0.0
 
 
 class Completed(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -99,7 +99,7 @@ class Validation:
         began = perf_counter()
         part = {"type": "image_url", "image_url": {"url": REFERENCE}}
         content = [part, {"type": "text", "text": self._config.question}]
-        body = {
+        asked = {
             "messages": [{"role": "user", "content": content}],
             "max_tokens": self._config.max_tokens,
             "temperature": 0,
@@ -107,13 +107,13 @@ class Validation:
         request = HttpRequest(
             f"{self._request.request_id}-caption",
             self._request.tenant,
-            body,
+            asked,
             [Picture(handle=made.pixels)],
             self._request.deadline,
         )
-        reply = json.loads(await self._processor.answered(request))
-        caption = reply["choices"][0]["message"]["content"].strip()
-        return caption, Stage("caption", 0.0, perf_counter() - began)
+        body, queued = await self._processor.answered(request)
+        caption = json.loads(body)["choices"][0]["message"]["content"].strip()
+        return caption, Stage("caption", queued, perf_counter() - began - queued)
 
     async def _embed(self, text: str) -> Embedded:
         request = EmbedRequest(self._request.request_id, [text])

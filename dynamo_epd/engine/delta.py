@@ -26,3 +26,5 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_tokens: int | None = None
     """Length of the prompt with its image tokens; on the first delta only."""
+    queue_seconds: float | None = None
+    """How long the request waited in the engine; on the first delta only."""

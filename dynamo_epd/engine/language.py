@@ -59,6 +59,7 @@ class Prefilled:
 
     kv: dict[str, Any]
     token_ids: list[int]
+    queue_seconds: float
 
 
 class LanguageEngine:
@@ -140,7 +141,7 @@ class LanguageEngine:
             last = output
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
-        return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids))
+        return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids), queued(last))
 
     async def generate(
         self,
@@ -184,6 +185,7 @@ class LanguageEngine:
                     stop_reason=completion.stop_reason,
                     logprobs=_logprobs(completion.logprobs, completion.token_ids),
                     prompt_tokens=len(output.prompt_token_ids) if first else None,
+                    queue_seconds=queued(output) if first else None,
                 )
                 first = False
         finally:
@@ -247,6 +249,12 @@ class LanguageEngine:
             raise InvalidRequest(str(error), param=error.parameter) from error
         except EngineDeadError as error:
             raise WorkerLost("the engine's process is gone") from error
+
+
+def queued(output: Any) -> float:
+    """Seconds from a request's arrival in the engine to its first step, a KV cache's way here among them."""
+    stats = output.metrics  # None where the operator has disabled vLLM's
+    return max(0.0, stats.scheduled_ts - stats.queued_ts) if stats is not None else 0.0
 
 
 def multi_modal_data(images: Sequence[ImageInput]) -> Any:
