@@ -6,8 +6,8 @@ processor, tokenizer and chat template, loaded by exactly the code that loads th
 
     python models/untrained.py llava DIRECTORY
 
-Families: llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, llama4, and pixart, which draws (from the repository's
-root: its T5 is the trained one).
+Families: llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, llama4; and pixart, flux, flux_schnell, sd3 and sdxl, which
+draw (from the repository's root: they take the trained T5, or its tokenizer).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LLAVA_TEMPLATE = (
@@ -455,6 +456,185 @@ def write_pixart(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def clip_tokenizer():
+    """CLIP's, of bytes: each stands for itself, and another one ends a word."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{one}</w>" for one in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def clip_texts(tokenizer, seed: int, *, projected: bool):
+    """A CLIP text encoder, 16 wide; ``projected`` as SD3 and SDXL take its pooled state."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    randomise(model, seed=seed, std=1.6)
+    return model
+
+
+def small_t5(seed: int):
+    """A T5 encoder, 32 wide, and the tokenizer of the trained one."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained("models/tiny/t5")
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    model = T5EncoderModel(config).eval()
+    randomise(model, seed=seed, std=1.0)
+    return model, tokenizer
+
+
+def small_vae(**config):
+    """An AutoencoderKL of 4 channels, one latent for 4×4 pixels."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        **config,
+    ).eval()
+
+
+def write_flux(directory: Path, *, schnell: bool = False) -> None:
+    """FluxPipeline: CLIP and T5. ``schnell``: distilled, without guidance."""
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(8)
+    tokenizer = clip_tokenizer()
+    text, t5_tokenizer = small_t5(seed=9)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=text.config.d_model,
+        pooled_projection_dim=16,
+        guidance_embeds=not schnell,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=not schnell),
+        vae=small_vae(scaling_factor=0.5, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_texts(tokenizer, 10, projected=False),
+        tokenizer=tokenizer,
+        text_encoder_2=text,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    ).save_pretrained(directory)
+
+
+def write_sd3(directory: Path) -> None:
+    """StableDiffusion3Pipeline: two CLIPs and T5; up to 128×128 pixels."""
+    import torch
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(11)
+    tokenizer = clip_tokenizer()
+    text, t5_tokenizer = small_t5(seed=12)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=text.config.d_model,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    ).eval()
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_texts(tokenizer, 13, projected=True),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_texts(tokenizer, 14, projected=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=text,
+        tokenizer_3=t5_tokenizer,
+    ).save_pretrained(directory)
+
+
+def write_sdxl(directory: Path) -> None:
+    """StableDiffusionXLPipeline: a UNet, two CLIPs, no T5."""
+    import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    torch.manual_seed(15)
+    tokenizer = clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    ).eval()
+    StableDiffusionXLPipeline(
+        vae=small_vae(scaling_factor=0.13),
+        text_encoder=clip_texts(tokenizer, 16, projected=False),
+        text_encoder_2=clip_texts(tokenizer, 17, projected=True),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        # Unlike the hub's base model: what a request's own pipeline must not lose.
+        force_zeros_for_empty_prompt=False,
+    ).save_pretrained(directory)
+
+
 def rename_tensors(directory: Path, old: str, new: str) -> None:
     """transformers 5 writes ``vision_tower.*``; vLLM 0.31 and the hub say ``vision_tower.vision_model.*``."""
     from safetensors.torch import load_file, save_file
@@ -478,6 +658,10 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "internvl": write_internvl,
     "llama4": write_llama4,
     "pixart": write_pixart,
+    "flux": write_flux,
+    "flux_schnell": partial(write_flux, schnell=True),
+    "sd3": write_sd3,
+    "sdxl": write_sdxl,
 }
 
 
