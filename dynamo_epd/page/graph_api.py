@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph's HTTP API as the page uses it: over loopback, through the same checks as anyone's requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+CONNECT_SECONDS = 5.0
+SHORT_SECONDS = 15.0
+"""For what is looked up: models, past results."""
+MAX_REPLY = 64 * 1024 * 1024
+"""Bytes of one reply, a stream's events together."""
+MAX_CONNECTIONS = 64
+
+
+class Refused(Exception):
+    """The graph said no, or could not be asked. ``advice`` says what a person can do about it."""
+
+    def __init__(self, message: str, advice: str, status: int = 0):
+        super().__init__(message)
+        self.message = message
+        self.advice = advice
+        self.status = status
+
+
+class GraphApi:
+    """``deadline``: seconds that the graph gives one request; the page waits a little longer, for its last word."""
+
+    def __init__(self, deadline: float):
+        self._deadline = deadline + 5
+        # Neither a proxy nor a .netrc of the environment has anything to do with loopback.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            timeout=httpx.Timeout(self._deadline, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=4),
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def chat_models(self, base: str) -> list[str]:
+        """Names of the models that chat: only those have a length of context."""
+        models = (await self._get(base, "/v1/models")).get("data", [])
+        return [one["id"] for one in models if one.get("max_model_len")] or [one["id"] for one in models]
+
+    async def past_results(self, base: str, limit: int) -> list[dict[str, Any]]:
+        """Newest first. Raises `Refused` with status 404 where the graph keeps none."""
+        found = (await self._get(base, f"/v1/images?limit={limit}")).get("data", [])
+        return sorted(found, key=lambda one: one.get("created") or 0, reverse=True)
+
+    async def validate(self, base: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of one validation, each the moment its stage is done."""
+        body = {**body, "stream": True, "include_embeddings": True}
+        async for event in self._events(base, "/v1/validations", body):
+            yield event
+
+    async def chat(self, base: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
+        """The answer's text, piece by piece."""
+        async for event in self._events(base, "/v1/chat/completions", {**body, "stream": True}):
+            for choice in event.get("choices", []):
+                if choice.get("delta", {}).get("content"):
+                    yield choice["delta"]["content"]
+
+    async def _get(self, base: str, path: str) -> dict[str, Any]:
+        async with self._answer("GET", base + path, None, SHORT_SECONDS) as reply:
+            return _json(await _whole(reply))
+
+    async def _events(self, base: str, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        async with self._answer("POST", base + path, body, self._deadline) as reply:
+            async for data in _data_of(reply):
+                if data == b"[DONE]":
+                    return
+                event = _json(data)
+                if "error" in event:
+                    raise refusal(0, event, None)
+                yield event
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, url: str, body: dict[str, Any] | None, seconds: float
+    ) -> AsyncIterator[httpx.Response]:
+        """The reply, which is closed with its connection however this ends. Raises `Refused` for any but a 200."""
+        try:
+            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body) as reply:
+                if reply.status_code != 200:
+                    raise refusal(reply.status_code, _json(await _whole(reply)), reply.headers.get("retry-after"))
+                yield reply
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise Refused("The graph did not answer in time.", "Try again; fewer denoise steps take less.") from error
+        except httpx.HTTPError as error:
+            raise Refused("The connection to the graph broke off.", "Try again in a moment.") from error
+
+
+def refusal(status: int, body: dict[str, Any], retry_after: str | None) -> Refused:
+    """What an OpenAI error body means to a person. ``status`` is 0 within a stream."""
+    error = body.get("error")
+    error = error if isinstance(error, dict) else {}
+    message = str(error.get("message") or f"The graph answered with status {status}.")
+    kind, param = error.get("type"), error.get("param")
+    if status == 401 or kind == "authentication_error":
+        advice = "This graph wants an API key, which the page does not have: use the API."
+    elif status in (429, 503) or kind in ("overloaded_error", "service_unavailable"):
+        advice = f"The graph is busy, or a stage is being restarted: try again in {retry_after or 'a few'} seconds."
+    elif status == 504 or kind == "timeout_error":
+        advice = "Try again; a smaller size or fewer denoise steps take less time."
+    elif status == 404:
+        advice = "This graph does not have it."
+    elif kind == "invalid_request_error" or 400 <= status < 500:
+        advice = f"Change {param} and send it again." if param else "Change the request and send it again."
+    else:
+        advice = "Try again; the graph's log says more."
+    return Refused(message[:1].upper() + message[1:], advice, status)
+
+
+async def _data_of(reply: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """The ``data`` of each server-sent event: these servers put it in one line."""
+    size, rest = 0, bytearray()
+    async for piece in reply.aiter_bytes():
+        size += len(piece)
+        if size > MAX_REPLY:
+            raise Refused("The answer is too long.", "Ask for less at once.")
+        rest += piece
+        *lines, last = rest.split(b"\n") if b"\n" in piece else [rest]
+        rest = bytearray(last)
+        for line in lines:
+            if line.startswith(b"data: "):
+                yield bytes(line[6:])
+
+
+async def _whole(reply: httpx.Response) -> bytes:
+    pieces, size = [], 0
+    async for piece in reply.aiter_bytes():
+        size += len(piece)
+        if size > MAX_REPLY:
+            raise Refused("The answer is too long.", "Ask for less at once.")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _json(raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
