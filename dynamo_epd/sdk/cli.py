@@ -31,8 +31,34 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--working-dir", help="where the graph's modules are found (default: here)")
     serve.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the environment")
     serve.add_argument("-v", "--verbose", action="store_true", help="show everything that the workers print")
+    _add_batch(
+        commands.add_parser("batch", allow_abbrev=False, help="make pictures of a file of prompts, and judge them")
+    )
     commands.add_parser("env", help="versions and devices of this machine")
     return parser
+
+
+def _add_batch(batch: argparse.ArgumentParser) -> None:
+    batch.epilog = (
+        "Run again with the same directory, it goes on where it was: what is done is not asked again. "
+        "Exit status: 0 all is done and matches, 1 something failed, 2 nothing could be done, "
+        "3 all is done and some pictures do not match their prompts, 130 interrupted."
+    )
+    batch.add_argument("prompts", help="a text file with a prompt a line, JSON lines, or - for standard input")
+    batch.add_argument("-o", "--output", required=True, metavar="DIRECTORY", help="pictures, and results.jsonl")
+    batch.add_argument("--url", default="http://127.0.0.1:8000", help="of a running graph (default: %(default)s)")
+    batch.add_argument("--concurrency", type=int, default=4, help="prompts at a time (default: %(default)s)")
+    what = batch.add_mutually_exclusive_group()
+    what.add_argument("--images", dest="validate", action="store_false", help="make the pictures, judge nothing")
+    what.add_argument("--validate", action="store_true", default=True, help="caption and compare too (default)")
+    batch.add_argument("--size", help="WIDTHxHEIGHT, or a name that the graph's configuration gives a size")
+    batch.add_argument("--quality", help="a name that the graph's configuration gives a number of steps")
+    batch.add_argument("--num-inference-steps", type=int)
+    batch.add_argument("--seed", type=int, help="of every prompt (default: one that follows from the prompt)")
+    batch.add_argument("--threshold", type=float, help="similarity from which a picture matches")
+    batch.add_argument("--output-format", choices=("png", "webp", "jpeg"))
+    batch.add_argument("--timeout", type=float, default=600.0, help="seconds for a prompt with all of its attempts")
+    batch.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key: OPENAI_API_KEY")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
             print(describe())
             return 0
+        if arguments.command == "batch":
+            from dynamo_epd.batch import run
+
+            if overrides:
+                raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: a batch takes no configuration")
+            return run(arguments)
         from dynamo_epd.sdk.serve import serve
 
         return serve(arguments, overrides)
