@@ -221,6 +221,20 @@ def go(writers: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
     return writers
 
 
+class TwoHoursLater:
+    """Stands for the clock of a sweep, so that nobody has to wait until a dead writer is known for dead."""
+
+    @staticmethod
+    def time() -> float:
+        return time.time() + 7200
+
+
+async def sweep_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> int:
+    with monkeypatch.context() as patched:
+        patched.setattr("dynamo_epd.store.store.time", TwoHoursLater)
+        return await store.sweep()
+
+
 KILLED = """
 import asyncio, json, os, signal, sys
 from dynamo_epd.store import Store, StoreConfig
@@ -241,10 +255,12 @@ asyncio.run(main())
 """A writer that is killed when its bytes are there and its record is not."""
 
 
-def test_a_writer_killed_half_way_leaves_nothing_to_see_and_its_bytes_are_swept(held: Held) -> None:
-    config = replace(held.config, timeout=1.0, leftover_seconds=4.0)
+@pytest.mark.parametrize("put_again", [False, True])
+def test_a_writer_killed_half_way_leaves_nothing_to_see_and_its_bytes_are_swept(
+    held: Held, monkeypatch: pytest.MonkeyPatch, put_again: bool
+) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps([asdict(config), "ann", "img-half"])],
+        [sys.executable, "-c", KILLED, json.dumps([asdict(held.config), "ann", "img-half"])],
         cwd=ROOT,
         env=os.environ | CREDENTIALS,
         timeout=120,
@@ -254,23 +270,23 @@ def test_a_writer_killed_half_way_leaves_nothing_to_see_and_its_bytes_are_swept(
     assert left.startswith("data/")
 
     async def test() -> None:
-        patient = Store(held.config)
-        assert isinstance(await refusal(patient.head("ann", "img-half")), NotFound)
-        assert isinstance(await refusal(patient.get("ann", "img-half")), NotFound)
-        assert await patient.recent("ann", 10) == []
-        assert await patient.sweep() == 0
-        assert held.objects() == [left], "it may be a live writer's"
-        stored = await patient.put("ann", "img-half", PNG, "image/png", {})
         expired: list[int] = []
-        sweeper = Store(config, on_expired=lambda: expired.append(1))
-        end = time.monotonic() + 60
-        while left in held.objects():
-            assert time.monotonic() < end
-            assert await sweeper.sweep() == 0
-            await asyncio.sleep(0.2)
+        store = Store(held.config, on_expired=lambda: expired.append(1))
+        assert isinstance(await refusal(store.head("ann", "img-half")), NotFound)
+        assert isinstance(await refusal(store.get("ann", "img-half")), NotFound)
+        assert await store.recent("ann", 10) == []
+        assert await store.sweep() == 0
+        assert held.objects() == [left], "it may be a live writer's"
+        if put_again:
+            stored = await store.put("ann", "img-half", PNG, "image/png", {})
+        assert await sweep_later(store, monkeypatch) == 0
         assert expired == []
-        assert await patient.head("ann", "img-half") == stored
-        assert await patient.get("ann", "img-half") == PNG
+        if put_again:
+            assert len(held.objects()) == 2 and left not in held.objects()
+            assert await store.head("ann", "img-half") == stored
+            assert await store.get("ann", "img-half") == PNG
+        else:
+            assert held.objects() == []
 
     run(test)
 
@@ -492,21 +508,35 @@ def test_a_damaged_record_is_an_error_and_spoils_no_list(held: Held) -> None:
     run(test)
 
 
-def test_bytes_that_are_lost_can_be_stored_again(held: Held) -> None:
-    config = replace(held.config, timeout=1.0, leftover_seconds=4.0)
-
+def test_bytes_that_are_lost_can_be_stored_again(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        store = Store(config)
+        store = Store(held.config)
         await store.put("", "img-1", PNG, "image/png", {})
-        (key,) = (key for key in held.objects() if key.startswith("data/"))
+        kept = await store.put("", "img-2", PNG, "image/png", {})
+        (key,) = (key for key in held.objects() if key.startswith("data/everyone/img-1"))
         held.remove(key)
-        end = time.monotonic() + 60
-        while held.objects():
-            assert time.monotonic() < end, held.objects()
-            assert await store.sweep() == 0
-            await asyncio.sleep(0.2)
+        assert await sweep_later(store, monkeypatch) == 0
+        assert [stored.id for stored in await store.recent("", 9)] == ["img-2"]
         await store.put("", "img-1", PNG, "image/png", {})
         assert await store.get("", "img-1") == PNG
+        assert await store.head("", "img-2") == kept
+
+    run(test)
+
+
+def test_a_delete_that_was_killed_half_way_is_finished(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        store = Store(held.config)
+        await store.put("", "img-1", PNG, "image/png", {})
+        (key,) = (key for key in held.objects() if key.startswith("about/"))
+        held.write(key, b"null")
+        assert isinstance(await refusal(store.head("", "img-1")), NotFound)
+        assert await store.recent("", 9) == []
+        assert await store.sweep() == 0
+        assert len(held.objects()) == 2, "whoever deletes it may be alive"
+        assert await sweep_later(store, monkeypatch) == 0
+        assert held.objects() == []
+        assert await store.put("", "img-1", PNG, "image/png", {})
 
     run(test)
 
@@ -638,7 +668,7 @@ def test_a_bucket_that_is_not_there_is_said(server: S3Server) -> None:
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_server_that_is_down_is_an_error_within_the_bound_and_then_it_works_again(how: str) -> None:
     with s3_server() as server:
-        config = in_bucket(server, "x", timeout=2.0)
+        config = in_bucket(server, "x", timeout=5.0)
 
         async def test() -> None:
             store = Store(config)
@@ -648,18 +678,18 @@ def test_a_server_that_is_down_is_an_error_within_the_bound_and_then_it_works_ag
             else:
                 server.kill()
             stored = Stored("img-1", "image/png", 1, "", 0, 1, {}, "img-1.1.0123456789abcdef")
-            for ask in (
-                lambda: store.check(),
-                lambda: store.put("", "img-2", PNG, "image/png", {}),
-                lambda: store.head("", "img-1"),
-                lambda: store.read("", stored),
-                lambda: store.annotate("", "img-1", {}),
-                lambda: store.delete("", "img-1"),
-                lambda: store.recent("", 5),
-                lambda: store.sweep(),
-            ):
-                async with asyncio.timeout(4 * config.timeout):
-                    error = await refusal(ask())
+            async with asyncio.timeout(4 * config.timeout):
+                errors = await asyncio.gather(
+                    refusal(store.check()),
+                    refusal(store.put("", "img-2", PNG, "image/png", {})),
+                    refusal(store.head("", "img-1")),
+                    refusal(store.read("", stored)),
+                    refusal(store.annotate("", "img-1", {})),
+                    refusal(store.delete("", "img-1")),
+                    refusal(store.recent("", 5)),
+                    refusal(store.sweep()),
+                )
+            for error in errors:
                 assert isinstance(error, StageUnavailable) and error.retry_after
                 assert error.message == "the object store cannot be reached"
             if how == "stopped":

@@ -49,6 +49,7 @@ class Entry:
     """One line of a listing."""
 
     key: str
+    size: int
     modified: float
     """Unix seconds, by the store's clock."""
 
@@ -134,7 +135,7 @@ class Backend:
                 page = await anext(stream, None)
             if page is None:
                 return
-            yield [Entry(one["path"], one["last_modified"].timestamp()) for one in page]
+            yield [Entry(one["path"], one["size"], one["last_modified"].timestamp()) for one in page]
 
     async def remove_staged(self, seconds: float) -> None:
         """Removes what writers that died ``seconds`` ago were writing."""

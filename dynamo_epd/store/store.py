@@ -2,8 +2,8 @@
 """The store: an object exists from the moment its record does, and its record is written last.
 
 ``data/<tenant>/<id>.<expiry>.<writer>`` holds the bytes, under a name that no other writer has, and
-``about/<tenant>/<id>.json`` is the record, created once and never by two. Readers start at the record, so they never see
-half an object, and bytes without a record are a dead writer's, to be swept.
+``about/<tenant>/<id>.json`` is the record, created once and never by two. Readers start at the record, so they never
+see half an object, and bytes without a record are a dead writer's, to be swept.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ class Store:
 
     def address(self, stored: Stored, tenant: str) -> str | None:
         """Where a client can GET the object, for `StoreConfig.url_seconds` or as long as it is kept. None for a
-        directory, and for an object that has expired."""
+        directory, and for an object that has expired. Nothing is asked of the store; where credentials come from a
+        machine's own service instead of the environment, that one may be."""
         seconds = min(self.config.url_seconds, stored.expires - time.time())
         return self._backend.address(_data(_folder(tenant), stored.key), math.floor(seconds)) if seconds >= 1 else None
 
@@ -210,13 +211,13 @@ class Store:
                     facts = (int(match["expires"]), entry.modified < old)
                     data[match["tenant"], match["id"]][match["key"]] = facts
         # Listed second: bytes come before their record, so what lacks one here had none when it was listed either.
-        records: dict[tuple[str, str], bool] = {}
+        records: dict[tuple[str, str], tuple[bool, bool]] = {}
         async for page in self._backend.pages("about"):
             for entry in page:
                 if match := _RECORD.fullmatch(entry.key):
-                    records[match["tenant"], match["id"]] = entry.modified < old
+                    records[match["tenant"], match["id"]] = (entry.modified < old, entry.size == len(GONE))
         suspects = [
-            (*name, data.get(name, {}), records.get(name))
+            (*name, data.get(name, {}), records.get(name, (False, False))[0])
             for name in data.keys() | records.keys()
             if _is_suspect(data.get(name, {}), records.get(name), now)
         ]
@@ -225,7 +226,7 @@ class Store:
         await self._backend.remove_staged(self.config.leftover_seconds)
         return expired
 
-    async def _sweep_one(self, folder: str, id: str, data: Listed, record_is_old: bool | None) -> bool:
+    async def _sweep_one(self, folder: str, id: str, data: Listed, record_is_old: bool) -> bool:
         """Sweeps what a listing knew of one id. Returns whether its object expired by this."""
         path = _about(folder, id)
         try:
@@ -322,12 +323,14 @@ def _no_such_object() -> EpdError:
     return NotFound("there is no such picture, or none any more")
 
 
-def _is_suspect(data: Listed, record_is_old: bool | None, now: float) -> bool:
-    """Whether the names and times of a listing are reason to read a record; None: there is no record."""
-    if record_is_old is None:
+def _is_suspect(data: Listed, record: tuple[bool, bool] | None, now: float) -> bool:
+    """Whether the names, times and sizes of a listing are reason to read a record: whether it is older than a live
+    writer's and whether it is `GONE`, or None where there is none."""
+    if record is None:
         return any(is_old for _, is_old in data.values())
-    if not data:
-        return record_is_old
+    is_old, is_gone = record
+    if is_old and (is_gone or not data):
+        return True
     return len(data) > 1 or any(expires <= now for expires, _ in data.values())
 
 
