@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,9 @@ import pytest
 
 from dynamo_epd.families import Family, family_of
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
+from dynamo_epd.sdk.gpus import TooFewGpus, gpus_for
 from dynamo_epd.sdk.graph import load_graph
+from tests.toys.running import clean_environment
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -55,6 +61,29 @@ HUB = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Painter:
+    """What the hub's ``model_index.json`` says of an image pipeline, and what its parts are made of.
+
+    Attributes:
+        pipeline: diffusers' class.
+        side: of the squares of pixels that width and height must be made of.
+        conditioned_by: embed models that are the pipeline's own T5.
+        tokens, width: of the states of one prompt.
+    """
+
+    pipeline: str
+    side: int
+    conditioned_by: tuple[str, ...]
+    tokens: int
+    width: int
+
+
+PAINTERS = {
+    "black-forest-labs/FLUX.1-dev": Painter("FluxPipeline", 16, ("city96/t5-v1_1-xxl-encoder-bf16",), 512, 4096)
+}
+
+
 def graph_of(name: str) -> str:
     graph = next((graph for graph in ("disagg", "cova") if graph in name), "agg")
     return f"graphs.{graph}:Frontend"
@@ -79,6 +108,23 @@ def settings(name: str) -> dict[str, ServiceSettings]:
 @pytest.fixture(params=[name for name in FILES if not name.startswith("tiny")])
 def hub(request: pytest.FixtureRequest) -> dict[str, ServiceSettings]:
     return settle(ROOT / "configs" / f"{request.param}.yaml", graph_of(request.param))
+
+
+@pytest.fixture(params=[name for name in FILES if "cova" in name])
+def painting(request: pytest.FixtureRequest) -> dict[str, ServiceSettings]:
+    """A file of the content-validation graph."""
+    return settle(ROOT / "configs" / f"{request.param}.yaml", graph_of(request.param))
+
+
+@pytest.fixture(params=[name for name in FILES if name.startswith("cova")])
+def cova(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def wide(cova: str) -> dict[str, ServiceSettings]:
+    """The same, with models from the hub."""
+    return settle(ROOT / "configs" / f"{cova}.yaml", graph_of(cova))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +159,7 @@ def takes_pictures(settings: dict[str, ServiceSettings]) -> ServiceSettings:
 
 def test_the_seeds_files_are_there() -> None:
     assert set(SEED) < set(FILES)
-    assert {"tiny-agg", "tiny-disagg"} < set(FILES)
+    assert {"tiny-agg", "tiny-disagg", "tiny-cova", "cova", "cova-llama4"} < set(FILES)
 
 
 def test_every_service_has_its_section_and_the_same_model(settings: dict[str, ServiceSettings]) -> None:
@@ -253,3 +299,130 @@ def test_another_model_is_an_override() -> None:
     settings = resolve(load_graph("graphs.disagg:Frontend", str(ROOT)), document)
     assert {one["model"] for one in engine_args(settings).values()} == {"/elsewhere/qwen"}
     assert settings["Processor"].config.served_model_name == "tiny-qwen"
+
+
+def test_every_key_that_a_file_sets_is_read(settings: dict[str, ServiceSettings]) -> None:
+    """A field that a configuration may have and no service looks at would be an unknown key with better manners."""
+    sources = [path for folder in ("components", "dynamo_epd") for path in (ROOT / folder).rglob("*.py")]
+    code = "".join(path.read_text() for path in sources)
+
+    def unread(config: Any, given: dict[str, Any]) -> Iterator[str]:
+        fields = {field.name for field in dataclasses.fields(config)}
+        for key, value in given.items():
+            name = key.replace("-", "_")
+            if name not in fields:  # an engine argument: vLLM's own parser is asked in another test
+                continue
+            if not re.search(rf"\.{name}\b", code):
+                yield key
+            if dataclasses.is_dataclass(below := getattr(config, name)) and isinstance(value, dict):
+                yield from unread(below, value)
+
+    for one in settings.values():
+        if one.config is not None:
+            assert list(unread(one.config, one.values)) == [], one.name
+
+
+def test_sizes_and_qualities_are_such_as_the_image_worker_takes(painting: dict[str, ServiceSettings]) -> None:
+    config = painting["ImageWorker"].config
+    assert "default" in config.sizes
+    for size in config.sizes.values():
+        width, height = map(int, size.split("x"))
+        assert width * height <= config.max_pixels
+        if config.model in PAINTERS:
+            side = PAINTERS[config.model].side
+            assert width % side == height % side == 0, size
+    assert {"low", "medium", "high"} <= set(config.qualities)
+    assert 0 < config.qualities["low"] < config.qualities["medium"] < config.qualities["high"] <= config.max_steps
+    assert -1 <= painting["Processor"].config.validation.threshold <= 1
+
+
+def test_pictures_may_be_wide_and_tall(wide: dict[str, ServiceSettings]) -> None:
+    sizes = wide["ImageWorker"].config.sizes
+    assert set(sizes) >= {"square", "landscape", "portrait"}
+    for one, other in (("landscape", "portrait"), ("wide", "tall")):
+        assert sizes[one].split("x") == sizes[other].split("x")[::-1]
+    assert sizes["default"] == sizes["square"]
+
+
+def test_the_embed_worker_has_the_image_models_own_t5(wide: dict[str, ServiceSettings]) -> None:
+    image, embed = wide["ImageWorker"].config, wide["EmbedWorker"].config
+    painter = PAINTERS[image.model]
+    assert embed.model in painter.conditioned_by
+    assert embed.dtype == image.dtype == "bfloat16"
+    assert embed.max_tokens >= painter.tokens
+    assert embed.batch_tokens % painter.tokens == 0
+
+
+def test_the_image_pipeline_takes_what_it_is_told(wide: dict[str, ServiceSettings]) -> None:
+    import diffusers
+
+    config = wide["ImageWorker"].config
+    painter = PAINTERS[config.model]
+    takes = inspect.signature(getattr(diffusers, painter.pipeline).__call__).parameters
+    assert {"guidance_scale", "callback_on_step_end"} <= takes.keys()
+    assert takes["max_sequence_length"].default == painter.tokens
+    assert takes["num_inference_steps"].default == config.num_inference_steps == config.qualities["medium"]
+
+
+def test_arenas_have_room_for_pictures_and_states(wide: dict[str, ServiceSettings]) -> None:
+    image, embed = wide["ImageWorker"].config, wide["EmbedWorker"].config
+    painter = PAINTERS[image.model]
+    states = painter.tokens * painter.width * 2
+    picture = image.max_pixels * 3
+    assert image.arena_bytes >= image.max_waiting * 2 * picture + 2 * states
+    assert embed.arena_bytes >= embed.batch_tokens // painter.tokens * states
+    assert wide["EncodeWorker"].config.media.max_pixels >= image.max_pixels
+
+
+def test_image_and_embed_worker_share_a_card_and_the_others_have_theirs(wide: dict[str, ServiceSettings]) -> None:
+    running = {name: one for name, one in wide.items() if one.runs}
+    wanted = round(sum(float(one.resources.get("gpu") or 0) * one.workers for one in running.values()))
+    devices = [str(index) for index in range(wanted)]
+    shares = gpus_for(running, devices)
+    image, embed = shares.pop("ImageWorker-0"), shares.pop("EmbedWorker-0")
+    assert image.devices == embed.devices and image.fraction + embed.fraction == 1
+    owned = [device for share in shares.values() for device in share.devices]
+    assert sorted([*owned, *image.devices]) == devices, "no card is left over, and none is given twice"
+    with pytest.raises(TooFewGpus, match=f"asks for {wanted}, visible: {wanted - 1}"):
+        gpus_for(running, devices[:-1])
+
+
+def test_a_dry_run_shows_what_would_be_served(cova: str, wide: dict[str, ServiceSettings]) -> None:
+    command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", graph_of(cova)]
+    done = subprocess.run(
+        [*command, "-f", f"configs/{cova}.yaml", "--ImageWorker.ServiceArgs.workers=2", "--dry-run"],
+        cwd=ROOT,
+        env=clean_environment() | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    shown, _ = json.JSONDecoder().raw_decode(done.stdout)
+    assert shown["services"]["ImageWorker"]["model"] == wide["ImageWorker"].config.model
+    assert shown["services"]["ImageWorker"]["sizes"]["landscape"] == "1216x832"
+    gpus = {worker: share["CUDA_VISIBLE_DEVICES"] for worker, share in shown["gpus"].items()}
+    assert gpus["ImageWorker-0"] != gpus["ImageWorker-1"], "three quarters of a card leave no room for another"
+    assert shown["gpus"]["EmbedWorker-0"]["DYNAMO_GPU_FRACTION"] == "0.25"
+
+
+COVA_TYPOS = [
+    ("\nImageWorker:\n", "\nImageWorker:\n  size: {}\n", "did you mean sizes?"),
+    ("\nImageWorker:\n", "\nImageWorker:\n  guidance: 3\n", "did you mean guidance-scale?"),
+    ("\nEmbedWorker:\n", "\nEmbedWorker:\n  max-token: 3\n", "did you mean max-tokens?"),
+    ("    threshold: ", "    treshold: ", "did you mean threshold?"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "hint"), COVA_TYPOS)
+def test_a_typo_in_a_section_of_content_validation_is_named(
+    cova: str, right: str, wrong: str, hint: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "configs" / f"{cova}.yaml").read_text()
+    assert right in text
+    file = tmp_path / "typed.yaml"
+    file.write_text(text.replace(right, wrong, 1))
+    with pytest.raises(ConfigError) as refused:
+        settle(file, graph_of(cova))
+    assert re.match(rf"{re.escape(str(file))}:\d+: ", str(refused.value))
+    assert hint in str(refused.value)
