@@ -42,8 +42,8 @@ class Tabs:
 
     def blocks(self) -> gr.Blocks:
         """The whole page. Files that nobody needs any more are looked for every ten minutes."""
-        with gr.Blocks(title="dynamo-epd", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-            gr.HTML(self._header())
+        with gr.Blocks(title="dynamo-epd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+            _html("epd-header", self._header())
             with gr.Tabs(elem_id="epd-tabs"):
                 if self._pictures:
                     with gr.Tab("Validate", id="validate"):
@@ -103,16 +103,16 @@ class Tabs:
             threshold = gr.Number(
                 None, label="Threshold", info="empty: the graph's own", minimum=-1, maximum=1, step=0.05
             )
-        status = gr.HTML("<p class='epd-status'></p>", elem_id="epd-status")
-        failure = gr.HTML("", elem_id="epd-failure")
+        status = _html("epd-status", cards.Report().status())
+        failure = _html("epd-failure")
         with gr.Row(elem_id="epd-results"):
             with gr.Column(scale=2, min_width=260):
-                picture = gr.HTML("", elem_id="epd-picture")
+                picture = _html("epd-picture")
             with gr.Column(scale=3, min_width=300):
-                caption = gr.HTML("", elem_id="epd-caption")
-                similarity = gr.HTML("", elem_id="epd-similarity")
-                times = gr.HTML("", elem_id="epd-times")
-        vectors = gr.HTML("", elem_id="epd-vectors")
+                caption = _html("epd-caption")
+                similarity = _html("epd-similarity")
+                times = _html("epd-times")
+        vectors = _html("epd-vectors")
         outputs = [status, failure, cancel, picture, caption, similarity, vectors, times]
         gr.on(
             [go.click, prompt.submit],
@@ -180,15 +180,16 @@ class Tabs:
             feedback_options=None,
             placeholder=CHAT_HINT,
             latex_delimiters=[],
+            allow_file_downloads=False,
             allow_tags=False,
             layout="bubble",
             elem_id="epd-chat",
         )
-        failure = gr.HTML("", elem_id="epd-chat-failure")
+        failure = _html("epd-chat-failure")
         message = gr.MultimodalTextbox(
             label="Message",
             show_label=False,
-            placeholder="Message; Enter sends, Shift+Enter begins a new line",
+            placeholder="Ask something …",
             file_types=FILE_TYPES,
             file_count="multiple",
             sources=["upload"],
@@ -243,7 +244,7 @@ class Tabs:
             yield gr.skip(), gr.skip(), cards.failure("The message is empty.", "Write something."), gr.skip(), gr.skip()
             return
         asked = {"role": "user", "text": text or "Describe the picture.", "files": files}
-        answer = {"role": "assistant", "text": "", "files": []}
+        answer: dict[str, Any] = {"role": "assistant", "text": "", "files": []}
         now = [*turns, asked]
         locked, idle = gr.Button(interactive=True), gr.Button(interactive=False)
         yield gr.MultimodalTextbox(value=None), _bubbles(now, "…"), "", locked, gr.skip()
@@ -281,7 +282,7 @@ class Tabs:
 
     def _gallery_tab(self, tab: gr.Tab) -> None:
         refresh = gr.Button("Refresh", size="sm", elem_id="epd-refresh", scale=0)
-        results = gr.HTML("", elem_id="epd-gallery")
+        results = _html("epd-gallery")
         gr.on(
             [tab.select, refresh.click],
             self._gallery,
@@ -303,6 +304,11 @@ class Tabs:
     async def _left(self, request: gr.Request) -> None:
         """The browser is gone: what it had asked for is not needed any more."""
         self._runs.stop(_session(request))
+
+
+def _html(element: str, value: str = "") -> gr.HTML:
+    """HTML of ours, in our own style."""
+    return gr.HTML(value, elem_id=element, apply_default_css=False, padding=False, elem_classes="epd-html")
 
 
 def _shown(report: cards.Report, failure: str = "") -> tuple[Any, ...]:
@@ -349,8 +355,8 @@ def _messages(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _base(request: gr.Request) -> str:
     """The address of the Frontend itself; see `Page`."""
-    address: str = request.request.scope["dynamo_epd.graph"]
-    return address
+    assert request.request is not None
+    return str(request.request.scope["dynamo_epd.graph"])
 
 
 def _session(request: gr.Request) -> str:

@@ -146,7 +146,7 @@ def times(events: Mapping[str, Mapping[str, Any]], current: str | None) -> str:
             numbers = f"<td>{_ms(queue)}</td><td>{_ms(run)}</td>"
         else:
             bar = "<i class='open'></i>" if stage == current else ""
-            numbers = "<td>–</td><td>–</td>"
+            numbers = "<td>&ndash;</td><td>&ndash;</td>"
         rows.append(
             f"<tr><th scope='row'>{TITLES[stage]}</th><td class='bar' aria-hidden='true'><div>{bar}</div></td>"
             f"{numbers}</tr>"
@@ -187,7 +187,7 @@ def strips(prompt: Sequence[float], caption: Sequence[float]) -> str:
         )
     return (
         f"<dl class='strips'>{''.join(parts)}</dl>"
-        f"<p class='legend'><span>−{most:.2f}</span><i aria-hidden='true'></i><span>+{most:.2f}</span>"
+        f"<p class='legend'><span>&minus;{most:.2f}</span><i aria-hidden='true'></i><span>+{most:.2f}</span>"
         f"<span class='note'>{len(one)} dimensions, the same place in each strip. The difference is at most "
         f"{abs(difference[widest]):.3f}; a blank strip means equal vectors.</span></p>"
     )
@@ -227,12 +227,9 @@ def _result(one: Mapping[str, Any], host: str, now: float) -> str:
         facts.append(_ago(now - float(one["created"])))
     rating = ""
     if one.get("verdict"):
-        match = one["verdict"] == "match"
+        kind, sign = ("match", "✓") if one["verdict"] == "match" else ("mismatch", "✗")
         number = f" {float(one['similarity']):.3f}" if one.get("similarity") is not None else ""
-        rating = (
-            f"<p class='badge {'match' if match else 'mismatch'}'><span aria-hidden='true'>{'✓' if match else '✗'}</span>"
-            f" {'Match' if match else 'Mismatch'}{number}</p>"
-        )
+        rating = f"<p class='badge {kind}'><span aria-hidden='true'>{sign}</span> {kind.capitalize()}{number}</p>"
     caption = f"<p class='said'>{escape(str(one['caption']))}</p>" if one.get("caption") else ""
     return (
         f"<li><a href='{source}' target='_blank' rel='noopener'>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,8 @@ SHORT_SECONDS = 15.0
 MAX_REPLY = 64 * 1024 * 1024
 """Bytes of one reply, a stream's events together."""
 MAX_CONNECTIONS = 64
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # the Frontend has a line for each of these requests
 
 
 class Refused(Exception):

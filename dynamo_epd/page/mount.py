@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import shutil
@@ -24,6 +25,10 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dynamo_epd.sdk import dynamo_context
+from dynamo_epd.sdk.http_server import SHARED_PORT
+from dynamo_epd.sdk.old_sdk import ENVIRONMENT as CONFIGURATION
 
 if TYPE_CHECKING:
     import httpx
@@ -57,6 +62,19 @@ class PageSettings:
     worker_index: int = 0
     shared: bool = False
     """Whether other workers take requests at the same port."""
+
+    @classmethod
+    def of_worker(cls, *, pictures: bool, deadline: float, upload_bytes: int) -> PageSettings:
+        """What is known in a worker's process: its index, its port, and the sizes that the configuration names."""
+        sections = json.loads(os.environ.get(CONFIGURATION) or "{}")
+        return cls(
+            pictures,
+            tuple(sections.get("ImageWorker", {}).get("sizes", {})),
+            deadline,
+            upload_bytes,
+            dynamo_context.get("worker_index", 0),
+            bool(os.environ.get(SHARED_PORT)),
+        )
 
 
 class Page:
@@ -244,7 +262,6 @@ async def _gradio_running(outer: Any) -> AsyncIterator[None]:
 async def _listening(app: ASGIApp, path: Path) -> AsyncIterator[None]:
     import uvicorn
 
-    path.unlink(missing_ok=True)
     config = uvicorn.Config(app, uds=str(path), log_config=None, access_log=False, lifespan="off")
     server = _server(config)
     serving = asyncio.create_task(server.serve())

@@ -1,4 +1,4 @@
-// Escape presses the cancel button of the open tab. Regions that change by themselves are announced.
+// Escape presses the cancel button of the open tab.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented) return;
   for (const button of document.querySelectorAll("button.epd-cancel")) {
@@ -8,10 +8,17 @@ document.addEventListener("keydown", (event) => {
     }
   }
 });
+
+// What Gradio leaves unnamed: regions that change by themselves are announced, and the message box has a name.
+const unnamed = {
+  "#epd-status": { role: "status", "aria-live": "polite" },
+  "#epd-message textarea": { "aria-label": "Message" },
+};
 new MutationObserver((_, observer) => {
-  const status = document.getElementById("epd-status");
-  if (!status) return;
-  status.setAttribute("role", "status");
-  status.setAttribute("aria-live", "polite");
-  observer.disconnect();
+  for (const [selector, attributes] of Object.entries(unnamed)) {
+    const element = document.querySelector(selector);
+    if (!element) continue;
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    delete unnamed[selector];
+  }
 }).observe(document.documentElement, { childList: true, subtree: true });

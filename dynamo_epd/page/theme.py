@@ -11,11 +11,6 @@ from gradio.themes.utils import colors, sizes
 HERE = Path(__file__).parent
 FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' "
-    "rx='8' fill='%230f766e'/%3E%3Cpath d='M9 16.5l5 5 9-11' fill='none' stroke='white' stroke-width='3.2' "
-    "stroke-linecap='round' stroke-linejoin='round'/%3E%3C/svg%3E"
-)
 
 
 def theme() -> Base:
@@ -49,6 +44,8 @@ def theme() -> Base:
         input_border_color_dark="#57524d",
         input_border_color_focus="*primary_700",
         input_border_color_focus_dark="*primary_400",
+        input_border_width="1px",
+        input_shadow="none",
         input_shadow_focus="none",
         block_shadow="none",
         block_label_background_fill="transparent",
@@ -89,8 +86,5 @@ def style() -> str:
 
 
 def head() -> str:
-    """For the document's head: icon, and our script."""
-    script = (HERE / "page.js").read_text("utf-8")
-    return (
-        f'<link rel="icon" href="{ICON}"><meta name="color-scheme" content="light dark"><script>\n{script}</script>'
-    )
+    """For the document's head: our script."""
+    return f"<script>\n{(HERE / 'page.js').read_text('utf-8')}</script>"
