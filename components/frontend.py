@@ -46,6 +46,7 @@ from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
+from dynamo_epd.page.mount import PATH, Page, PageSettings
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
 
 Result = TypeVar("Result")
@@ -79,6 +80,8 @@ class FrontendConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     admission: Admission = field(default_factory=Admission)
     limits: Limits = field(default_factory=Limits)
+    ui: bool = True
+    """Whether there is a page for browsers at ``/ui``."""
 
 
 READ_SECONDS = 30.0
@@ -122,6 +125,9 @@ class Frontend(BesideChat):
             ("/metrics", self.scrape, "GET"),
         ):
             app.add_api_route(path, route, methods=[method], response_model=None)
+        self.page = Page()
+        if self.config.ui:
+            app.mount(PATH, self.page)
         guard(app, RequestBounds(body_bytes=self.config.limits.body_bytes))
 
     @async_on_start
@@ -132,9 +138,17 @@ class Frontend(BesideChat):
         self.metrics = metrics.requests()
         await self.open_arena(self.config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
+        if self.config.ui:
+            settings = PageSettings.of_worker(
+                pictures=bool(self.image_worker and self.embed_worker),
+                deadline=self.config.admission.deadline,
+                upload_bytes=self.config.media.max_bytes,
+            )
+            self.page.open(settings, dynamo_context.get("stopping"))
 
     @on_shutdown
     async def stop(self) -> None:
+        await self.page.close()
         await self.close_arena()
 
     async def chat(self, request: Request) -> Response:

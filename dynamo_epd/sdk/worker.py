@@ -114,6 +114,7 @@ class Worker:
             component=component,
             service_name=self.settings.name,
             worker_index=self.index,
+            stopping=self.stopping,
         )
         if plane == "nats":
             url = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
