@@ -291,6 +291,21 @@ def test_a_writer_killed_half_way_leaves_nothing_to_see_and_its_bytes_are_swept(
     run(test)
 
 
+def test_a_sweep_of_a_dead_writers_bytes_leaves_a_live_ones_alone(tmp_path: Path) -> None:
+    config = StoreConfig(url=str(tmp_path))
+    arguments = [sys.executable, "-c", KILLED, json.dumps([asdict(config), "ann", "img-half"])]
+    for _ in range(2):
+        assert subprocess.run(arguments, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    old, young = (tmp_path / "data" / "tenant-ann").iterdir()
+    os.utime(old, (time.time() - 2 * config.leftover_seconds,) * 2)
+
+    async def test() -> None:
+        assert await Store(config).sweep() == 0
+        assert young.exists() and not old.exists()
+
+    run(test)
+
+
 def test_what_a_writer_was_writing_to_disk_is_swept(tmp_path: Path) -> None:
     config = StoreConfig(url=str(tmp_path))
 
