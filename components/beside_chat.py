@@ -9,21 +9,31 @@ import time
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AsyncExitStack, aclosing, suppress
+from typing import Any, TypeVar
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from components.protocol import EmbedRequest, Generated, GenerateRequest, Validated, ValidateRequest
-from dynamo_epd.errors import DeadlineExceeded, EpdError, NotFound, Retryable, StageUnavailable, WorkerLost
+from components.image_worker import generate_request
+from components.protocol import EmbedRequest, Generated, GenerateRequest, ModelsQuery, Validated, ValidateRequest
+from components.results import Results
+from dynamo_epd.errors import (
+    DeadlineExceeded,
+    EpdError,
+    ModelNotFound,
+    NotFound,
+    Retryable,
+    StageUnavailable,
+    WorkerLost,
+)
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.images import (
-    MAX_SEED,
     Usage,
     WantedPicture,
     check_images,
@@ -31,10 +41,9 @@ from dynamo_epd.http.images import (
     image_event,
     images_reply,
 )
+from dynamo_epd.http.predict import check_predict, predicted_pictures, predicted_texts
 from dynamo_epd.http.validations import ValidationsBody, check_validations
-
-if TYPE_CHECKING:
-    from components.frontend import Account, FrontendConfig
+from dynamo_epd.store import new_id
 
 Result = TypeVar("Result")
 
@@ -42,15 +51,10 @@ READ_SECONDS = 30.0
 """For the READ of one picture from its image worker."""
 
 
-class BesideChat(ArenaOwner):
+class BesideChat(Results, ArenaOwner):
     """What the `Frontend` answers by stages that a graph may link or not."""
 
-    config: FrontendConfig
     processor: Any
-    embed_worker: Any
-    image_worker: Any
-    accounted: Callable[[str], AbstractContextManager[Account]]
-    admitted: Callable[[], AbstractContextManager[None]]
 
     async def embed(self, request: Request) -> Response:
         """``POST /v1/embeddings``, in a graph with an embed worker."""
@@ -72,18 +76,21 @@ class BesideChat(ArenaOwner):
             held.enter_context(self.admitted())
             body = check_images(parse_json(await request.body()))
             wanted, account.images = body.picture, body.n
-            messages = [self._generate(request, wanted, index, body.partial_images) for index in range(body.n)]
+            messages = [
+                self._generate(request, wanted, index, partial_images=body.partial_images, as_url=body.as_url)
+                for index in range(body.n)
+            ]
             if body.stream:
                 call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
                 stream = self._image_events(chained(head, call), wanted, held.pop_all())
                 return StreamingResponse(stream, media_type="text/event-stream")
-            made = await unless_gone(request, all_of(self._picture(message) for message in messages))
+            made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
             usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
-            files, seeds = [file for file, _ in made], [message.seed for message in messages]
-            return JSONResponse(images_reply(files, seeds, wanted, size_of(made[0][1]), usage))
+            pictures = [shown | {"seed": one.seed} for (shown, _), one in zip(made, messages, strict=True)]
+            return JSONResponse(images_reply(pictures, wanted, size_of(made[0][1]), usage))
 
     async def validate(self, request: Request) -> Response:
         """``POST /v1/validations``, in a graph with image and embed workers."""
@@ -96,15 +103,17 @@ class BesideChat(ArenaOwner):
             account.images = body.n
             messages = [
                 ValidateRequest(f"{request.state.request_id}-{index}", "", picture, body.threshold, picture.deadline)
-                for index, picture in enumerate(self._generate(request, body.picture, k) for k in range(body.n))
+                for index, picture in enumerate(
+                    self._generate(request, body.picture, k, as_url=body.as_url) for k in range(body.n)
+                )
             ]
             if body.stream:
                 call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
-                stream = self._validation_events(chained(head, call), messages[0], body, held.pop_all())
+                stream = self._validation_events(request, chained(head, call), messages[0], body, held.pop_all())
                 return StreamingResponse(stream, media_type="text/event-stream")
-            found = await unless_gone(request, all_of(self._validated(message, body) for message in messages))
+            found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
             account.status = 200
             return JSONResponse(
                 {
@@ -116,43 +125,71 @@ class BesideChat(ArenaOwner):
                 }
             )
 
+    async def predict(self, request: Request, model: str) -> Response:
+        """``POST /v1/models/{model}:predict``."""
+        instances = check_predict(parse_json(await request.body()))
+        with self.accounted(request.state.request_id) as account, self.admitted():
+            if await self._serves(self.embed_worker, model):
+                texts = check_embeddings({"input": predicted_texts(instances)}).texts
+                message = EmbedRequest(request.state.request_id, list(texts), model)
+                found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+                predictions: list[Any] = [array("f", vector).tolist() for vector in found.vectors]
+            elif await self._serves(self.image_worker, model):
+                pictures = predicted_pictures(instances, model)
+                account.images = len(pictures)
+                messages = [self._generate(request, picture, 0) for picture in pictures]
+                made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
+                predictions = [
+                    {
+                        "model_name": model,
+                        "prompt": message.prompt,
+                        "seed": message.seed,
+                        "image": {"format": message.format.upper(), "b64": shown["b64_json"]},
+                    }
+                    for (shown, _), message in zip(made, messages, strict=True)
+                ]
+            else:
+                raise ModelNotFound("there is no such image or embedding model", param="model")
+            account.status = 200
+            return JSONResponse({"predictions": predictions})
+
+    async def _serves(self, stage: Any, model: str) -> bool:
+        return bool(stage) and model in (await self._asked(stage.models, ModelsQuery())).names
+
     def _generate(
-        self, request: Request, wanted: WantedPicture, index: int, partial_images: int = 0
+        self, request: Request, wanted: WantedPicture, index: int, *, partial_images: int = 0, as_url: bool = False
     ) -> GenerateRequest:
         """The message for the ``index``-th picture of a body."""
-        return GenerateRequest(
-            request_id=f"{request.state.request_id}-{index}",
-            prompt=wanted.prompt,
-            seed=(wanted.seed + index) % (MAX_SEED + 1),
-            size=wanted.size,
-            quality=wanted.quality,
-            model=wanted.model,
-            steps=wanted.steps,
-            guidance_scale=wanted.guidance_scale,
-            negative_prompt=wanted.negative_prompt,
-            lora=wanted.lora,
-            partial_images=partial_images,
-            format=wanted.format,
-            compression=wanted.compression,
-            deadline=time.time() + self.config.admission.deadline,
+        message = generate_request(
+            request.state.request_id, wanted, index, tenant="", keep=new_id() if as_url else None
         )
+        deadline = time.time() + self.config.admission.deadline
+        return msgspec.structs.replace(message, partial_images=partial_images, deadline=deadline)
 
-    async def _validated(self, message: ValidateRequest, body: ValidationsBody) -> dict[str, Any]:
+    async def _validated(self, request: Request, message: ValidateRequest, body: ValidationsBody) -> dict[str, Any]:
         """All stages of one validation as one object."""
         found: dict[str, Any] = {"seed": message.picture.seed}
         stages = []
         async with aclosing(self.processor.validate(message)) as call:
             async for result in call:
-                found |= await self._shown(result, body)
+                found |= await self._shown(request, result, body)
                 stages.append(stage_of(result))
+        await self._noted(message, found)
         return found | {"stages": stages}
 
-    async def _shown(self, result: Validated, body: ValidationsBody) -> dict[str, Any]:
+    async def _noted(self, message: ValidateRequest, found: dict[str, Any]) -> None:
+        """Lays what a validation found beside the picture, where that is kept: for galleries."""
+        if message.picture.keep is not None:
+            about: dict[str, Any] = {
+                name: found[name] for name in ("caption", "similarity", "threshold", "verdict") if name in found
+            }
+            with suppress(EpdError):  # the client has its answer all the same
+                await self.store.annotate(message.tenant, message.picture.keep, about)
+
+    async def _shown(self, request: Request, result: Validated, body: ValidationsBody) -> dict[str, Any]:
         """One stage's result as a client sees it."""
         if result.picture is not None:
-            file = await self._file(result.picture)
-            return {
-                "b64_json": base64.b64encode(file).decode(),
+            return await self._file_of(request, result.picture) | {
                 "output_format": body.picture.format,
                 "size": size_of(result.picture),
             }
@@ -171,30 +208,45 @@ class BesideChat(ArenaOwner):
         return shown
 
     async def _validation_events(
-        self, results: AsyncIterator[Validated], message: ValidateRequest, body: ValidationsBody, held: AsyncExitStack
+        self,
+        request: Request,
+        results: AsyncIterator[Validated],
+        message: ValidateRequest,
+        body: ValidationsBody,
+        held: AsyncExitStack,
     ) -> AsyncGenerator[bytes, None]:
         """An event a stage, the moment its result is there. Where it breaks off it ends in an error event."""
         async with held:
             try:
+                found: dict[str, Any] = {}
                 async for result in results:
-                    shown = await self._shown(result, body)
+                    shown = await self._shown(request, result, body)
+                    found |= shown
                     data = {"seed": message.picture.seed, **shown, "stage": stage_of(result)}
                     yield event(f"validation.{result.stage.name}", data)
+                await self._noted(message, found)
             except EpdError as error:
                 yield b"data: " + error_body(error) + b"\n\n"
 
-    async def _picture(self, message: GenerateRequest) -> tuple[bytes, Generated]:
-        """A picture's file and the worker's last word on it; made once more elsewhere where a worker is lost."""
+    async def _picture(self, request: Request, message: GenerateRequest) -> tuple[dict[str, Any], Generated]:
+        """A picture as a client gets it, and the worker's last word on it; made once more elsewhere where a worker is
+        lost."""
         for attempt in (1, 2):
             try:
                 async with aclosing(self.image_worker.generate(message)) as call:
                     async for reply in call:
                         if reply.done is not None:
-                            return await self._file(reply), reply
+                            return await self._file_of(request, reply), reply
             except Retryable as error:
                 if attempt == 2:
                     raise StageUnavailable("The picture could not be made; it can be asked for again.") from error
         raise StageUnavailable("The picture could not be made; it can be asked for again.")
+
+    async def _file_of(self, request: Request, reply: Generated) -> dict[str, Any]:
+        """``url`` of a picture that is kept, ``b64_json`` of one that is not."""
+        if reply.stored is not None:
+            return {"id": reply.stored.id, "url": self.address_of(request, "", reply.stored)}
+        return {"b64_json": base64.b64encode(await self._file(reply)).decode()}
 
     async def _file(self, reply: Generated) -> bytes:
         assert reply.handle is not None

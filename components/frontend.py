@@ -46,8 +46,10 @@ from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
+from dynamo_epd.jobs import JobsConfig
 from dynamo_epd.page.mount import PATH, Page, PageSettings
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
+from dynamo_epd.store import StoreConfig
 
 Result = TypeVar("Result")
 
@@ -82,10 +84,11 @@ class FrontendConfig:
     limits: Limits = field(default_factory=Limits)
     ui: bool = True
     """Whether there is a page for browsers at ``/ui``."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    public_url: str | None = None
+    """Under which clients reach this frontend, for the addresses of pictures. Default: as the request came."""
 
-
-READ_SECONDS = 30.0
-"""For the READ of one picture from its image worker."""
 
 LARGE_BODY = 256 * 1024
 """Bytes from which a body is parsed in a thread: a 16 MB one would hold everybody else up for 80 ms."""
@@ -118,6 +121,15 @@ class Frontend(BesideChat):
             ("/v1/completions", self.complete, "POST"),
             ("/v1/embeddings", self.embed, "POST"),
             ("/v1/images/generations", self.generate_images, "POST"),
+            ("/v1/images/jobs", self.submit_job, "POST"),
+            ("/v1/images/jobs/{id}", self.job, "GET"),
+            ("/v1/images", self.pictures, "GET"),
+            ("/v1/images/{id}", self.picture, "GET"),
+            ("/v1/images/{id}", self.picture, "HEAD"),
+            ("/v1/images/{id}", self.remove_picture, "DELETE"),
+            ("/text-to-image", self.text_to_image, "POST"),
+            ("/results/{id}", self.result, "GET"),
+            ("/v1/models/{model}:predict", self.predict, "POST"),
             ("/v1/validations", self.validate, "POST"),
             ("/v1/models", self.models, "GET"),
             ("/health", self.health, "GET"),
@@ -137,6 +149,8 @@ class Frontend(BesideChat):
         metrics = Metrics(dynamo_context["namespace"], "Frontend", "")
         self.metrics = metrics.requests()
         await self.open_arena(self.config.arena_bytes)
+        if self.image_worker:
+            await self.open_results(metrics)
         metrics.watch_arena(self.arena.stats, cache=False)
         if self.config.ui:
             settings = PageSettings.of_worker(
@@ -149,6 +163,8 @@ class Frontend(BesideChat):
     @on_shutdown
     async def stop(self) -> None:
         await self.page.close()
+        if self.image_worker:
+            await self.close_results()
         await self.close_arena()
 
     async def chat(self, request: Request) -> Response:

@@ -8,8 +8,9 @@ import io
 import re
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,18 +31,24 @@ from dynamo_epd.errors import (
     DeadlineExceeded,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     Overloaded,
     Retryable,
     StageUnavailable,
 )
 from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.http.images import MAX_SEED, WantedPicture
+from dynamo_epd.jobs import JobQueue, JobsConfig
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk.nats import nats_url
+from dynamo_epd.store import Store, StoreConfig, Stored
 
 if TYPE_CHECKING:
     import numpy
 
-    from dynamo_epd.diffusion.generator import Made
+    from dynamo_epd.diffusion.generator import Made, Wanted
     from dynamo_epd.diffusion.text_encoder import Conditioning, Row
+    from dynamo_epd.jobs import Job
 
 LEASE_SECONDS = 60.0
 """Of pixels, where the request names no deadline."""
@@ -72,6 +79,8 @@ class ImageConfig:
     compile: bool = False
     loras: dict[str, str] = field(default_factory=dict)
     """LoRA adapters by the name that requests give them: directory or name on the hub."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
     arena_bytes: int = 128 * 1024 * 1024
     """Pictures that wait for their READ, and states being READ."""
     lease_seconds: float = 30.0
@@ -117,22 +126,27 @@ class ImageWorker(ArenaOwner):
             compile=config.compile,
             loras=config.loras,
         )
+        self.store = Store(config.store, on_stored=metrics.stored().inc)
+        self.jobs = JobQueue(dynamo_context["namespace"], config.jobs)
+        await self.jobs.open(nats_url())
+        self.jobs.work(self._job)
+
+    @endpoint()
+    async def check(self, request: GenerateRequest) -> AsyncIterator[Completed]:
+        """Refuses what `generate` would refuse, without a picture: a job is accepted before its turn comes."""
+        self._wanted(request)
+        yield Completed()
 
     @endpoint()
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
         """Progress after every step, partial pictures where they are asked for, and the picture."""
-        from dynamo_epd.diffusion.generator import Wanted
-
-        if request.model not in (None, self.name):
-            raise ModelNotFound(f"the image model here is {self.name!r}", param="model")
-        width, height = self._size(request.size)
-        steps = self._steps(request)
-        guidance = request.guidance_scale if request.guidance_scale is not None else self.config.guidance_scale
-        wanted = Wanted(
-            request.prompt, request.seed, width, height, steps, guidance, request.negative_prompt, request.lora
-        )
+        wanted = self._wanted(request)
         if self.waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.waiting} pictures wait already; try again later")
+        async for event in self._generated(wanted, request):
+            yield event
+
+    async def _generated(self, wanted: Wanted, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
         self.waiting += 1
         making = _Making(self, wanted, request)
         try:
@@ -141,6 +155,17 @@ class ImageWorker(ArenaOwner):
         finally:
             making.stop.set()
             self.waiting -= 1
+
+    async def _job(self, job: Job) -> None:
+        """Makes and stores the pictures of a job; those that an earlier delivery stored stand."""
+        for index, name in enumerate(job.pictures):
+            with suppress(NotFound):
+                await self.store.head(job.tenant, name)
+                continue
+            request = generate_request(job.id, job.wanted, index, tenant=job.tenant, keep=name)
+            async with aclosing(self._generated(self._wanted(request), request)) as events:
+                async for _ in events:
+                    pass
 
     @endpoint()
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
@@ -156,8 +181,22 @@ class ImageWorker(ArenaOwner):
 
     @on_shutdown
     async def stop(self) -> None:
+        await self.jobs.close()
         self.thread.shutdown(wait=True)
         await self.close_arena()
+
+    def _wanted(self, request: GenerateRequest) -> Wanted:
+        """What the generator is asked for. Raises `InvalidRequest` or `ModelNotFound`."""
+        from dynamo_epd.diffusion.generator import Wanted
+
+        if request.model not in (None, self.name):
+            raise ModelNotFound(f"the image model here is {self.name!r}", param="model")
+        width, height = self._size(request.size)
+        steps = self._steps(request)
+        guidance = request.guidance_scale if request.guidance_scale is not None else self.config.guidance_scale
+        return Wanted(
+            request.prompt, request.seed, width, height, steps, guidance, request.negative_prompt, request.lora
+        )
 
     def _steps(self, request: GenerateRequest) -> int:
         if request.quality not in (None, "auto", *self.config.qualities):
@@ -240,10 +279,14 @@ class _Making:
         worker.metrics.queue.observe(queued)
         worker.metrics.run.observe(ran)
         worker.images.inc()
-        handle = await self._offered(made.pixels)
+        handle = stored = None
+        if self._request.keep:
+            stored = await self._stored(made.pixels)
+        else:
+            handle = await self._offered(made.pixels)
         pixels = await self._kept(made.pixels) if self._request.pixels else None
         done = Done(worker.name, made.prompt_tokens, made.image_tokens, queued, ran, made.prompt_vector)
-        yield Generated(wanted.steps, wanted.steps, wanted.width, wanted.height, handle, pixels, done)
+        yield Generated(wanted.steps, wanted.steps, wanted.width, wanted.height, handle, stored, pixels, done)
 
     async def _until(self, task: asyncio.Future[Any]) -> AsyncIterator[tuple[int, Any]]:
         while True:
@@ -269,12 +312,51 @@ class _Making:
         data = await asyncio.to_thread(encoded, image, self._request.format, self._request.compression)
         return await self._worker.offer(data, self._worker.config.lease_seconds)
 
+    async def _stored(self, image: numpy.ndarray) -> Stored:
+        """In the object store, once under its name. Raises StageUnavailable where that cannot be reached."""
+        request, wanted = self._request, self._wanted
+        assert request.keep is not None
+        about = {
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "model": self._worker.name,
+            "size": f"{wanted.width}x{wanted.height}",
+            "num_inference_steps": wanted.steps,
+        }
+        for name in ("guidance_scale", "negative_prompt", "lora"):
+            if getattr(request, name) is not None:
+                about[name] = getattr(request, name)
+        data = await asyncio.to_thread(encoded, image, request.format, request.compression)
+        return await self._worker.store.put(request.tenant, request.keep, data, f"image/{request.format}", about)
+
     async def _kept(self, image: numpy.ndarray) -> Handle:
         """For a stage that may have to READ it more than once."""
         import torch
 
         seconds = max(1.0, self._request.deadline - time.time()) if self._request.deadline else LEASE_SECONDS
         return await self._worker.offer(torch.from_numpy(image), seconds, ends_on_read=False)
+
+
+def generate_request(
+    request_id: str, wanted: WantedPicture, index: int, *, tenant: str, keep: str | None
+) -> GenerateRequest:
+    """The message for the ``index``-th picture of a body."""
+    return GenerateRequest(
+        request_id=f"{request_id}-{index}",
+        prompt=wanted.prompt,
+        seed=(wanted.seed + index) % (MAX_SEED + 1),
+        size=wanted.size,
+        quality=wanted.quality,
+        model=wanted.model,
+        steps=wanted.steps,
+        guidance_scale=wanted.guidance_scale,
+        negative_prompt=wanted.negative_prompt,
+        lora=wanted.lora,
+        format=wanted.format,
+        compression=wanted.compression,
+        tenant=tenant,
+        keep=keep,
+    )
 
 
 def encoded(image: numpy.ndarray, format: str, compression: int) -> bytes:

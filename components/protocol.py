@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.store import Stored
 from dynamo_epd.transfer.handle import Handle
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "StageHealth",
     "States",
     "StatesRequest",
+    "Stored",
     "TokenLogprobs",
     "ValidateRequest",
     "Validated",
@@ -237,6 +239,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     compression: int = 100
     pixels: bool = False
     """Whether a stage of the graph will READ the picture as a tensor, beside the file for the client."""
+    tenant: str = ""
+    keep: str | None = None
+    """The name under which the file is stored, for a client that wants an address; it is then not handed on."""
     deadline: float = 0.0
     """Unix seconds."""
 
@@ -253,6 +258,8 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
     height: int
     handle: Handle | None = None
     """The picture in the format that was asked for, where there is one by now."""
+    stored: Stored | None = None
+    """Where it was to be kept: instead of its handle."""
     pixels: Handle | None = None
     """uint8 (height, width, 3), leased until it is released or the request's deadline."""
     done: Done | None = None

@@ -65,6 +65,16 @@ class Metrics:
         """Pictures made."""
         return Counter("epd_images_generated", "Pictures made", LABELS).labels(*self._labels)
 
+    def stored(self) -> Any:
+        """Pictures in the object store."""
+        return Counter("epd_images_stored", "Pictures stored", LABELS).labels(*self._labels)
+
+    def expired(self) -> Any:
+        """Pictures whose time in the object store was over."""
+        return Counter("epd_images_expired", "Pictures deleted because their time was over", LABELS).labels(
+            *self._labels
+        )
+
     def denoise_steps(self) -> Any:
         """Seconds of each denoise step."""
         return self._histogram("epd_denoise_step_seconds", "Seconds of one denoise step")

@@ -22,6 +22,7 @@ import msgspec
 
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
+from dynamo_epd.sdk.nats import nats_url
 
 if TYPE_CHECKING:
     import torch
@@ -325,7 +326,7 @@ def routable_host() -> str:
     named = os.environ.get("DYNAMO_HOST")
     if named:
         return named
-    server = urlsplit(os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
+    server = urlsplit(nats_url())
     family, kind, _, _, address = socket.getaddrinfo(server.hostname, server.port or 4222, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # chooses a route; a datagram socket sends nothing by it

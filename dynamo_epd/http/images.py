@@ -50,6 +50,8 @@ class ImagesBody:
     n: int
     stream: bool
     partial_images: int
+    as_url: bool
+    """Whether the client wants an address instead of the bytes."""
 
 
 _OWN: dict[str, Check] = {
@@ -76,6 +78,7 @@ PICTURE: dict[str, Check] = {
     "output_format": lambda value, name: one_of(value, name, "png", "webp", "jpeg"),
     "output_compression": integer(0, 100),
     "stream": boolean,
+    "response_format": lambda value, name: one_of(value, name, "b64_json", "url"),
     "nvext": _nvext,
     **_OWN,
 }
@@ -92,6 +95,10 @@ def wanted_picture(clean: dict[str, Any]) -> WantedPicture:
     form: Format = clean.get("output_format", "png")
     if form == "png" and clean.get("output_compression", 100) != 100:
         raise InvalidRequest("'output_compression' is for webp and jpeg", param="output_compression")
+    if clean.get("stream") and clean.get("response_format") == "url":
+        raise InvalidRequest(
+            "a stream carries its pictures: 'response_format' must be b64_json", param="response_format"
+        )
     return WantedPicture(
         prompt=clean["prompt"],
         model=clean.get("model"),
@@ -110,7 +117,6 @@ def wanted_picture(clean: dict[str, Any]) -> WantedPicture:
 def check_images(body: Mapping[str, Any]) -> ImagesBody:
     """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
     own: dict[str, Check] = {
-        "response_format": lambda value, name: one_of(value, name, "b64_json"),
         "partial_images": integer(0, MAX_PARTIAL),
         "background": lambda value, name: one_of(value, name, "auto", "opaque"),
         "moderation": lambda value, name: one_of(value, name, "auto", "low"),
@@ -119,7 +125,23 @@ def check_images(body: Mapping[str, Any]) -> ImagesBody:
     picture = wanted_picture(clean)
     if clean.get("partial_images") and not clean.get("stream"):
         raise InvalidRequest("'partial_images' needs 'stream'", param="partial_images")
-    return ImagesBody(picture, clean.get("n", 1), clean.get("stream", False), clean.get("partial_images", 0))
+    return ImagesBody(
+        picture,
+        clean.get("n", 1),
+        clean.get("stream", False),
+        clean.get("partial_images", 0),
+        clean.get("response_format") == "url",
+    )
+
+
+def check_job(body: Mapping[str, Any]) -> ImagesBody:
+    """A body whose pictures are made later, and fetched by their addresses. Raises what `check_images` raises."""
+    found = check_images({"response_format": "url"} | dict(body))
+    if found.stream:
+        raise InvalidRequest("a job cannot be streamed: ask how it is at its own address", param="stream")
+    if not found.as_url:
+        raise InvalidRequest("a job's pictures are fetched: 'response_format' must be url", param="response_format")
+    return found
 
 
 @dataclass(frozen=True)
@@ -141,15 +163,11 @@ class Usage:
         }
 
 
-def images_reply(
-    files: Sequence[bytes], seeds: Sequence[int], wanted: WantedPicture, size: str, usage: Usage
-) -> dict[str, Any]:
-    """OpenAI's reply; each picture also says its seed."""
+def images_reply(pictures: Sequence[dict[str, Any]], wanted: WantedPicture, size: str, usage: Usage) -> dict[str, Any]:
+    """OpenAI's reply. ``pictures``: ``b64_json`` or ``url``, and the seed of each."""
     return {
         "created": int(time.time()),
-        "data": [
-            {"b64_json": base64.b64encode(file).decode(), "seed": seed} for file, seed in zip(files, seeds, strict=True)
-        ],
+        "data": list(pictures),
         "background": "opaque",
         "output_format": wanted.format,
         "quality": wanted.quality or "auto",

@@ -21,6 +21,7 @@ class ValidationsBody:
     threshold: float | None
     """None leaves it to the processor's configuration."""
     include_embeddings: bool
+    as_url: bool
 
 
 def check_validations(body: Mapping[str, Any]) -> ValidationsBody:
@@ -33,4 +34,5 @@ def check_validations(body: Mapping[str, Any]) -> ValidationsBody:
         clean.get("stream", False),
         clean.get("threshold"),
         clean.get("include_embeddings", False),
+        clean.get("response_format") == "url",
     )

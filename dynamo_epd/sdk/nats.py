@@ -5,8 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from typing import Any
 from urllib.parse import urlsplit
+
+
+def nats_url() -> str:
+    """Of the server that this process is told to use."""
+    return os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
 
 
 async def server_info(url: str, timeout: float = 5.0) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 
 One terminal that serves a graph starts a server and records it; terminals that serve a single service of it
 (``--service-name``) find it there. A second whole graph gets a server of its own, or its services would be mixed up
-with the first one's. What was started is stopped and removed by the one who started it.
+with the first one's. What was started is stopped and removed by the one who started it; only JetStream's files stay,
+so that what the graph has accepted and not done is there when it comes back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ import sysconfig
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.nats import server_info
@@ -72,6 +74,7 @@ class LocalNats:
             self.url = f"nats://127.0.0.1:{port}"
             self.name = f"dynamo-{os.getpid()}"
             self._remove_leftovers()
+            self._jetstream, self._claim = _claim_jetstream()
             self._directory = state_dir() / f"nats-{os.getpid()}"
             self._directory.mkdir(mode=0o700)
             self._write_config(port)
@@ -103,7 +106,7 @@ class LocalNats:
     def _write_config(self, port: int) -> None:
         self._config.write_text(
             f"server_name: {self.name}\nlisten: 127.0.0.1:{port}\nmax_payload: {MAX_PAYLOAD}\n"
-            f"jetstream {{ store_dir: {json.dumps(str(self._config.parent / 'jetstream'))} }}\n"
+            f"jetstream {{ store_dir: {json.dumps(str(self._jetstream))} }}\n"
         )
 
     async def answering(self, timeout: float = 20.0) -> None:
@@ -125,6 +128,21 @@ class LocalNats:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
+        self._claim.close()
+
+
+def _claim_jetstream() -> tuple[Path, IO[str]]:
+    """JetStream's directory and the lock on it: the first that no other graph of this user has."""
+    for index in itertools.count():
+        path = state_dir() / "jetstream" / str(index)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        claim = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return path, claim
+        except BlockingIOError:
+            claim.close()
+    raise AssertionError
 
 
 def _free_port() -> int:

@@ -28,7 +28,7 @@ from dynamo_epd.sdk.context import dynamo_context
 from dynamo_epd.sdk.endpoints import Mark
 from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
-from dynamo_epd.sdk.nats import server_info
+from dynamo_epd.sdk.nats import nats_url, server_info
 from dynamo_epd.sdk.notify import notify
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.place import endpoint_path
@@ -117,8 +117,7 @@ class Worker:
             stopping=self.stopping,
         )
         if plane == "nats":
-            url = os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
-            dynamo_context["max_payload"] = int((await server_info(url)).get("max_payload", 0))
+            dynamo_context["max_payload"] = int((await server_info(nats_url())).get("max_payload", 0))
         self.runtime = DistributedRuntime(asyncio.get_running_loop(), discovery, plane)
         dynamo_context["runtime"] = self.runtime
         clients = [client_for(self.service, attribute) for attribute in self.info.dependencies]
