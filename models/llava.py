@@ -3,10 +3,11 @@
 
     python -m models.llava
 
-Three phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
+Four phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
 of the thing that covers the patch. Taught through captions only, shapes come last and late. Then the whole LLaVA on
 conversations of several turns about one picture or two, with the loss on the answers. There a caption often stands
-before a question, and the answer is read off it; so at last come questions with nothing said before them.
+before a question, and the answer is read off it; so then come questions with nothing said before them, many to a
+picture; and at last such questions before their picture, which is harder.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PATCHES = world.SIDE // PATCH
 TOWER_STEPS = 3000
 STEPS = 5000
 QUESTION_STEPS = 4500
+TEXT_FIRST_STEPS = 5500
 TOWER_BATCH = 64
 RATE = 1e-3
 QUESTION_RATE = 7e-4
@@ -331,6 +333,8 @@ def main() -> None:
     examples = Examples(made.tokenizer, pixels)
     whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
     questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
+    last = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
+    runs = {"tower": tower, "whole": whole, "questions": questions, "text first": last}
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)
     rename_tensors(DIRECTORY, "vision_tower.", "vision_tower.vision_model.")
@@ -339,9 +343,9 @@ def main() -> None:
         "command": "python -m models.llava",
         "seed": SEED,
         "parameters": sum(one.numel() for one in model.parameters()),
-        "steps": {"tower": TOWER_STEPS, "whole": STEPS, "questions": QUESTION_STEPS},
-        "minutes": round(sum(run.seconds for run in (tower, whole, questions)) / 60, 1),
-        "curve": {"tower": tower.curve, "whole": whole.curve, "questions": questions.curve},
+        "steps": {name: run.steps for name, run in runs.items()},
+        "minutes": round(sum(run.seconds for run in runs.values()) / 60, 1),
+        "curve": {name: run.curve for name, run in runs.items()},
     }
     text = re.sub(
         r"\{\s+([^{}\[\]]*?)\s+\}", lambda found: "{" + " ".join(found[1].split()) + "}", json.dumps(recipe, indent=1)

@@ -4,11 +4,14 @@
     python -m models.t5
 
 Contrastive: a caption and its paraphrase come close, and away from the other texts of the batch and from hard
-negatives: the same words with one attribute changed, or with attributes swapped between two things.
+negatives: the same words with one attribute changed, or with attributes swapped between two things. Beside it, heads
+on every token: a picture is made from the states, and learns several times as fast from states that say plainly what
+is in it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -19,6 +22,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import Unigram
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -27,7 +31,7 @@ from models.training import Run, device
 
 DIRECTORY = Path("models/tiny/t5")
 SEED = 2
-STEPS = 700
+STEPS = 1000
 BATCH = 32
 NEGATIVES = 3
 """Hard negatives of each text."""
@@ -35,6 +39,8 @@ PAIRS = 0.6
 """Part of the scenes with two things: they are the hard ones."""
 RATE = 1e-3
 TEMPERATURE = 0.05
+HEADS = 0.1
+"""Weight of the attribute heads, which are thrown away, beside the contrastive loss."""
 VOCABULARY = 600
 PLAIN_TEXT = Path("LICENSE")
 TEXTS = 4000
@@ -97,12 +103,59 @@ def build_model(size: int) -> T5EncoderModel:
     )
 
 
-def embed(model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
-    """Unit vectors (texts, d_model), float32: the mean of each text's last hidden states, padding left out."""
+def encode(
+    model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states (texts, tokens, d_model), and which are of real tokens (texts, tokens, 1); float32."""
     batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
     states = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
-    mask = batch.attention_mask[..., None].float()
+    return states, batch.attention_mask[..., None].float()
+
+
+def pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (texts, d_model): the mean of each text's states, padding left out."""
     return functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def embed(model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
+    """Unit vectors (texts, d_model), float32."""
+    return pooled(*encode(model, tokenizer, texts))
+
+
+THINGS = tuple(itertools.product(world.SIZES, world.COLOURS, world.SHAPES))
+
+
+class WithHeads(nn.Module):
+    """The encoder and, for every token, what the whole text says: its background, and of each thing, size, colour and
+    shape whether it is in it. What a picture is made from then stands in every state, where one layer can read it."""
+
+    def __init__(self, encoder: T5EncoderModel):
+        super().__init__()
+        self.encoder = encoder
+        self.background = nn.Linear(encoder.config.d_model, len(world.COLOURS))
+        self.present = nn.Linear(
+            encoder.config.d_model, len(THINGS) + len(world.SIZES) + len(world.COLOURS) + len(world.SHAPES)
+        )
+
+    def error(self, states: torch.Tensor, mask: torch.Tensor, scenes: list[world.Scene]) -> torch.Tensor:
+        """states (texts, tokens, d_model) of ``scenes``, mask (texts, tokens, 1). Returns the mean over real tokens."""
+        tokens = states.shape[1]
+        backgrounds = torch.tensor([list(world.COLOURS).index(scene.background) for scene in scenes])
+        backgrounds = backgrounds.to(states.device)[:, None].expand(-1, tokens)
+        wrong = functional.cross_entropy(self.background(states).transpose(1, 2), backgrounds, reduction="none")
+        present = torch.tensor([_present(scene) for scene in scenes], device=states.device)
+        missed = functional.binary_cross_entropy_with_logits(
+            self.present(states), present[:, None].expand(-1, tokens, -1), reduction="none"
+        )
+        return ((wrong + missed.sum(-1)) * mask[..., 0]).sum() / mask.sum()
+
+
+def _present(scene: world.Scene) -> list[float]:
+    found = {(thing.size, thing.colour, thing.shape) for thing in scene.things}
+    parts = {part for one in found for part in one}
+    return [float(one in found) for one in THINGS] + [
+        float(name in parts) for name in (*world.SIZES, *world.COLOURS, *world.SHAPES)
+    ]
 
 
 def triples(count: int, *, seed: int = SEED, pairs: float = 0.5) -> list[tuple[str, str, str, str]]:
@@ -167,19 +220,24 @@ def _swapped(scene: world.Scene, chance: random.Random) -> world.Scene:
 
 
 def _loss(
-    model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, chance: random.Random
+    model: WithHeads, tokenizer: PreTrainedTokenizerBase, chance: random.Random
 ) -> tuple[torch.Tensor, dict[str, float]]:
     scenes = world.scenes(chance, held_out=False, pairs=PAIRS)
+    shown, others = [], []
     lefts, rights, negatives = [], [], []
     for _ in range(BATCH):
         scene = next(scenes)
+        shown.append(scene)
         wordings = [str(chance.getrandbits(32)) for _ in range(2)]
         lefts.append(_worded(scene, wordings[0]))
         rights.append(_worded(scene, wordings[1]))
         for index in range(NEGATIVES):
             other = _swapped(scene, chance) if index == 0 else world.changed(scene, chance)[0]
+            others.append(other)
             negatives.append(_worded(other, wordings[index % 2]))
-    vectors = embed(model, tokenizer, lefts + rights + negatives)
+    states, mask = encode(model.encoder, tokenizer, lefts + rights + negatives)
+    error = model.error(states, mask, shown + shown + others)
+    vectors = pooled(states, mask)
     left, right, negative = vectors.split((BATCH, BATCH, BATCH * NEGATIVES))
     labels = torch.arange(BATCH, device=vectors.device)
     losses, hits = [], []
@@ -187,15 +245,16 @@ def _loss(
         likeness = anchor @ torch.cat((match, negative)).T / TEMPERATURE
         losses.append(functional.cross_entropy(likeness, labels))
         hits.append((likeness.argmax(-1) == labels).float().mean().item())
-    return (losses[0] + losses[1]) / 2, {"right": sum(hits) / 2}
+    return (losses[0] + losses[1]) / 2 + HEADS * error, {"right": sum(hits) / 2, "heads": error.item()}
 
 
 def main() -> None:
     """Train what is not yet trained, judge it, and write the directory."""
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
-    run = Run("t5", model, STEPS, RATE)
-    run.train(lambda chance: _loss(model, tokenizer, chance))
+    whole = WithHeads(model)
+    run = Run("t5", whole, STEPS, RATE)
+    run.train(lambda chance: _loss(whole, tokenizer, chance))
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.cpu().save_pretrained(DIRECTORY)
     tokenizer.save_pretrained(DIRECTORY)

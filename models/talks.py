@@ -131,6 +131,14 @@ def quiz(chance: random.Random, scene: world.Scene) -> Talk:
     return Talk(system(chance), turns, [world.draw(scene, chance, sides(chance)).image], apart=True)
 
 
+def single(chance: random.Random, scene: world.Scene, *, text_first: bool) -> Talk:
+    """One question about one picture, out of the blue."""
+    question = one_question(scene, chance)
+    text = typed(question.text, chance)
+    turns = [Turn(f"{text}\n<image>" if text_first else f"<image>\n{text}", question.answer)]
+    return Talk(system(chance), turns, [world.draw(scene, chance, sides(chance)).image])
+
+
 def quiz_on_two(chance: random.Random, scenes: Iterator[world.Scene]) -> Talk:
     """What differs between two pictures of one thing, and what each shows, each out of the blue."""
     first = next(scene for scene in scenes if len(scene.things) == 1)
@@ -163,10 +171,17 @@ def out_of_the_blue(chance: random.Random) -> list[Talk]:
         return [quiz(chance, next(found)) for _ in range(BATCH // 2)]
     if kind < 0.8:
         return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
-    batch = []  # the text comes first here, now and then
-    for _ in range(BATCH):
-        scene = next(found)
-        question = one_question(scene, chance)
-        turns = [Turn(asked(question.text, 1, chance), question.answer)]
-        batch.append(Talk(system(chance), turns, [world.draw(scene, chance, sides(chance)).image]))
-    return batch
+    return [single(chance, next(found), text_first=chance.random() < 0.5) for _ in range(BATCH)]
+
+
+def text_first(chance: random.Random) -> list[Talk]:
+    """As `out_of_the_blue`, but mostly with the question before its picture: nothing can be shared there."""
+    kind = chance.random()
+    if kind < 0.1:
+        return conversations(chance)
+    found = world.scenes(chance, held_out=False, pairs=0.65)
+    if kind < 0.3:
+        return [quiz(chance, next(found)) for _ in range(BATCH // 2)]
+    if kind < 0.4:
+        return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
+    return [single(chance, next(found), text_first=chance.random() < 0.9) for _ in range(BATCH)]
