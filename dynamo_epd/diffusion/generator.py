@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text-to-image pipelines of diffusers, any of them. The only file that imports it."""
+"""Text-to-image pipelines of diffusers, any of them: one request becomes one picture."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
+from dynamo_epd.diffusion.loading import Switches, denoiser_of, device, dtype_of, load
 from dynamo_epd.diffusion.text_encoder import Ask, RemoteTextEncoder
 from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-T5_CLASSES = frozenset({"T5EncoderModel", "UMT5EncoderModel"})
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,13 @@ class Generator:
     """One pipeline with its weights.
 
     Args:
-        model: a directory, or a name on the hub.
+        model: a directory, a name on the hub, or ``s3://bucket/prefix``.
         dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         ask: where T5's states come from. With it the pipeline's own T5 is never loaded.
-        loras: LoRA adapters by the name that requests give them: directory or name on the hub.
+        loras: LoRA adapters by the name that requests give them; each where a model may be.
+
+    Raises:
+        PipelineError, WeightsError: what cannot be loaded, or run in this way, in one line.
     """
 
     def __init__(
@@ -80,36 +81,17 @@ class Generator:
         vae_slicing: bool = False,
         cpu_offload: bool = False,
         compile: bool = False,
-        loras: dict[str, str] | None = None,
+        loras: Mapping[str, str] | None = None,
     ):
-        cuda = torch.cuda.is_available()
-        self._device = torch.device("cuda" if cuda else "cpu")
-        self._dtype = DTYPES.get(dtype) or (torch.bfloat16 if cuda else torch.float32)
-        elsewhere: dict[str, Any] = {}
-        if ask is not None:
-            elsewhere = dict.fromkeys(t5_components(DiffusionPipeline.load_config(model)))
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=self._dtype, **elsewhere)
-        pipeline.set_progress_bar_config(disable=True)
-        for name, path in (loras or {}).items():
-            pipeline.load_lora_weights(path, adapter_name=name)
-        if cpu_offload and cuda:
-            pipeline.enable_model_cpu_offload()
-        else:
-            pipeline.to(self._device)
-        if attention_slicing:
-            pipeline.enable_attention_slicing()
-        if vae_slicing:
-            pipeline.vae.enable_slicing()
-        if compile:
-            pipeline.transformer.compile()
-        self._remote: dict[str, RemoteTextEncoder] = {}
-        for name in elsewhere:
-            assert ask is not None
-            self._remote[name] = RemoteTextEncoder(ask, self._dtype, self._device)
-            setattr(pipeline, name, self._remote[name])
-        self._pipeline = pipeline
-        self._loras = frozenset(loras or {})
-        self._takes = inspect.signature(pipeline.__call__).parameters
+        switches = Switches(attention_slicing, vae_slicing, cpu_offload, compile)
+        # torch takes no dots in a module's name; requests may name an adapter as they like.
+        self._loras = {name: f"lora_{index}" for index, name in enumerate(loras or {})}
+        sources = {self._loras[name]: source for name, source in (loras or {}).items()}
+        remote = None if ask is None else lambda: RemoteTextEncoder(ask, dtype_of(dtype), device())
+        self._pipeline = load(model, dtype_of(dtype), switches, sources, remote)
+        self._remote = [one for one in self._pipeline.components.values() if isinstance(one, RemoteTextEncoder)]
+        self._takes = inspect.signature(self._pipeline.__call__).parameters
+        self._turn = threading.Lock()
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -125,87 +107,69 @@ class Generator:
         """Denoise steps where a request does not say."""
         return int(self._takes["num_inference_steps"].default)
 
-    @torch.inference_mode()
     def generate(self, wanted: Wanted, on_step: OnStep, stop: threading.Event) -> Made:
-        """The same seed gives the same pixels, whatever ran before. One call at a time.
+        """The same seed gives the same pixels, whatever ran before. One call at a time; others wait for their turn.
 
-        Raises `InvalidRequest` for what the pipeline cannot do and `Stopped` at the first step after ``stop`` is set.
+        Raises:
+            InvalidRequest: what the pipeline cannot do, naming the field.
+            Stopped: at the first step after ``stop`` is set.
         """
-        pipeline = self._fresh(wanted)
-        for encoder in self._remote.values():
-            encoder.vector = None
         arguments = self._arguments(wanted)
-        total = arguments.get("num_inference_steps", self.steps)
-
-        def stepped(done: int, latents: torch.Tensor) -> None:
-            if stop.is_set():
-                raise Stopped
-            on_step(done, total, lambda: self._decoded(pipeline, latents, wanted))
-
-        if "callback_on_step_end" in self._takes:
-
-            def on_end(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-                stepped(step + 1, values["latents"])
-                return {}
-
-            arguments["callback_on_step_end"] = on_end
-        else:
-            arguments["callback"] = lambda step, _, latents: stepped(step + 1, latents)
-        generator = torch.Generator("cpu").manual_seed(wanted.seed)
-        try:
-            found = pipeline(
-                **arguments, height=wanted.height, width=wanted.width, generator=generator, output_type="np"
-            )
-        except ValueError as error:  # of a size that the model's patches do not divide, say
-            raise InvalidRequest(f"the image pipeline refuses this request: {error}", param="size") from error
+        with self._turn, torch.inference_mode():
+            pipeline = self._fresh()
+            self._choose_lora(pipeline, wanted.lora)
+            for encoder in self._remote:
+                encoder.vector = None
+            arguments |= self._callback(pipeline, wanted, on_step, stop)
+            try:
+                found = pipeline(**arguments, output_type="np").images[0]
+            except ValueError as error:
+                about_size = any(word in str(error).lower() for word in ("height", "width", "size"))
+                raise InvalidRequest(
+                    f"the image pipeline refuses this request: {error}", param="size" if about_size else None
+                ) from error
+            except Stopped:
+                pipeline.maybe_free_model_hooks()  # as a pipeline does at its end: nothing stays on the GPU
+                raise
+        if found.shape[:2] != (wanted.height, wanted.width):
+            raise InvalidRequest(f"the image model makes {found.shape[1]}x{found.shape[0]} of this", param="size")
+        if not np.isfinite(found).all():
+            raise ArithmeticError("the picture is not finite: this model needs another dtype")
         return Made(
-            to_bytes(found.images[0]),
-            len(self._tokenizer(wanted.prompt).input_ids),
-            self._patches(wanted.width, wanted.height),
-            next((encoder.vector for encoder in self._remote.values()), None),
+            to_bytes(found),
+            self._tokens(wanted.prompt),
+            wanted.width * wanted.height // self._patch**2,
+            next((encoder.vector for encoder in self._remote), None),
         )
 
-    @property
-    def _tokenizer(self) -> Any:
-        """T5's where there are several: it comes last."""
-        parts = self._pipeline.components
-        return next(parts[name] for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if parts.get(name) is not None)
-
-    def _patches(self, width: int, height: int) -> int:
-        side = self._pipeline.vae_scale_factor
-        denoiser = self._pipeline.components.get("transformer") or self._pipeline.components["unet"]
-        patch = 2 if hasattr(self._pipeline, "_pack_latents") else getattr(denoiser.config, "patch_size", None) or 1
-        return (width // side // patch) * (height // side // patch)
-
-    def _fresh(self, wanted: Wanted) -> Any:
-        """The pipeline with a scheduler of its own: a scheduler is the state of one picture."""
-        parts = dict(self._pipeline.components)
-        parts["scheduler"] = parts["scheduler"].from_config(parts["scheduler"].config)
-        pipeline = type(self._pipeline)(**(parts | dict.fromkeys(self._remote)))
-        for name, encoder in self._remote.items():
-            setattr(pipeline, name, encoder)
-        pipeline.set_progress_bar_config(disable=True)
-        if wanted.lora is not None and wanted.lora not in self._loras:
-            raise InvalidRequest(
-                f"there is no LoRA adapter of that name; there are {sorted(self._loras)}", param="lora"
-            )
-        if self._loras:
-            pipeline.set_adapters([wanted.lora] if wanted.lora else [])
+    def _fresh(self) -> Any:
+        """The pipeline for one picture, with a scheduler of its own: a scheduler is the state of one picture."""
+        pipeline = copy.copy(self._pipeline)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         return pipeline
 
+    def _choose_lora(self, pipeline: Any, name: str | None) -> None:
+        if name is not None:
+            pipeline.set_adapters(self._loras[name])
+            pipeline.enable_lora()
+        elif self._loras:
+            pipeline.disable_lora()
+
     def _arguments(self, wanted: Wanted) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"prompt": wanted.prompt}
+        """What the pipeline is called with. Raises `InvalidRequest` where a field would be ignored or cut."""
+        self._check(wanted)
+        arguments: dict[str, Any] = {
+            "prompt": wanted.prompt,
+            "width": wanted.width,
+            "height": wanted.height,
+            "generator": torch.Generator("cpu").manual_seed(wanted.seed),  # one noise on every device
+        }
         optional = {
             "num_inference_steps": wanted.steps,
             "guidance_scale": wanted.guidance_scale,
             "negative_prompt": wanted.negative_prompt,
         }
-        for name, value in optional.items():
-            if value is None:
-                continue
-            if name not in self._takes:
-                raise UnsupportedParameter(f"this image model takes no '{name}'", param=name)
-            arguments[name] = value
+        arguments |= {name: value for name, value in optional.items() if value is not None}
         # A picture has the size that was asked for, and not the nearest of those that the model was trained on.
         if "use_resolution_binning" in self._takes:
             arguments["use_resolution_binning"] = False
@@ -214,22 +178,116 @@ class Generator:
             arguments["clean_caption"] = False
         return arguments
 
+    def _check(self, wanted: Wanted) -> None:
+        if wanted.lora is not None and wanted.lora not in self._loras:
+            known = ", ".join(sorted(self._loras)) or "none"
+            raise InvalidRequest(f"there is no LoRA adapter of that name; there is: {known}", param="lora")
+        if wanted.width % self._patch or wanted.height % self._patch:
+            raise InvalidRequest(f"both sides must be multiples of {self._patch} with this image model", param="size")
+        if wanted.guidance_scale is not None and not self._takes_guidance:
+            raise UnsupportedParameter("this image model takes no 'guidance_scale'", param="guidance_scale")
+        if wanted.negative_prompt is not None and self._negation(wanted) <= 1:
+            raise UnsupportedParameter(
+                "this image model takes no 'negative_prompt', or not at this 'guidance_scale'", param="negative_prompt"
+            )
+        for name, text in (("prompt", wanted.prompt), ("negative_prompt", wanted.negative_prompt or "")):
+            if self._tokens(text) > self._most_tokens:
+                raise InvalidRequest(
+                    f"'{name}' has {self._tokens(text)} tokens, {self._most_tokens} are this image model's limit",
+                    param=name,
+                    code="text_too_long",
+                )
+
+    @property
+    def _takes_guidance(self) -> bool:
+        """Not so the models that were distilled to do without: their pipelines ignore it."""
+        distilled = getattr(denoiser_of(self._pipeline).config, "guidance_embeds", None) is False
+        return "guidance_scale" in self._takes and (
+            not distilled or hasattr(self._pipeline, "do_classifier_free_guidance")
+        )
+
+    def _negation(self, wanted: Wanted) -> float:
+        """How strongly a negative prompt would guide; up to 1 pipelines ignore it."""
+        if "negative_prompt" not in self._takes or getattr(
+            denoiser_of(self._pipeline).config, "time_cond_proj_dim", None
+        ):
+            return 0.0
+        if "true_cfg_scale" in self._takes:
+            return float(self._takes["true_cfg_scale"].default)
+        default = self._takes["guidance_scale"].default if "guidance_scale" in self._takes else 0.0
+        return float(default if wanted.guidance_scale is None else wanted.guidance_scale)
+
+    def _tokens(self, text: str) -> int:
+        return len(self._tokenizer(text, verbose=False).input_ids)
+
+    @property
+    def _tokenizer(self) -> Any:
+        """T5's where there are several: it comes last."""
+        parts = self._pipeline.components
+        return parts[max(name for name in parts if name.startswith("tokenizer") and parts[name] is not None)]
+
+    @property
+    def _most_tokens(self) -> int:
+        """Pipelines cut what is longer."""
+        if "max_sequence_length" in self._takes:
+            return int(self._takes["max_sequence_length"].default)
+        return int(self._tokenizer.model_max_length)
+
+    @property
+    def _patch(self) -> int:
+        """Pixels along one side of what the denoiser takes for one token."""
+        patch = getattr(denoiser_of(self._pipeline).config, "patch_size", None)
+        packed = 2 if hasattr(self._pipeline, "_pack_latents") else 1
+        return int(self._pipeline.vae_scale_factor * packed * (patch if isinstance(patch, int) else 1))
+
+    def _callback(self, pipeline: Any, wanted: Wanted, on_step: OnStep, stop: threading.Event) -> dict[str, Any]:
+        """The argument by which the pipeline tells of its steps: the newer of the two that there are."""
+        total = wanted.steps or self.steps
+        told = 0
+
+        def stepped(index: int, latents: torch.Tensor) -> None:
+            nonlocal told
+            if stop.is_set():
+                raise Stopped
+            # Schedulers of second order call the denoiser twice for most steps.
+            done = -(-(index + 1) * total // max(total, len(pipeline.scheduler.timesteps)))
+            if done > told:
+                told = done
+                on_step(done, total, lambda: self._decoded(pipeline, latents, wanted))
+
+        if "callback_on_step_end" in self._takes:
+
+            def on_end(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+                stepped(index, values["latents"])
+                return {}
+
+            return {"callback_on_step_end": on_end}
+        if "callback" in self._takes:
+            return {"callback": lambda index, _, latents: stepped(index, latents)}
+        return {}
+
     def _decoded(self, pipeline: Any, latents: torch.Tensor, wanted: Wanted) -> np.ndarray:
-        vae = pipeline.vae
-        if latents.ndim == 3:  # FLUX packs 2×2 patches
+        """What the latents show by now: uint8 (height, width, 3)."""
+        if latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):  # FLUX packs 2×2 patches
             latents = pipeline._unpack_latents(latents, wanted.height, wanted.width, pipeline.vae_scale_factor)
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
+        if latents.ndim != 4:
+            raise UnsupportedParameter("this image model shows no partial pictures", param="partial_images")
+        vae, dtype = pipeline.vae, pipeline.vae.dtype
+        config = vae.config
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and deviation is not None:
+            shape = (1, -1, 1, 1)
+            latents = latents * latents.new_tensor(deviation).view(shape) / config.scaling_factor
+            latents = latents + latents.new_tensor(mean).view(shape)
+        else:
+            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        upcast = dtype == torch.float16 and getattr(config, "force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        if upcast:
+            vae.to(dtype)
         return to_bytes(pipeline.image_processor.postprocess(decoded, output_type="np")[0])
-
-
-def t5_components(index: dict[str, Any]) -> list[str]:
-    """The components of a ``model_index.json`` that are T5 encoders."""
-    return [
-        name
-        for name, found in index.items()
-        if isinstance(found, (list, tuple)) and len(found) == 2 and found[1] in T5_CLASSES
-    ]
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:

@@ -9,11 +9,21 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
+from dynamo_epd import weights
 from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.sdk.config import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+T5_CLASSES = frozenset({"T5EncoderModel", "UMT5EncoderModel"})
+T5_TYPES = frozenset({"t5", "umt5", "mt5"})
+
+
+class TextEncoderError(ConfigError):
+    """A model that is not there, or is no T5."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +40,35 @@ class EncodedText:
 
 
 class TextEncoder:
-    """A T5 encoder with its tokenizer, from a directory or the hub.
+    """A T5 encoder with its tokenizer.
 
     Args:
+        model: a directory, a name on the hub, or ``s3://bucket/prefix``: a T5, or a pipeline of diffusers that has one.
         dtype: ``auto``, which is the checkpoint's own on a GPU and float32 elsewhere, or a name.
         max_tokens: a longer text is refused.
+
+    Raises:
+        TextEncoderError, WeightsError: what cannot be loaded, in one line.
     """
 
     def __init__(self, model: str, *, dtype: str = "auto", max_tokens: int = 512):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         chosen: Any = DTYPES.get(dtype) or ("auto" if self._device.type == "cuda" else torch.float32)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._model = T5EncoderModel.from_pretrained(model, dtype=chosen).to(self._device).eval()
+        try:
+            place = find(model)
+            kind = AutoConfig.from_pretrained(place.model, subfolder=place.encoder).model_type
+            if kind not in T5_TYPES:
+                raise TextEncoderError(f"text encoder {model!r} is no T5 but {kind!r}")
+            self._tokenizer = AutoTokenizer.from_pretrained(place.model, subfolder=place.tokenizer)
+            loaded = AutoModelForTextEncoding.from_pretrained(
+                place.model, subfolder=place.encoder, dtype=chosen, use_safetensors=True
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # what a broken model raises is up to two libraries
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise TextEncoderError(f"text encoder {model!r} cannot be loaded: {line}") from error
+        self._model = loaded.to(self._device).eval()
         self._max_tokens = max_tokens
 
     def tokenize(self, text: str, param: str) -> list[int]:
@@ -66,3 +93,32 @@ class TextEncoder:
         vectors = normalize(kept.sum(1) / lengths[:, None], dim=-1).cpu()
         rows = zip(vectors, states, texts, strict=True)
         return [EncodedText(vector, row[: len(text)].cpu()) for vector, row, text in rows]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ``from_pretrained`` finds a T5: the subfolders are empty where the model itself is one."""
+
+    model: str
+    encoder: str = ""
+    tokenizer: str = ""
+
+
+def find(model: str) -> Place:
+    """A T5 encoder by its own name, or by that of a pipeline that has one, in diffusers' layout.
+
+    Of ``s3://`` only what is needed is downloaded. Raises TextEncoderError for a pipeline without a T5.
+    """
+    try:
+        index = weights.pipeline_index(model)
+    except weights.HubUnreachable:
+        index = None  # the hub's cache may still have a T5
+    if index is None:
+        return Place(weights.local(model))
+    encoder = next(
+        (name for name, one in index.items() if isinstance(one, list) and len(one) == 2 and one[1] in T5_CLASSES), None
+    )
+    if encoder is None:
+        raise TextEncoderError(f"the pipeline {model!r} has no T5 encoder")
+    tokenizer = encoder.replace("text_encoder", "tokenizer")
+    return Place(weights.local(model, lambda path: path.split("/")[0] in (encoder, tokenizer)), encoder, tokenizer)
