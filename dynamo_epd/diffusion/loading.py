@@ -138,9 +138,9 @@ def _check_tokenizers(directory: str, index: Mapping[str, Any]) -> None:
     if not Path(directory).is_dir():  # the hub gives all or nothing
         return
     for name in index:
-        if name.startswith("tokenizer") and (index[name] or [None])[0] is not None:
-            if not any((Path(directory) / name / file).exists() for file in VOCABULARIES):
-                raise PipelineError(f"model {directory!r} has no vocabulary in its {name!r}")
+        there = not name.startswith("tokenizer") or index[name][0] is None
+        if not there and not any((Path(directory) / name / file).exists() for file in VOCABULARIES):
+            raise PipelineError(f"model {directory!r} has no vocabulary in its {name!r}")
 
 
 def denoiser_of(pipeline: Any) -> Any:
