@@ -136,9 +136,9 @@ def check_images(body: Mapping[str, Any]) -> ImagesBody:
 
 def check_job(body: Mapping[str, Any]) -> ImagesBody:
     """A body whose pictures are made later, and fetched by their addresses. Raises what `check_images` raises."""
-    found = check_images({"response_format": "url"} | dict(body))
-    if found.stream:
+    if body.get("stream"):
         raise InvalidRequest("a job cannot be streamed: ask how it is at its own address", param="stream")
+    found = check_images({"response_format": "url"} | dict(body))
     if not found.as_url:
         raise InvalidRequest("a job's pictures are fetched: 'response_format' must be url", param="response_format")
     return found

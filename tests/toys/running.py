@@ -33,6 +33,10 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes) and name not in names}
 
 
+MEANT_TO_STAY = frozenset({"jetstream", "store"})
+"""Directories of the state: jobs that were accepted, and pictures that were made, outlive the graph."""
+
+
 class Served:
     """``with Served(state_dir, graph, *arguments) as served``. ``lines`` grows with what it prints, errors included."""
 
@@ -118,7 +122,8 @@ class Served:
     def leftovers(self) -> list[str]:
         """Processes, state and sockets that are still there."""
         left = [f"process {pid}: {' '.join(_read_words(pid, 'cmdline'))}" for pid in self.processes()]
-        left += [str(path) for path in self.state.rglob("*") if path.is_file() and path.name != "lock"]
+        files = [path for path in self.state.rglob("*") if path.is_file() and path.name != "lock"]
+        left += [str(path) for path in files if not MEANT_TO_STAY.intersection(path.relative_to(self.state).parts)]
         left += [str(path) for path in Path(tempfile.gettempdir()).glob(f"dynamo-{self.process.pid}-*")]
         return left
 

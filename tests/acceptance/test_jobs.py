@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accepted image jobs are finished, once each, whatever is killed; on a directory and on a real S3 server."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.s3_server import CREDENTIALS, REGION, S3Server, s3_server
+from tests.serving import Graph, eventually, serve, untrained
+from tests.test_image_worker import CONFIG
+
+JOBS = 100
+NATS = "nats"
+VICTIMS = ("ImageWorker-1", "Frontend-0", "EmbedWorker-0", NATS, "ImageWorker-0", "EmbedWorker-1")
+BOUND = 400.0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    untrained("pixart")
+    path = tmp_path_factory.mktemp("jobs") / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def graph(config: str, tmp_path: Path) -> Iterator[Graph]:
+    store = [f"--{service}.store.url={tmp_path / 'store'}" for service in ("Frontend", "ImageWorker")]
+    more = ["--EmbedWorker.ServiceArgs.workers=2", "--ImageWorker.jobs.silence-seconds=3", *store]
+    with serve("tests.toys.picturing:Frontend", config, *more) as served:
+        yield served
+
+
+def patient(graph: Graph, method: str, path: str, **arguments: Any) -> httpx.Response:
+    """As a client that does not give up: it asks again while nobody answers, or 503 is the answer."""
+    end = time.monotonic() + BOUND
+    while True:
+        try:
+            reply = httpx.request(method, f"{graph.url}{path}", timeout=30, **arguments)
+            if reply.status_code != 503:
+                return reply
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < end, f"{method} {path} was never answered\n{graph.text[-3000:]}"
+        time.sleep(0.1)
+
+
+def accepted(graph: Graph, number: int) -> str:
+    body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": 4}
+    reply = patient(graph, "POST", "/v1/images/jobs", json=body, headers={"Idempotency-Key": f"job-{number}"})
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["id"])
+
+
+def ended(graph: Graph, id: str) -> dict[str, Any]:
+    end = time.monotonic() + BOUND
+    while True:
+        state: dict[str, Any] = patient(graph, "GET", f"/v1/images/jobs/{id}").json()
+        if state.get("status") in ("completed", "failed"):
+            return state
+        assert time.monotonic() < end, f"{state}\n{graph.text[-3000:]}"
+        time.sleep(0.1)
+
+
+def nats_pid(graph: Graph) -> int | None:
+    for pid in graph.processes():
+        with suppress(OSError):
+            if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None
+
+
+def kill(graph: Graph, victim: str) -> None:
+    """-9, and waits until the supervisor has started another one."""
+    service, _, index = victim.partition("-")
+
+    def running() -> int | None:
+        return nats_pid(graph) if victim == NATS else graph.workers(service).get(int(index))
+
+    pid = running()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: running() not in (None, pid), f"{victim} is back", 120)
+
+
+def test_100_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path) -> None:
+    """Two image workers, two embed workers, the frontend and NATS, killed -9 in turn while jobs come and run."""
+    done = threading.Event()
+    killed: list[str] = []
+
+    def kill_in_turn() -> None:
+        for victim in itertools.cycle(VICTIMS):
+            kill(graph, victim)
+            killed.append(victim)
+            if done.wait(4):
+                return
+
+    killer = threading.Thread(target=kill_in_turn)
+    killer.start()
+    try:
+        ids = [accepted(graph, number) for number in range(JOBS)]
+        assert len(set(ids)) == JOBS
+        states = [ended(graph, id) for id in ids]
+    finally:
+        done.set()
+        killer.join()
+    print(f"killed: {killed}")
+    assert {NATS, "Frontend-0"} <= set(killed)
+    assert {state["status"] for state in states} == {"completed"}, [
+        one for one in states if one["status"] != "completed"
+    ]
+    names = [one["id"] for state in states for one in state["data"]]
+    assert len(names) == JOBS
+    records = list((tmp_path / "store" / "about" / "everyone").glob("*.json"))
+    assert sorted(path.stem for path in records) == sorted(names)
+    for number in range(0, JOBS, 10):
+        stored = patient(graph, "GET", f"/v1/images/{names[number]}")
+        body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": 4}
+        direct = patient(graph, "POST", "/v1/images/generations", json=body)
+        assert stored.content == base64.b64decode(direct.json()["data"][0]["b64_json"])
+
+
+def test_jobs_outlive_the_graph(config: str, tmp_path: Path) -> None:
+    """Ctrl-C with jobs waiting: they are finished when the graph comes back, by the same user on the same machine."""
+    state, store = tmp_path / "kept", f"{tmp_path / 'store'}"
+    stores = [f"--{service}.store.url={store}" for service in ("Frontend", "ImageWorker")]
+    with serve("tests.toys.picturing:Frontend", config, *stores, XDG_STATE_HOME=str(state)) as graph:
+        body = {"prompt": "slow", "num_inference_steps": 100, "n": 4}
+        ids = [patient(graph, "POST", "/v1/images/jobs", json=body).json()["id"] for _ in range(6)]
+        graph.signal(signal.SIGINT)
+        assert graph.wait() == 0, graph.text
+    with serve("tests.toys.picturing:Frontend", config, *stores, XDG_STATE_HOME=str(state)) as graph:
+        assert [(one["status"], len(one["data"])) for one in (ended(graph, id) for id in ids)] == [("completed", 4)] * 6
+
+
+@pytest.fixture
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+def test_jobs_wait_for_s3(config: str, s3: S3Server) -> None:
+    """A store that is away holds jobs up and fails none; clients fetch from it by signed addresses."""
+    stores = [
+        f"--{service}.store.{key}"
+        for service in ("Frontend", "ImageWorker")
+        for key in (
+            f"url=s3://{s3.bucket}/made",
+            f"endpoint={s3.endpoint}",
+            "allow-http=true",
+            f"region={REGION}",
+            "timeout=2",
+        )
+    ]
+    more = [*stores, "--ImageWorker.jobs.retry-seconds=1"]
+    with serve("tests.toys.picturing:Frontend", config, *more, model=None, **CREDENTIALS) as graph:
+        first = ended(graph, accepted(graph, 0))
+        url = first["data"][0]["url"]
+        assert url.startswith(s3.endpoint)
+        assert "X-Amz-Signature" in url
+        assert httpx.get(url).headers["content-type"] == "image/png"
+        s3.pause()
+        ids = [accepted(graph, number) for number in range(1, 9)]
+        eventually(lambda: "waits" in graph.text or _waiting(graph, ids), "a job met the store's absence", 120)
+        direct = httpx.post(
+            f"{graph.url}/v1/images/generations", json={"prompt": "x", "response_format": "url"}, timeout=60
+        )
+        assert direct.status_code == 503
+        assert int(direct.headers["retry-after"]) >= 1
+        s3.resume()
+        states = [ended(graph, id) for id in ids]
+        assert [state["status"] for state in states] == ["completed"] * 8
+        assert {state["attempts"] for state in states} == {1}
+        found = s3.client().list_objects_v2(Bucket=s3.bucket, Prefix="made/about/")["Contents"]
+        assert len([one for one in found if one["Key"].endswith(".json")]) == 9
+        graph.finish()
+
+
+def _waiting(graph: Graph, ids: list[str]) -> bool:
+    """Whether one was begun, and given back."""
+    path = f"{graph.url}/v1/images/jobs/"
+    states = [json.loads(httpx.get(path + id, timeout=60).text) for id in ids]
+    return any(state["status"] == "in_progress" for state in states)
