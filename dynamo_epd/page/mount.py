@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ class Page:
 
     async def _keep(self, settings: PageSettings) -> None:
         """The page itself."""
-        directory = self._stack.enter_context(_directory())
+        directory = self._stack.enter_context(_directory(settings.shared))
         os.environ |= ENVIRONMENT | {
             "GRADIO_TEMP_DIR": str(directory / "files"),
             "GRADIO_EXAMPLES_CACHE": str(directory / "examples"),
@@ -162,7 +162,7 @@ class Page:
         """To the worker that has the page; it may be found only later, and made again."""
         import httpx
 
-        path = _socket(_directory_path())
+        path = _socket(_directory_path(shared=True))
         client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(path)),
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
@@ -318,9 +318,9 @@ def _socket(directory: Path) -> Path:
     return directory / "page.sock"
 
 
-def _directory_path() -> Path:
-    """One place for all workers of one graph on this machine: they have one parent."""
-    return Path(tempfile.gettempdir()) / f"{DIRECTORY}{os.getppid()}"
+def _directory_path(shared: bool) -> Path:
+    """Of this process; where it shares its port, one place for all workers: they have one parent."""
+    return Path(tempfile.gettempdir()) / f"{DIRECTORY}{os.getppid() if shared else os.getpid()}"
 
 
 def _is_ours(directory: Path) -> bool:
@@ -331,19 +331,19 @@ def _is_ours(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _directory() -> Any:
+def _directory(shared: bool) -> Iterator[Path]:
     """The page's files while it is there; what a killed process left is removed first."""
+    own = _directory_path(shared)
     for path in Path(tempfile.gettempdir()).glob(f"{DIRECTORY}*"):
-        parent = path.name.removeprefix(DIRECTORY)
-        if _is_ours(path) and parent.isdigit() and (int(parent) == os.getppid() or not _is_alive(int(parent))):
+        owner = path.name.removeprefix(DIRECTORY)
+        if _is_ours(path) and (path == own or (owner.isdigit() and not _is_alive(int(owner)))):
             shutil.rmtree(path, ignore_errors=True)
-    path = _directory_path()
-    path.mkdir(mode=0o700)
-    (path / "files").mkdir()
+    own.mkdir(mode=0o700)
+    (own / "files").mkdir()
     try:
-        yield path
+        yield own
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:
