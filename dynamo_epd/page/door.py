@@ -17,6 +17,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamo_epd.page.preparing import ICON
+
 OPEN = re.compile(
     r"""GET\ (/ | /config/? | /theme\.css | /gradio_api/(theme\.css|info/?|app_id/?|startup-events|queue/data)
            | /(assets|static|svelte)/[\w@./-]+ | /gradio_api/heartbeat/\w+ | /gradio_api/upload_progress
@@ -40,11 +42,6 @@ ELSEWHERE = re.compile(rb'<meta\s+(?:property="og|name="twitter):[^>]*>')
 """Gradio's descriptions of itself, with addresses on other hosts."""
 MANIFEST = re.compile(rb'<link rel="manifest"[^>]*>')
 """Of an app that could be installed. There is none; an icon stands in its place."""
-ICON = (
-    b"<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E"
-    b"%3Crect width='32' height='32' rx='8' fill='%230f766e'/%3E%3Cpath d='M9 16.5l5 5 9-11' fill='none' "
-    b"stroke='white' stroke-width='3.2' stroke-linecap='round' stroke-linejoin='round'/%3E%3C/svg%3E\">"
-)
 
 
 class Door:
@@ -95,7 +92,7 @@ class Door:
                 return
             pieces.append(message.get("body", b""))
             if not message.get("more_body", False):
-                body = MANIFEST.sub(ICON, ELSEWHERE.sub(b"", b"".join(pieces)))
+                body = MANIFEST.sub(ICON.encode(), ELSEWHERE.sub(b"", b"".join(pieces)))
                 MutableHeaders(scope=start)["content-length"] = str(len(body))
                 await send(start)
                 await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamo_epd.page.preparing import preparing
 from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.sdk.http_server import SHARED_PORT
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT as CONFIGURATION
@@ -81,7 +82,7 @@ class Page:
     """`open` begins to load, in a thread, and returns; `close` ends what runs and removes the page's files."""
 
     def __init__(self) -> None:
-        self._app: ASGIApp = _preparing
+        self._app: ASGIApp = preparing
         self._loading: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._streams: set[asyncio.Task[None]] = set()
@@ -197,7 +198,7 @@ class _Forward:
                 raise httpx.ConnectError("no page yet")
             reply = await self._client.send(request, stream=True)
         except httpx.ConnectError:  # its worker is being started
-            await _preparing(scope, receive, send)
+            await preparing(scope, receive, send)
             return
         try:
             response = StreamingResponse(reply.aiter_raw(), reply.status_code)
@@ -287,17 +288,6 @@ def _server(config: uvicorn.Config) -> uvicorn.Server:
 
 async def _run(work: Any) -> None:
     await work
-
-
-async def _preparing(scope: Scope, receive: Receive, send: Send) -> None:
-    text = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta http-equiv='refresh' content='2'>"
-        "<meta name='viewport' content='width=device-width'><meta name='color-scheme' content='light dark'>"
-        "<title>dynamo-epd</title></head><body style='font-family: system-ui, sans-serif; margin: 15vh auto; "
-        "max-width: 32em; padding: 0 1em'><p role='status'>The page is being prepared; it will be here in a few "
-        "seconds.</p></body></html>"
-    )
-    await HTMLResponse(text, 503, {"retry-after": "2", "cache-control": "no-store"})(scope, receive, send)
 
 
 def _address(scope: Scope) -> str:
