@@ -13,7 +13,9 @@ draw (from the repository's root: they take the trained T5, or its tokenizer).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -427,7 +429,7 @@ def write_pixart(directory: Path) -> None:
     from transformers import T5EncoderModel, T5Tokenizer
 
     torch.manual_seed(7)
-    text = T5EncoderModel.from_pretrained("models/tiny/t5").eval()
+    text = T5EncoderModel.from_pretrained(T5).eval()
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -448,7 +450,7 @@ def write_pixart(directory: Path) -> None:
         patch_size=2,
     ).eval()
     PixArtSigmaPipeline(
-        tokenizer=T5Tokenizer.from_pretrained("models/tiny/t5"),
+        tokenizer=T5Tokenizer.from_pretrained(T5),
         text_encoder=text,
         vae=vae,
         transformer=transformer,
@@ -492,7 +494,7 @@ def small_t5(seed: int):
     """A T5 encoder, 32 wide, and the tokenizer of the trained one."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    tokenizer = T5Tokenizer.from_pretrained("models/tiny/t5")
+    tokenizer = T5Tokenizer.from_pretrained(T5)
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=32,
@@ -663,16 +665,31 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "sd3": write_sd3,
     "sdxl": write_sdxl,
 }
+DRAWING = frozenset({"pixart", "flux", "flux_schnell", "sd3", "sdxl"})
+T5 = Path("models/tiny/t5")
+T5_FILES = ("model.safetensors", "tokenizer.json")
 
 
 def write(family: str, directory: Path) -> None:
-    """Writes the checkpoint of ``family`` (a key of `WRITERS`) unless ``directory`` already holds a whole one."""
+    """Writes the checkpoint of ``family`` (a key of `WRITERS`) unless ``directory`` already holds a whole one.
+
+    One that took the trained T5 is written again when that has been trained again.
+    """
+    made_of = {"family": family, "weights": "random"}
+    if family in DRAWING:
+        made_of["t5"] = hashlib.sha256(b"".join((T5 / name).read_bytes() for name in T5_FILES)).hexdigest()
+    mark = json.dumps(made_of) + "\n"
     done = directory / "untrained.json"
-    if done.exists():
+    if done.exists() and done.read_text() == mark:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    WRITERS[family](directory)
-    done.write_text(json.dumps({"family": family, "weights": "random"}) + "\n")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as beside:
+        made = Path(beside, "made")
+        WRITERS[family](made)
+        (made / done.name).write_text(mark)
+        if directory.exists():
+            directory.rename(Path(beside, "old"))
+        made.rename(directory)
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ class RemoteTextEncoder(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.device = device
+        self.nothing = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        """CPU offload asks the first parameter of a module where the module is."""
         self._ask = ask
         self._most = kept
         self._kept: OrderedDict[Row, Conditioning] = OrderedDict()

@@ -60,9 +60,11 @@ class TextEncoder:
             if kind not in T5_TYPES:
                 raise TextEncoderError(f"text encoder {model!r} is no T5 but {kind!r}")
             self._tokenizer = AutoTokenizer.from_pretrained(place.model, subfolder=place.tokenizer)
-            loaded = AutoModelForTextEncoding.from_pretrained(
-                place.model, subfolder=place.encoder, dtype=chosen, use_safetensors=True
+            loaded, report = AutoModelForTextEncoding.from_pretrained(
+                place.model, subfolder=place.encoder, dtype=chosen, use_safetensors=True, output_loading_info=True
             )
+            if report["missing_keys"]:  # else they are drawn at random
+                raise TextEncoderError(f"text encoder {model!r} has no weights for {min(report['missing_keys'])}")
         except ConfigError:
             raise
         except Exception as error:  # what a broken model raises is up to two libraries
