@@ -98,11 +98,10 @@ class Tabs:
                 label="Size",
                 info="a name, or WIDTHxHEIGHT",
             )
-            steps = gr.Number(None, label="Denoise steps", info="empty: the model's own", precision=0, minimum=1)
-            seed = gr.Number(None, label="Seed", info="empty: drawn at random", precision=0, minimum=0)
-            threshold = gr.Number(
-                None, label="Threshold", info="empty: the graph's own", minimum=-1, maximum=1, step=0.05
-            )
+            # Text fields: Gradio's number fields make a nought of nothing.
+            steps = gr.Textbox(label="Denoise steps", info="empty: the model's own", max_lines=1)
+            seed = gr.Textbox(label="Seed", info="empty: drawn at random", max_lines=1)
+            threshold = gr.Textbox(label="Threshold", info="empty: the graph's own", max_lines=1)
         status = _html("epd-status", cards.Report().status())
         failure = _html("epd-failure")
         with gr.Row(elem_id="epd-results"):
@@ -129,9 +128,9 @@ class Tabs:
         self,
         prompt: str,
         size: str | None,
-        steps: float | None,
-        seed: float | None,
-        threshold: float | None,
+        steps: str,
+        seed: str,
+        threshold: str,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         report = cards.Report(prompt.strip(), "running")
@@ -139,18 +138,16 @@ class Tabs:
             report.state = "idle"
             yield _shown(report, cards.failure("There is no prompt.", "Type what the picture shall show."))
             return
-        body: dict[str, Any] = {"prompt": report.prompt}
-        if size and size != "default":
-            body["size"] = size
-        if steps is not None:
-            body["num_inference_steps"] = int(steps)
-        if seed is not None:
-            body["seed"] = int(seed)
-        if threshold is not None:
-            body["threshold"] = threshold
         failure = ""
         yield _shown(report)
         try:
+            body = {
+                "prompt": report.prompt,
+                "size": None if size == "default" else size or None,
+                "num_inference_steps": _number("Denoise steps", steps, int),
+                "seed": _number("Seed", seed, int),
+                "threshold": _number("Threshold", threshold, float),
+            }
             source = self._graph.validate(_base(request), body)
             async for events in self._runs.follow(_session(request), "validate", source):
                 for event in events:
@@ -202,7 +199,7 @@ class Tabs:
         with gr.Accordion("Options", open=False), gr.Row():
             model = gr.Dropdown([], label="Model", allow_custom_value=True, elem_id="epd-model")
             temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word")
-            tokens = gr.Number(256, label="Longest answer", info="tokens", precision=0, minimum=1)
+            tokens = gr.Textbox("256", label="Longest answer", info="tokens; empty: as long as may be", max_lines=1)
         turns = gr.State([], time_to_live=3600)
         gr.on(
             [message.submit],
@@ -236,7 +233,7 @@ class Tabs:
         turns: list[dict[str, Any]],
         model: str | None,
         temperature: float,
-        tokens: float | None,
+        tokens: str,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         text, files = (message.get("text") or "").strip(), list(message.get("files") or [])
@@ -252,11 +249,12 @@ class Tabs:
         try:
             if len(now) > MAX_TURNS:
                 raise Refused("The conversation is too long.", "Begin a new one.")
-            body: dict[str, Any] = {"messages": await asyncio.to_thread(_messages, now), "temperature": temperature}
-            if model:
-                body["model"] = model
-            if tokens is not None:
-                body["max_tokens"] = int(tokens)
+            body = {
+                "model": model or None,
+                "messages": await asyncio.to_thread(_messages, now),
+                "temperature": temperature,
+                "max_tokens": _number("Longest answer", tokens, int),
+            }
             source = self._graph.chat(_base(request), body)
             async for pieces in self._runs.follow(_session(request), "chat", source):
                 answer["text"] += "".join(pieces)
@@ -317,6 +315,15 @@ def _shown(report: cards.Report, failure: str = "") -> tuple[Any, ...]:
     cancel = gr.Button(interactive=report.state == "running")
     names = ("picture", "caption", "similarity", "vectors", "times")
     return report.status(), failure, cancel, *(found[name] for name in names)
+
+
+def _number(name: str, text: str, kind: type[int] | type[float]) -> float | None:
+    """None for an empty field. The bounds are the graph's to check."""
+    try:
+        return kind(text) if text.strip() else None
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise Refused(f"{name} must be {wanted}.", "Change it, or leave it empty.") from error
 
 
 def _bubbles(turns: Sequence[dict[str, Any]], waiting: str = "") -> list[dict[str, Any]]:
