@@ -31,7 +31,7 @@ FOREIGN = frozenset({"strength", "mask_image", "control_image", "num_frames"})
 """What pipelines take that change a picture, or make films."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 GRAPHS = 64
-"""Compiled forms of one denoiser: with and without guidance, for each LoRA adapter. torch allows 8, then no more."""
+"""Compiled forms of one denoiser: for each size, with and without guidance, for each LoRA adapter. torch allows 8."""
 
 
 class PipelineError(ConfigError):
@@ -182,7 +182,8 @@ def _slice_vae(pipeline: Any) -> None:
 
 
 def _compile(pipeline: Any) -> None:
-    """One form for all sizes: forms made for the sizes that came first would give a seed other pixels later on."""
+    """One form for each size, made when it is first asked for: a form for all sizes, made when the second size comes,
+    would give a seed other pixels from then on, and torch cannot make one of every denoiser."""
     from torch._inductor.utils import fresh_cache
 
     try:
@@ -191,7 +192,7 @@ def _compile(pipeline: Any) -> None:
     except Exception as error:  # of many kinds: a compiler that is missing, or one that fails
         raise PipelineError(f"compile is on, and this machine cannot: {_first_line(error)}") from error
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    denoiser_of(pipeline).compile(dynamic=True)
+    denoiser_of(pipeline).compile(dynamic=False)
 
 
 @contextmanager
