@@ -5,8 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-GRAPH ?= graphs.disagg:Frontend
-CONFIG ?= configs/tiny-disagg.yaml
+GRAPH ?= graphs.cova:Frontend
+CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 

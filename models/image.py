@@ -49,6 +49,8 @@ STILL_STEPS = 3000
 STILL_RATE = 1e-3
 STEPS = 6000
 RATE = 5e-4
+FINE_STEPS = 3500
+FINE_RATE = 6e-4
 BATCH = 32
 AVERAGE = 0.999
 POOL = 16_000
@@ -58,11 +60,16 @@ SPREAD = 0.2
 where they are, and what may be anywhere takes many times as long to learn. At first they do not stray at all: a prompt
 then has one picture, and what its words look like is learned soon."""
 PAIRS = 0.25
+FINE_SPREAD = 0.1
+FINE_PAIRS = 0.1
 DROPPED = 0.1
 """Part of the prompts that are left out, for guidance."""
 PARAPHRASED = 0.2
 THING_WEIGHT = 5.0
 """Of a cell in the loss where a thing is or ends, against 1 for the background's."""
+FINE_SHARE = 0.8
+"""At last what such cells weigh together, whatever their number, beside 1 for all: a small thing counts as a large
+one."""
 SIGNAL = 5.0
 """The error's weight is the signal's power in units of the noise's, from 1 to this (arXiv 2202.00512, truncated)."""
 SHIFT = 3.0
@@ -189,10 +196,10 @@ class Pool:
     latents: float32 (POOL, 4, 16, 16), at unit spread. weights: float32 (POOL, 1, 16, 16), of each cell in the loss.
     """
 
-    def __init__(self, vae: AutoencoderKL, spread: float):
+    def __init__(self, vae: AutoencoderKL, spread: float, pairs: float, share: float):
         print(f"image: drawing {POOL} pictures", file=sys.stderr, flush=True)
         chance = random.Random(f"pool {SEED} {spread}")
-        scenes = world.scenes(chance, held_out=False, pairs=PAIRS)
+        scenes = world.scenes(chance, held_out=False, pairs=pairs)
         self.scenes: list[world.Scene] = []
         parts, weights = [], []
         with torch.no_grad(), autocast():
@@ -201,7 +208,8 @@ class Pool:
                 parts.append(vae.encode(_to_range(image)).latent_dist.mean.float() * vae.config["scaling_factor"])
                 # A thing and what lies around it: its shape shows there, in a few cells of many.
                 near = functional.max_pool2d(things.to(device()).float(), 8, stride=4, padding=2)
-                weights.append(1 + (THING_WEIGHT - 1) * near)
+                extra = share / near.mean((1, 2, 3), keepdim=True) if share else THING_WEIGHT - 1
+                weights.append(1 + extra * near)
                 self.scenes += taken
         self.latents, self.weights = torch.cat(parts), torch.cat(weights)
 
@@ -262,12 +270,12 @@ def main() -> None:
     transformer = build_transformer(text.config.d_model)
     transformer.set_attn_processor(AttnProcessor())  # at this size a CPU's fused attention takes twice as long
 
-    def train(name: str, steps: int, rate: float, spread: float) -> Run:
+    def train(name: str, steps: int, rate: float, spread: float, pairs: float, share: float = 0.0) -> Run:
         pool: list[Pool] = []
 
         def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
             if not pool:  # a finished run asks for no loss, and needs no pictures
-                pool.append(Pool(vae, spread))
+                pool.append(Pool(vae, spread, pairs, share))
             return _loss(transformer, text, tokenizer, pool[0], chance)
 
         run = Run(name, transformer, steps, rate, average=AVERAGE)
@@ -275,8 +283,9 @@ def main() -> None:
         return run
 
     runs = [
-        train("image-transformer-still", STILL_STEPS, STILL_RATE, 0.0),
-        train("image-transformer", STEPS, RATE, SPREAD),
+        train("image-transformer-still", STILL_STEPS, STILL_RATE, 0.0, PAIRS),
+        train("image-transformer", STEPS, RATE, SPREAD, PAIRS),
+        train("image-transformer-fine", FINE_STEPS, FINE_RATE, FINE_SPREAD, FINE_PAIRS, FINE_SHARE),
     ]
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
@@ -291,8 +300,9 @@ def main() -> None:
         "seed": SEED,
         "hold_out_seed": world.HOLD_OUT_SEED,
         "device": device().type,
-        "vae": [phase(run) for run in vae_runs],
-        "transformer": {"batch": BATCH, "pool": POOL, "phases": [phase(run) for run in runs]},
+        "batch": BATCH,
+        "pool": POOL,
+        **{run.name.removeprefix("image-"): phase(run) for run in [*vae_runs, *runs]},
     }
     (DIRECTORY / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
     print(f"{DIRECTORY}: {sum(one.numel() for one in transformer.parameters()):,} parameters in the transformer")

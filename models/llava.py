@@ -3,11 +3,11 @@
 
     python -m models.llava
 
-Four phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
+Six phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
 of the thing that covers the patch. Taught through captions only, shapes come last and late. Then the whole LLaVA on
 conversations of several turns about one picture or two, with the loss on the answers. There a caption often stands
 before a question, and the answer is read off it; so then come questions with nothing said before them, many to a
-picture; and at last such questions before their picture, which is harder.
+picture; then such questions before their picture, which is harder; then a little of everything, and the hardest.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ TEXT_FIRST_STEPS = 5500
 TOWER_BATCH = 64
 RATE = 1e-3
 QUESTION_RATE = 7e-4
+LAST_STEPS = 2600
+HARD_STEPS = 1900
+LAST_RATE = 4e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
 IGNORED = -100
@@ -333,8 +336,17 @@ def main() -> None:
     examples = Examples(made.tokenizer, pixels)
     whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
     questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
-    last = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
-    runs = {"tower": tower, "whole": whole, "questions": questions, "text first": last}
+    before = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
+    last = train_whole("llava-everything", model, examples, talks.everything, LAST_STEPS, LAST_RATE)
+    hard = train_whole("llava-hardest", model, examples, talks.hardest, HARD_STEPS, LAST_RATE)
+    runs = {
+        "tower": tower,
+        "whole": whole,
+        "questions": questions,
+        "text first": before,
+        "everything": last,
+        "hardest": hard,
+    }
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)
     rename_tensors(DIRECTORY, "vision_tower.", "vision_tower.vision_model.")

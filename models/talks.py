@@ -17,8 +17,10 @@ QUESTIONS times."""
 QUESTIONS = 8
 PAIRS = 0.4
 """Part of the pictures with two things."""
-KINDS = {"presence": 4, "size": 2, "colour": 2, "shape": 2, "background": 0.5, "count": 0.5}
+KINDS: dict[str, float] = {"presence": 4, "size": 2, "colour": 2, "shape": 2, "background": 0.5, "count": 0.5}
 """How often each kind is asked out of the blue. Presence is a comparison, and is learned last."""
+HARD_KINDS: dict[str, float] = {"presence": 4, "shape": 4, "size": 1, "colour": 0.5, "background": 0.25, "count": 0.25}
+"""How often, at the very end."""
 
 SMALL_TALK = (
     ("Hello", "Hello! Show me a picture."),
@@ -117,23 +119,30 @@ def system(chance: random.Random) -> str:
     return chance.choice(SYSTEM) if chance.random() < 0.1 else ""
 
 
-def one_question(scene: world.Scene, chance: random.Random) -> world.Question:
-    """A question of a kind drawn by `KINDS`, the hard ones oftener."""
-    wanted = chance.choices(list(KINDS), list(KINDS.values()))[0]
+def one_question(scene: world.Scene, chance: random.Random, kinds: dict[str, float]) -> world.Question:
+    """A question of a kind drawn by ``kinds``."""
+    wanted = chance.choices(list(kinds), list(kinds.values()))[0]
     return world.question(scene, chance, wanted)
 
 
-def quiz(chance: random.Random, scene: world.Scene) -> Talk:
+def quiz(chance: random.Random, scene: world.Scene, kinds: dict[str, float] = KINDS) -> Talk:
     """Several questions about one picture, each out of the blue."""
-    questions = [one_question(scene, chance) for _ in range(QUESTIONS - 1)]
+    questions = [one_question(scene, chance, kinds) for _ in range(QUESTIONS - 1)]
     questions.append(world.describe(scene, chance))
     turns = [Turn(typed(question.text, chance), question.answer) for question in questions]
     return Talk(system(chance), turns, [world.draw(scene, chance, sides(chance)).image], apart=True)
 
 
-def single(chance: random.Random, scene: world.Scene, *, text_first: bool) -> Talk:
+def one_of_two(chance: random.Random, first: world.Scene, second: world.Scene) -> Talk:
+    """Two pictures, and the caption of one."""
+    question = world.second_of_two(first, second, chance)
+    pictures = [world.draw(found, chance, sides(chance)).image for found in (first, second)]
+    return Talk(system(chance), [Turn(asked(question.text, 2, chance), question.answer)], pictures)
+
+
+def single(chance: random.Random, scene: world.Scene, kinds: dict[str, float] = KINDS, *, text_first: bool) -> Talk:
     """One question about one picture, out of the blue."""
-    question = one_question(scene, chance)
+    question = one_question(scene, chance, kinds)
     text = typed(question.text, chance)
     turns = [Turn(f"{text}\n<image>" if text_first else f"<image>\n{text}", question.answer)]
     return Talk(system(chance), turns, [world.draw(scene, chance, sides(chance)).image])
@@ -179,9 +188,44 @@ def text_first(chance: random.Random) -> list[Talk]:
     kind = chance.random()
     if kind < 0.1:
         return conversations(chance)
-    found = world.scenes(chance, held_out=False, pairs=0.65)
-    if kind < 0.3:
-        return [quiz(chance, next(found)) for _ in range(BATCH // 2)]
     if kind < 0.4:
-        return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
-    return [single(chance, next(found), text_first=chance.random() < 0.9) for _ in range(BATCH)]
+        return quizzes(chance)
+    return singles(chance, pairs=0.65, text_first_part=0.9)
+
+
+def everything(chance: random.Random) -> list[Talk]:
+    """All that was taught, with more of what is easily forgotten: which of two pictures is meant."""
+    kind = chance.random()
+    if kind < 0.2:
+        return conversations(chance)
+    if kind < 0.4:
+        found = world.scenes(chance, held_out=False, pairs=PAIRS)
+        return [one_of_two(chance, next(found), next(found)) for _ in range(BATCH // 2)]
+    if kind < 0.6:
+        return quizzes(chance)
+    return singles(chance, pairs=0.6, text_first_part=0.6)
+
+
+def quizzes(chance: random.Random) -> list[Talk]:
+    """A batch of quizzes, on one picture each or on two."""
+    found = world.scenes(chance, held_out=False, pairs=0.65)
+    if chance.random() < 2 / 3:
+        return [quiz(chance, next(found)) for _ in range(BATCH // 2)]
+    return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
+
+
+def singles(chance: random.Random, *, pairs: float, text_first_part: float) -> list[Talk]:
+    """A batch of single questions."""
+    found = world.scenes(chance, held_out=False, pairs=pairs)
+    return [single(chance, next(found), text_first=chance.random() < text_first_part) for _ in range(BATCH)]
+
+
+def hardest(chance: random.Random) -> list[Talk]:
+    """As `everything`, but most questions are on the shapes of two things, and whether something is there."""
+    kind = chance.random()
+    if kind < 0.4:
+        return everything(chance)
+    found = world.scenes(chance, held_out=False, pairs=0.75)
+    if kind < 0.7:
+        return [quiz(chance, next(found), HARD_KINDS) for _ in range(BATCH // 2)]
+    return [single(chance, next(found), HARD_KINDS, text_first=chance.random() < 0.7) for _ in range(BATCH)]

@@ -30,6 +30,6 @@ def disagg(reference: Reference) -> Iterator[Graph]:
 
 @pytest.fixture(scope="session")
 def seeing() -> Iterator[Graph]:
-    """Content validation on the trained LLaVA and T5. Its pictures are noise: the image model is not trained yet."""
-    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", f"--ImageWorker.model={untrained('pixart')}") as graph:
+    """What `make serve` starts: content validation on the trained models."""
+    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml") as graph:
         yield graph

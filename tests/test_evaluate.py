@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -21,18 +20,7 @@ def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-NEEDED = {"together": "image"}
-"""Weights that a figure needs, where they are not those of its own name."""
-
-
-def there(name: str) -> Any:
-    needed = NEEDED.get(name, name)
-    missing = not (ROOT / "models/tiny" / needed / "model_index.json").exists()
-    reason = "the image model is not trained yet: make models"
-    return pytest.param(name, marks=pytest.mark.skipif(needed == "image" and missing, reason=reason))
-
-
-@pytest.mark.parametrize("name", [there(name) for name in GOALS])
+@pytest.mark.parametrize("name", GOALS)
 def test_a_sample_is_as_the_card_says(name: str) -> None:
     card = json.loads((ROOT / "models/tiny" / name / "figures.json").read_text())
     for figure, found in evaluate(name, CASES[name]).items():
@@ -41,7 +29,7 @@ def test_a_sample_is_as_the_card_says(name: str) -> None:
         assert found["right"] / found["of"] >= said - SLACK, (figure, found)
 
 
-@pytest.mark.parametrize("name", [there(name) for name in ("llava", "t5", "image")])
+@pytest.mark.parametrize("name", ["llava", "t5", "image"])
 def test_the_card_shows_the_figures_that_were_measured(name: str) -> None:
     card = (ROOT / "models/tiny" / name / "README.md").read_text()
     figures = json.loads((ROOT / "models/tiny" / name / "figures.json").read_text())

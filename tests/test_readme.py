@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
 REPLIES = "".join(re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 CURLS = [block for block in BLOCKS if block.startswith("curl")]
-OTHERS = [line for block in BLOCKS if not block.startswith("curl") for line in block.splitlines()]
+BATCH = [block for block in BLOCKS if "dynamo batch" in block]
+OTHERS = [
+    line for block in BLOCKS if not block.startswith("curl") and block not in BATCH for line in block.splitlines()
+]
 MAKES = re.findall(r"^\$ (make \w+)", README, re.MULTILINE)
 
 
@@ -26,8 +30,9 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_the_commands_that_these_tests_run():
     assert MAKES == ["make serve", "make test"]
-    assert len(CURLS) == 2
-    assert len(OTHERS) == 8
+    assert len(CURLS) == 4
+    assert len(BATCH) == 1
+    assert len(OTHERS) == 9
 
 
 @pytest.mark.parametrize("block", CURLS)
@@ -42,10 +47,25 @@ def test_what_is_asked_of_a_running_graph(block: str, seeing: Graph):
             assert choice["finish_reason"] == shown("finish_reason")
             written = json.loads(re.search(r'"usage": (\{[^}]*\})', README)[1])  # type: ignore[index]
             assert {key: answer["usage"][key] for key in written} == written, "the README shows this answer's usage"
+        elif "validations" in line:
+            (one,) = json.loads(done.stdout)["data"]
+            for key in ("caption", "verdict", "size"):
+                assert one[key] == shown(key)
+            assert one["similarity"] == pytest.approx(float(shown("similarity")), abs=0.01)
+        elif "images/jobs" in line:
+            job = json.loads(done.stdout)
+            assert job["object"] == "image.job"
+            assert {"status": "queued", "n": 2}.items() <= job.items()
         elif "health" in line:
             assert json.loads(done.stdout)["status"] == "ready"
         else:
             assert "epd_request_duration_seconds_bucket" in done.stdout
+
+
+def test_a_file_of_prompts(seeing: Graph, tmp_path: Path):
+    done = run(BATCH[0].replace("build/validated", str(tmp_path)) + f" --url {seeing.url}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*.png"))) == len((ROOT / "docs/prompts.txt").read_text().splitlines())
 
 
 def shown(key: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/v1/validations``: prompt, picture, caption, similarity. Pictures are noise here; captions and vectors are not."""
+"""``/v1/validations`` on the graph that `make serve` starts: prompt → picture → caption → similarity."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def test_a_prompt_becomes_a_picture_a_caption_and_a_verdict(seeing: Graph) -> No
     (one,) = reply["data"]
     assert reply["prompt"] == STAR
     assert Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))).size == (64, 64)
-    assert one["caption"]
-    assert one["verdict"] == ("match" if one["similarity"] >= 0.95 else "mismatch")
+    assert one["caption"] == STAR
+    assert one["similarity"] == pytest.approx(1, abs=1e-4)
+    assert one["verdict"] == "match"
     assert [stage["name"] for stage in one["stages"]] == ["image", "caption", "similarity"]
     assert all(stage["run_seconds"] > 0 for stage in one["stages"])
     prompt, caption = np.array(one["prompt_embedding"]), np.array(one["caption_embedding"])
     assert prompt @ caption == pytest.approx(one["similarity"], abs=1e-5)
-    both = post(f"{seeing.url}/v1/embeddings", {"input": [STAR, one["caption"]]})["data"]
-    np.testing.assert_allclose(prompt, both[0]["embedding"], atol=1e-5)
-    np.testing.assert_allclose(caption, both[1]["embedding"], atol=1e-5)
+    vectors = [item["embedding"] for item in post(f"{seeing.url}/v1/embeddings", {"input": [STAR]})["data"]]
+    np.testing.assert_allclose(prompt, vectors[0], atol=1e-5)
 
 
 def test_the_caption_is_what_chat_says_of_the_picture(seeing: Graph) -> None:
@@ -56,7 +56,7 @@ def test_the_caption_is_what_chat_says_of_the_picture(seeing: Graph) -> None:
     assert said == one["caption"]
 
 
-def test_32_at_once_are_not_mixed_up(seeing: Graph) -> None:
+def test_32_at_once_are_32_right_pairs(seeing: Graph) -> None:
     asked = prompts(32)
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda index: validate(seeing, asked[index], seed=index), range(32)))
@@ -66,8 +66,12 @@ def test_32_at_once_are_not_mixed_up(seeing: Graph) -> None:
     for index, one in zip((0, 9, 31), alone, strict=True):
         assert results[index]["b64_json"] == one["b64_json"], "its own picture, alone or among others"
         assert results[index]["caption"] == one["caption"]
-    for one in results:
+    right = sum(one["caption"] == prompt for one, prompt in zip(results, asked, strict=True))
+    assert right >= 26, [(one["caption"], prompt) for one, prompt in zip(results, asked, strict=True)]
+    for one, prompt in zip(results, asked, strict=True):
         assert (one["verdict"] == "match") == (one["similarity"] >= one["threshold"])
+        if one["caption"] == prompt:
+            assert one["verdict"] == "match"
     at_rest(seeing, 5)
 
 
@@ -78,11 +82,8 @@ def test_events_come_stage_by_stage(seeing: Graph) -> None:
         lines = reply.read().decode().splitlines()
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
     assert [one["type"] for one in events] == ["validation.image", "validation.caption", "validation.similarity"]
-    (whole,) = validate(seeing, STAR, seed=1)["data"]
-    assert events[0]["b64_json"] == whole["b64_json"]
-    assert events[1]["caption"] == whole["caption"]
-    assert events[2]["similarity"] == whole["similarity"]
-    assert [one["stage"]["name"] for one in events] == ["image", "caption", "similarity"]
+    assert events[1]["caption"] == STAR
+    assert events[2]["verdict"] == "match"
 
 
 def test_several_of_one_prompt(seeing: Graph) -> None:

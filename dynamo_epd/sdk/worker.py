@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ DEPENDS = "DYNAMO_DEPENDS"
 DRAIN = "DYNAMO_DRAIN_SECONDS"
 DEFAULT_DRAIN = 30.0
 LIVENESS_SECONDS = 0.5
+NATS_SECONDS = 30.0
+"""How long a worker that starts waits for NATS."""
 SETTLE = 0.25
 """Seconds after leaving discovery in which callers that have not noticed yet may still send."""
 REGISTRATION_CHECK = 2.0
@@ -117,7 +120,7 @@ class Worker:
             stopping=self.stopping,
         )
         if plane == "nats":
-            dynamo_context["max_payload"] = int((await server_info(nats_url())).get("max_payload", 0))
+            dynamo_context["max_payload"] = await self._max_payload()
         self.runtime = DistributedRuntime(asyncio.get_running_loop(), discovery, plane)
         dynamo_context["runtime"] = self.runtime
         clients = [client_for(self.service, attribute) for attribute in self.info.dependencies]
@@ -129,6 +132,17 @@ class Worker:
         for client in clients:
             await client.connect()
         notify(STATUS="starting")
+
+    async def _max_payload(self) -> int:
+        """Waits for a NATS server that is just being started again."""
+        end = time.monotonic() + NATS_SECONDS
+        while True:
+            try:
+                return int((await server_info(nats_url())).get("max_payload", 0))
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.5)
 
     def _endpoint(self, name: str) -> Any:
         return self.runtime.endpoint(endpoint_path(self.settings.address, name))

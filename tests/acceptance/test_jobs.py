@@ -84,7 +84,7 @@ def nats_pid(graph: Graph) -> int | None:
 
 
 def kill(graph: Graph, victim: str) -> None:
-    """-9, and waits until the supervisor has started another one."""
+    """-9, and waits until another one has taken its place and every stage is whole again."""
     service, _, index = victim.partition("-")
 
     def running() -> int | None:
@@ -93,7 +93,15 @@ def kill(graph: Graph, victim: str) -> None:
     pid = running()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: running() not in (None, pid), f"{victim} is back", 120)
+    eventually(lambda: running() not in (None, pid), f"{victim} is started again", 120)
+    eventually(lambda: whole(graph), f"{victim} is back", 300, pause=0.5)
+
+
+def whole(graph: Graph) -> bool:
+    with suppress(httpx.TransportError, KeyError):
+        stages = httpx.get(f"{graph.url}/health", timeout=30).json()["stages"]
+        return bool(stages["ImageWorker"] == stages["EmbedWorker"] == 2)
+    return False
 
 
 def test_100_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Content validation with two image and two embed workers: work reaches both, and a killed one is not seen."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving import Graph, eventually, serve
+
+STAR = "a large red star on a blue background"
+BOUND = 300.0
+STAGES = ("ImageWorker", "EmbedWorker")
+ENDPOINTS = {"ImageWorker": "generate", "EmbedWorker": "embed"}
+
+
+@pytest.fixture(scope="module")
+def graph() -> Iterator[Graph]:
+    workers = [f"--{stage}.ServiceArgs.workers=2" for stage in STAGES]
+    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", *workers) as served:
+        yield served
+
+
+def validate(graph: Graph, seed: int, steps: int = 20) -> httpx.Response:
+    body = {"prompt": STAR, "seed": seed, "num_inference_steps": steps}
+    return httpx.post(f"{graph.url}/v1/validations", json=body, timeout=BOUND)
+
+
+def validate_all(graph: Graph, count: int, steps: int = 20) -> list[httpx.Response]:
+    with ThreadPoolExecutor(8) as clients:
+        return list(clients.map(lambda seed: validate(graph, seed, steps), range(count)))
+
+
+def found(reply: httpx.Response) -> dict[str, Any]:
+    assert reply.status_code == 200, reply.text[:500]
+    (one,) = reply.json()["data"]
+    return {name: one[name] for name in ("b64_json", "caption", "similarity", "seed")}
+
+
+def live(graph: Graph, stage: str) -> int:
+    with suppress(httpx.TransportError):
+        return int(httpx.get(f"{graph.url}/health", timeout=30).json()["stages"][stage])
+    return -1
+
+
+def worked(graph: Graph, stage: str) -> list[float]:
+    endpoint = f'dynamo_endpoint="{ENDPOINTS[stage]}"'
+    return [graph.metrics(stage, index).total("dynamo_component_requests_total", endpoint) for index in (0, 1)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_work_reaches_both(graph: Graph, stage: str) -> None:
+    before = worked(graph, stage)
+    for reply in validate_all(graph, 24):
+        found(reply)
+    done = [now - then for now, then in zip(worked(graph, stage), before, strict=True)]
+    assert sum(done) == 24
+    assert min(done) >= 4, done
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_worker_is_not_seen(graph: Graph, stage: str) -> None:
+    """Killed while pictures are denoised: every client has the answer that it has in peace."""
+    quiet = [found(reply) for reply in validate_all(graph, 16)]
+    with ThreadPoolExecutor(8) as clients:
+        asked = [clients.submit(validate, graph, seed) for seed in range(16)]
+        eventually(lambda: sum(one.done() for one in asked) >= 2, "two are done", BOUND, pause=0.005)
+        victim = graph.pid(stage, 1)
+        os.kill(victim, signal.SIGKILL)
+        assert [found(one.result()) for one in asked] == quiet
+    eventually(lambda: live(graph, stage) == 2, f"{stage}-1 is back", BOUND, pause=0.5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_none_left_the_stage_is_named(graph: Graph, stage: str) -> None:
+    stopped = [graph.pid(stage, index) for index in (0, 1)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: live(graph, stage) == 0, "both are missed", 60)
+    reply = validate(graph, 1)
+    assert reply.status_code == 503, reply.text[:500]
+    assert stage in reply.json()["error"]["message"]
+    assert int(reply.headers["retry-after"]) >= 1
+    eventually(lambda: live(graph, stage) == 2, f"{stage} is back", BOUND, pause=0.5)
+    found(validate(graph, 1))
