@@ -128,9 +128,9 @@ class Tabs:
         self,
         prompt: str,
         size: str | None,
-        steps: str,
-        seed: str,
-        threshold: str,
+        steps: str | None,
+        seed: str | None,
+        threshold: str | None,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         report = cards.Report(prompt.strip(), "running")
@@ -233,7 +233,7 @@ class Tabs:
         turns: list[dict[str, Any]],
         model: str | None,
         temperature: float,
-        tokens: str,
+        tokens: str | None,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         text, files = (message.get("text") or "").strip(), list(message.get("files") or [])
@@ -317,10 +317,10 @@ def _shown(report: cards.Report, failure: str = "") -> tuple[Any, ...]:
     return report.status(), failure, cancel, *(found[name] for name in names)
 
 
-def _number(name: str, text: str, kind: type[int] | type[float]) -> float | None:
-    """None for an empty field. The bounds are the graph's to check."""
+def _number(name: str, text: str | None, kind: type[int] | type[float]) -> float | None:
+    """None for an empty field, and for one that was never unfolded. The bounds are the graph's to check."""
     try:
-        return kind(text) if text.strip() else None
+        return kind(text) if text and text.strip() else None
     except ValueError as error:
         wanted = "a whole number" if kind is int else "a number"
         raise Refused(f"{name} must be {wanted}.", "Change it, or leave it empty.") from error
