@@ -179,27 +179,27 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 # On a real graph
 
 
-def test_a_file_of_prompts_is_validated_with_exit_status_3_while_some_do_not_match(
-    seeing: Graph, tmp_path: Path
-) -> None:
+def test_a_file_of_prompts_is_validated_and_the_exit_status_says_how_it_went(seeing: Graph, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, "# shapes", "", *PROMPTS[:2], f"  {PROMPTS[0]}  ")
     out = tmp_path / "out"
-    status, summary, said = finished(command(prompts, "-o", out, "--url", seeing.url, "--threshold", "1"))
-    assert status == batch.SOME_MISMATCH, said
-    assert "3 prompts: 3 done (0 match, 3 mismatch), 0 failed, 0 remain" in summary
+    status, summary, said = finished(command(prompts, "-o", out, "--url", seeing.url))
     found = lines_of(out)
+    right = sum(one["verdict"] == "match" for one in found)
+    assert right >= 2, found
+    assert f"3 prompts: 3 done ({right} match, {3 - right} mismatch), 0 failed, 0 remain" in summary, said
+    assert status == (0 if right == 3 else batch.SOME_MISMATCH)
     assert sorted(one["prompt"] for one in found) == sorted([PROMPTS[0], *PROMPTS[:2]])
     for one in found:
         assert Image.open(out / one["file"]).size == (64, 64)
         assert one["caption"]
-        assert one["verdict"] == "mismatch" and one["similarity"] < one["threshold"] == 1.0
+        assert (one["verdict"] == "match") == (one["similarity"] >= one["threshold"])
         assert [stage["name"] for stage in one["stages"]] == ["image", "caption", "similarity"]
         assert all(stage["run_seconds"] > 0 for stage in one["stages"])
     repeats = [one for one in found if one["prompt"] == PROMPTS[0]]
     assert len({one["seed"] for one in repeats}) == len({(out / one["file"]).read_bytes() for one in repeats}) == 2
     before = (out / "results.jsonl").read_bytes()
-    status, summary, _ = finished(command(prompts, "-o", out, "--url", seeing.url, "--threshold", "1"))
-    assert status == batch.SOME_MISMATCH
+    again, summary, _ = finished(command(prompts, "-o", out, "--url", seeing.url))
+    assert again == status
     assert (out / "results.jsonl").read_bytes() == before
     at_rest(seeing, 5)
 

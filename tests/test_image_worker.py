@@ -153,7 +153,7 @@ def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI) -> None:
         ({"lora": "none"}, "lora"),
         ({"partial_images": 2}, "partial_images"),
         ({"stream": True, "n": 2}, "n"),
-        ({"response_format": "url"}, "response_format"),
+        ({"response_format": "file"}, "response_format"),
         ({"output_compression": 50}, "output_compression"),
         ({"nvext": {"steps": 3}}, "nvext.steps"),
         ({"prompt_embeds": [1]}, "prompt_embeds"),
