@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from tests.toys.running import ROOT
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
 @pytest.mark.parametrize("family", ["flux", "sdxl"])
-def test_a_compiled_denoiser_makes_the_same_picture_before_and_after_another_size(family: str) -> None:
+def test_a_compiled_denoiser_makes_the_same_picture_before_and_after_another_size(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a test that is killed leaves half a library there
     one = Generator(str(untrained(family)), compile=True)
     first = make(one, WANTED).pixels
     assert np.abs(first.astype(int) - expected(plain(family), WANTED)).max() <= 2
