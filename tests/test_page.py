@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.client
+import io
 import json
+import os
 import re
 import shutil
 import urllib.error
@@ -14,6 +17,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import numpy as np
 import psutil
@@ -110,7 +114,7 @@ def test_a_validation_fills_in_stage_by_stage(seeing: Graph, page: Page) -> None
     expect(page.locator("#epd-similarity .verdict")).to_contain_text(f"{one['similarity']:.3f}")
     expect(status(page)).to_contain_text(word)
     picture = page.locator("#epd-picture img")
-    assert picture.get_attribute("src") == f"data:image/png;base64,{one['b64_json']}"
+    assert shown_file(seeing, picture) == base64.b64decode(one["b64_json"])
     assert STAR in (picture.get_attribute("alt") or "")
 
     rows = page.locator("#epd-times tbody tr")
@@ -124,6 +128,13 @@ def test_a_validation_fills_in_stage_by_stage(seeing: Graph, page: Page) -> None
         "Difference",
     ]
     assert page.locator("footer").count() == 0
+
+
+def shown_file(graph: Graph, picture: Locator) -> bytes:
+    """The bytes that a picture of the page shows, inline or at its address."""
+    source = str(picture.get_attribute("src"))
+    with urllib.request.urlopen(urljoin(f"{graph.url}/ui/", source), timeout=30) as reply:
+        return bytes(reply.read())
 
 
 def test_an_example_fills_the_prompt(page: Page) -> None:
@@ -216,22 +227,20 @@ def test_a_refused_message_comes_back_into_the_box(page: Page) -> None:
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_the_gallery_shows_what_is_kept_or_says_that_nothing_is(seeing: Graph, page: Page) -> None:
-    try:
-        with urllib.request.urlopen(f"{seeing.url}/v1/images?limit=24", timeout=30) as reply:
-            kept: list[Any] | None = json.load(reply)["data"]
-    except urllib.error.HTTPError as error:
-        assert error.code == 404
-        kept = None
+def test_the_gallery_shows_the_newest_result_first(seeing: Graph, page: Page) -> None:
+    for prompt in (STAR, RING):
+        post(f"{seeing.url}/v1/validations", {"prompt": prompt, "seed": 3, "response_format": "url"})
     page.get_by_role("tab", name="Gallery").click()
-    gallery = page.locator("#epd-gallery")
-    if not kept:
-        expect(gallery).to_contain_text("keeps no results" if kept is None else "Nothing is kept yet")
-        return
-    expect(gallery.get_by_role("listitem")).to_have_count(len(kept))
-    first = gallery.get_by_role("img").first
-    assert kept[0]["prompt"] in (first.get_attribute("alt") or "")
-    eventually(lambda: first.evaluate("image => image.complete && image.naturalWidth > 0"), "the first picture")
+    results = page.locator("#epd-gallery").get_by_role("listitem")
+    expect(results.nth(1)).to_be_visible()
+    for index, prompt in enumerate((RING, STAR)):
+        expect(results.nth(index)).to_contain_text(prompt)
+        expect(results.nth(index)).to_contain_text(re.compile(r"(Match|Mismatch) \d\.\d{3}"))
+        picture = results.nth(index).get_by_role("img")
+        assert prompt in (picture.get_attribute("alt") or "")
+        assert shown_file(seeing, picture).startswith(b"\x89PNG")
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("image => image.naturalWidth") == 64
 
 
 def test_the_keyboard_alone_is_enough(page: Page) -> None:
@@ -430,6 +439,12 @@ def test_texts_of_models_and_clients_are_shown_as_texts() -> None:
     assert "javascript" not in shown
 
 
+def test_a_picture_that_is_kept_is_shown_by_its_address() -> None:
+    report = cards.Report(STAR, "running", "here:1")
+    report.add(event("image", id="a", url="http://127.0.0.1:5/v1/images/a", output_format="png", size="64x64"))
+    assert "src='../v1/images/a'" in report.cards()["picture"]
+
+
 def test_strips_say_where_two_vectors_differ() -> None:
     one = np.zeros(200, np.float32)
     one[3], one[150] = 0.5, -0.5
@@ -447,10 +462,7 @@ def test_strips_say_where_two_vectors_differ() -> None:
     assert np.count_nonzero(difference[..., 3]) == 1
 
 
-def file_of(text: str, index: int) -> Any:
-    import base64
-    import io
-
+def file_of(text: str, index: int) -> io.BytesIO:
     return io.BytesIO(base64.b64decode(re.findall(r"base64,([^']+)'", text)[index]))
 
 
@@ -490,8 +502,6 @@ def test_the_door_names_routes_in_full() -> None:
 
 
 def test_the_oldest_uploads_make_room(tmp_path: Path) -> None:
-    import os
-
     for age, name in enumerate(("new", "older", "oldest")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))

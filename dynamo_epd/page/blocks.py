@@ -126,14 +126,14 @@ class Tabs:
 
     async def _validate(
         self,
-        prompt: str,
+        prompt: str | None,
         size: str | None,
         steps: str | None,
         seed: str | None,
         threshold: str | None,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
-        report = cards.Report(prompt.strip(), "running")
+        report = cards.Report((prompt or "").strip(), "running", _host(request))
         if not report.prompt:
             report.state = "idle"
             yield _shown(report, cards.failure("There is no prompt.", "Type what the picture shall show."))
@@ -297,7 +297,7 @@ class Tabs:
             if refused.status in (404, 405):
                 return "<p class='epd-empty'>This graph keeps no results.</p>"
             return cards.failure(refused.message, refused.advice)
-        return cards.gallery(found, request.headers.get("host", ""), time.time())
+        return cards.gallery(found, _host(request), time.time())
 
     async def _left(self, request: gr.Request) -> None:
         """The browser is gone: what it had asked for is not needed any more."""
@@ -364,6 +364,10 @@ def _base(request: gr.Request) -> str:
     """The address of the Frontend itself; see `Page`."""
     assert request.request is not None
     return str(request.request.scope["dynamo_epd.graph"])
+
+
+def _host(request: gr.Request) -> str:
+    return str(request.headers.get("host", ""))
 
 
 def _session(request: gr.Request) -> str:

@@ -34,6 +34,8 @@ class Report:
 
     prompt: str = ""
     state: str = "idle"
+    host: str = ""
+    """Where the browser is, as it names it."""
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By stage, as the graph sent them."""
 
@@ -85,7 +87,8 @@ class Report:
         if event is None:
             return self._waiting("image")
         kind = event.get("output_format") if event.get("output_format") in FORMATS else "png"
-        source = f"data:image/{kind};base64,{escape(event['b64_json'], quote=True)}"
+        file = event.get("b64_json")
+        source = f"data:image/{kind};base64,{escape(file, quote=True)}" if file else address(event, self.host)
         alt = escape(f"Picture made from the prompt: {self.prompt}", quote=True)
         facts = escape(f"{event.get('size', '')} · seed {event.get('seed')}")
         return f"<img class='made' src='{source}' alt='{alt}'><p class='facts'>{facts}</p>"

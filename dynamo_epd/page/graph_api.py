@@ -25,11 +25,12 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # the Frontend has a line 
 class Refused(Exception):
     """The graph said no, or could not be asked. ``advice`` says what a person can do about it."""
 
-    def __init__(self, message: str, advice: str, status: int = 0):
+    def __init__(self, message: str, advice: str, status: int = 0, param: str | None = None):
         super().__init__(message)
         self.message = message
         self.advice = advice
         self.status = status
+        self.param = param
 
 
 class GraphApi:
@@ -37,6 +38,8 @@ class GraphApi:
 
     def __init__(self, deadline: float):
         self._deadline = deadline + 5
+        self._kept = True
+        """Whether a validation's stream may ask for its picture to be kept, as the gallery shows it."""
         # Neither a proxy nor a .netrc of the environment has anything to do with loopback.
         self._client = httpx.AsyncClient(
             trust_env=False,
@@ -58,8 +61,17 @@ class GraphApi:
         return sorted(found, key=lambda one: one.get("created") or 0, reverse=True)
 
     async def validate(self, base: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of one validation, each the moment its stage is done."""
+        """The events of one validation, each the moment its stage is done. The picture is kept where that is taken."""
         body = {**body, "stream": True, "include_embeddings": True}
+        if self._kept:
+            try:
+                async for event in self._events(base, "/v1/validations", {**body, "response_format": "url"}):
+                    yield event
+                return
+            except Refused as refused:
+                if refused.param != "response_format":
+                    raise
+                self._kept = False
         async for event in self._events(base, "/v1/validations", body):
             yield event
 
@@ -118,7 +130,7 @@ def refusal(status: int, body: dict[str, Any], retry_after: str | None) -> Refus
         advice = f"Change {param} and send it again." if param else "Change the request and send it again."
     else:
         advice = "Try again; the graph's log says more."
-    return Refused(message[:1].upper() + message[1:], advice, status)
+    return Refused(message[:1].upper() + message[1:], advice, status, param)
 
 
 async def _data_of(reply: httpx.Response) -> AsyncGenerator[bytes, None]:
