@@ -136,7 +136,7 @@ def _claim_jetstream() -> tuple[Path, IO[str]]:
     for index in itertools.count():
         path = state_dir() / "jetstream" / str(index)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        claim = path.with_suffix(".lock").open("w")
+        claim = (path / "lock").open("w")
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return path, claim
