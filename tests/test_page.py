@@ -63,7 +63,8 @@ def page(seeing: Graph, browser: Browser, request: pytest.FixtureRequest) -> Ite
     opened.on("request", lambda request: asked.append(request.url))
     opened.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.goto(f"{seeing.url}/ui")
+    with opened.expect_event("requestfinished", lambda request: "/queue/data" in request.url):
+        opened.goto(f"{seeing.url}/ui")  # and the names of the models: what is unfolded from now on stays as it is set
     opened.get_by_label("Prompt").wait_for()
     yield opened
     said = list(complaints)  # what is under way when a browser is closed breaks off
@@ -82,6 +83,7 @@ def option(page: Page, label: str, value: Any) -> None:
         page.get_by_role("button", name="Options").first.click()
     field.fill(str(value))
     field.press("Tab")
+    expect(field).to_have_value(str(value))
 
 
 def status(page: Page) -> Locator:
@@ -117,16 +119,14 @@ def test_a_validation_fills_in_stage_by_stage(seeing: Graph, page: Page) -> None
     assert shown_file(seeing, picture) == base64.b64decode(one["b64_json"])
     assert STAR in (picture.get_attribute("alt") or "")
 
+    expect(page.locator("#epd-times tbody i.run")).to_have_count(3)
     rows = page.locator("#epd-times tbody tr")
     assert [row.split()[0] for row in rows.all_inner_texts()] == ["Picture", "Caption", "Similarity"]
     assert all(row.count("ms") == 2 for row in rows.all_inner_texts())
-    assert page.locator("#epd-times tbody i.run").count() == 3
     strips = page.locator("#epd-vectors img.strip")
-    assert [str(strips.nth(index).get_attribute("alt")).split(":")[0] for index in range(strips.count())] == [
-        "Prompt",
-        "Caption",
-        "Difference",
-    ]
+    expect(strips).to_have_count(3)
+    names = [str(strip.get_attribute("alt")).split(":")[0] for strip in strips.all()]
+    assert names == ["Prompt", "Caption", "Difference"]
     assert page.locator("footer").count() == 0
 
 
