@@ -56,6 +56,7 @@ def browser() -> Iterator[Browser]:
 def page(seeing: Graph, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The open page. Whatever a test does with it: it asks no other host, and its console stays clean."""
     asked: list[str] = []
+    ended: list[str] = []
     complaints: list[str] = []
     context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     opened = context.new_page()
@@ -63,8 +64,16 @@ def page(seeing: Graph, browser: Browser, request: pytest.FixtureRequest) -> Ite
     opened.on("request", lambda request: asked.append(request.url))
     opened.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    with opened.expect_event("requestfinished", lambda request: "/queue/data" in request.url):
-        opened.goto(f"{seeing.url}/ui")  # and the names of the models: what is unfolded from now on stays as it is set
+
+    def names_came() -> bool:
+        opened.wait_for_timeout(20)
+        return any("/queue/data" in url for url in ended)
+
+    # The page breaks their stream off when it has all of it, or the server ends it, whichever is sooner.
+    for event in ("requestfinished", "requestfailed"):
+        opened.on(event, lambda request: ended.append(request.url))
+    opened.goto(f"{seeing.url}/ui")
+    eventually(names_came, "the names of the models: what is unfolded after them stays as it is set", 60)
     opened.get_by_label("Prompt").wait_for()
     yield opened
     said = list(complaints)  # what is under way when a browser is closed breaks off
