@@ -25,8 +25,6 @@ from dynamo_epd.errors import (
     EpdError,
     ModelNotFound,
     NotFound,
-    Retryable,
-    StageUnavailable,
     WorkerLost,
 )
 from dynamo_epd.exchange import ArenaOwner
@@ -43,6 +41,7 @@ from dynamo_epd.http.images import (
 )
 from dynamo_epd.http.predict import check_predict, predicted_pictures, predicted_texts
 from dynamo_epd.http.validations import ValidationsBody, check_validations
+from dynamo_epd.sdk.client import twice
 from dynamo_epd.store import new_id
 
 Result = TypeVar("Result")
@@ -229,18 +228,16 @@ class BesideChat(Results, ArenaOwner):
                 yield b"data: " + error_body(error) + b"\n\n"
 
     async def _picture(self, request: Request, message: GenerateRequest) -> tuple[dict[str, Any], Generated]:
-        """A picture as a client gets it, and the worker's last word on it; made once more elsewhere where a worker is
-        lost."""
-        for attempt in (1, 2):
-            try:
-                async with aclosing(self.image_worker.generate(message)) as call:
-                    async for reply in call:
-                        if reply.done is not None:
-                            return await self._file_of(request, reply), reply
-            except Retryable as error:
-                if attempt == 2:
-                    raise StageUnavailable("The picture could not be made; it can be asked for again.") from error
-        raise StageUnavailable("The picture could not be made; it can be asked for again.")
+        """A picture as a client gets it, and the worker's last word on it."""
+
+        async def made() -> tuple[dict[str, Any], Generated]:
+            async with aclosing(self.image_worker.generate(message)) as call:
+                async for reply in call:
+                    if reply.done is not None:
+                        return await self._file_of(request, reply), reply
+            raise WorkerLost("the ImageWorker ended without a picture")
+
+        return await twice(made)
 
     async def _file_of(self, request: Request, reply: Generated) -> dict[str, Any]:
         """``url`` of a picture that is kept, ``b64_json`` of one that is not."""
@@ -274,15 +271,10 @@ class BesideChat(Results, ArenaOwner):
                 yield b"data: " + error_body(error) + b"\n\n"
 
     async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
-        """The one reply of a stage, which is asked once more elsewhere where its worker is lost."""
+        """The one reply of a stage."""
         try:
             async with asyncio.timeout(self.config.admission.deadline):
-                try:
-                    return await stage(message).only()
-                except WorkerLost:
-                    return await stage(message).only()
-        except WorkerLost as error:
-            raise StageUnavailable("The request could not be completed; it can be sent again.") from error
+                return await twice(lambda: stage(message).only())
         except TimeoutError as error:
             raise DeadlineExceeded("the request's time is up") from error
 
@@ -318,23 +310,17 @@ async def chained(head: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any]:
-    """The call and its first reply. A worker that is lost before it is asked once more elsewhere."""
-    call = stage(message)
-    try:
-        return call, await anext(call)
-    except WorkerLost:
-        pass
-    except BaseException:
-        await call.aclose()
-        raise
-    call = stage(message)
-    try:
-        return call, await anext(call)
-    except WorkerLost as error:
-        raise StageUnavailable("The request could not be completed; it can be sent again.") from error
-    except BaseException:
-        await call.aclose()
-        raise
+    """The call and its first reply."""
+
+    async def begun() -> tuple[Any, Any]:
+        call = stage(message)
+        try:
+            return call, await anext(call)
+        except BaseException:
+            await call.aclose()
+            raise
+
+    return await twice(begun)
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:

@@ -33,13 +33,12 @@ from dynamo_epd.errors import (
     ModelNotFound,
     NotFound,
     Overloaded,
-    Retryable,
-    StageUnavailable,
 )
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.http.images import MAX_SEED, WantedPicture
 from dynamo_epd.jobs import JobQueue, JobsConfig
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk.client import twice
 from dynamo_epd.sdk.nats import nats_url
 from dynamo_epd.store import Store, StoreConfig, Stored
 
@@ -229,15 +228,13 @@ class ImageWorker(ArenaOwner):
         from dynamo_epd.diffusion.text_encoder import Conditioning
 
         request = StatesRequest("", list(row.ids), row.real, row.masked)
-        for attempt in (1, 2):
-            try:
-                reply = await self.embed_worker.states(request).only()
-                async with self.arena.read([reply.handle], timeout=self.config.lease_seconds) as (states,):
-                    return Conditioning(states.clone(), reply.vector)
-            except Retryable as error:
-                if attempt == 2:
-                    raise StageUnavailable("the text encoder's states could not be had; send it again") from error
-        raise AssertionError
+
+        async def had() -> Conditioning:
+            reply = await self.embed_worker.states(request).only()
+            async with self.arena.read([reply.handle], timeout=self.config.lease_seconds) as (states,):
+                return Conditioning(states.clone(), reply.vector)
+
+        return await twice(had)
 
 
 class _Making:

@@ -284,7 +284,8 @@ class Conversation:
                     fruitless += 1
                 if fruitless >= self._processor.config.attempts:
                     break
-        raise StageUnavailable("The request could not be completed; it can be sent again.") from lost
+        assert lost is not None
+        raise StageUnavailable(f"{lost.message}; the request can be sent again") from lost
 
     async def _attempt(self, prompt: Prompt, attempt: int, streamed: list[int]) -> AsyncGenerator[Delta, None]:
         """Encode → prefill → decode, once. ``streamed`` is the beginning of the answer, if there is one already."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -26,7 +26,8 @@ from components.protocol import (
     Validated,
     ValidateRequest,
 )
-from dynamo_epd.errors import DeadlineExceeded, Retryable, StageUnavailable
+from dynamo_epd.errors import DeadlineExceeded, WorkerLost
+from dynamo_epd.sdk.client import twice
 
 if TYPE_CHECKING:
     from components.processor import Processor
@@ -59,7 +60,7 @@ class Validation:
         ahead = None if self._processor.conditioned else asyncio.create_task(self._embed(prompt))
         try:
             async with asyncio.timeout(self._request.deadline - time.time()):
-                made, worker = await self._again(self._picture)
+                made, worker = await twice(self._picture)
                 try:
                     assert made.done is not None
                     yield Validated(Stage("image", made.done.queue_seconds, made.done.run_seconds), picture=made)
@@ -93,7 +94,7 @@ class Validation:
             async for reply in call:
                 if reply.done is not None:
                     return reply, call.instance
-        raise StageUnavailable("The picture could not be made; it can be asked for again.")
+        raise WorkerLost("the ImageWorker ended without a picture")
 
     async def _caption(self, made: Generated) -> tuple[str, Stage]:
         began = perf_counter()
@@ -117,24 +118,13 @@ class Validation:
 
     async def _embed(self, text: str) -> Embedded:
         request = EmbedRequest(self._request.request_id, [text])
-        found: Embedded = await self._again(lambda: self._processor.embed_worker.embed(request).only())
+        found: Embedded = await twice(lambda: self._processor.embed_worker.embed(request).only())
         return found
 
     def _release(self, made: Generated, worker: int) -> None:
         if made.pixels is not None:
             release = ReleaseRequest([made.pixels.lease])
             self._processor.give_back(self._processor.image_worker.release(release, instance=worker))
-
-    async def _again(self, work: Any) -> Any:
-        """The result of ``work``, which is tried once more where a worker or a hand-off is lost."""
-        try:
-            return await work()
-        except Retryable:
-            pass
-        try:
-            return await work()
-        except Retryable as error:
-            raise StageUnavailable("The validation could not be completed; it can be asked for again.") from error
 
 
 def cosine(one: bytes, other: bytes) -> float:

@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Collection
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, Literal, TypeVar
 
-from dynamo_epd.errors import InternalError, PayloadTooLarge, StageUnavailable, WorkerLost, from_wire
+from dynamo_epd.errors import InternalError, PayloadTooLarge, Retryable, StageUnavailable, WorkerLost, from_wire
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.context import dynamo_context, request_context
@@ -19,6 +19,8 @@ from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 Policy = Literal["round-robin", "least-loaded", "affinity"]
 POLICIES: tuple[Policy, ...] = ("round-robin", "least-loaded", "affinity")
@@ -141,6 +143,19 @@ class ServiceClient:
         elif answered:
             self._met.add(instance)
             self._suspects.pop(instance, None)
+
+
+async def twice(work: Callable[[], Awaitable[Result]]) -> Result:
+    """The result of ``work``, which is tried once more, elsewhere, where a worker or a hand-off is lost.
+
+    Raises StageUnavailable, saying what was lost, when it is lost again.
+    """
+    with contextlib.suppress(Retryable):
+        return await work()
+    try:
+        return await work()
+    except Retryable as error:
+        raise StageUnavailable(f"{error.message}; the request can be sent again") from error
 
 
 def rendezvous_weight(key: str, instance: int) -> bytes:
@@ -287,7 +302,7 @@ class Call:
     def _lost(self, why: Any) -> WorkerLost:
         log.debug("%s %s lost: %s", self._endpoint.service.name, self.instance, why)
         self._finish(stop=True, lost=True)
-        return WorkerLost(f"a {self._endpoint.service.name} went away during the request")
+        return WorkerLost(f"the {self._endpoint.service.name} that was asked went away")
 
     def _finish(self, *, stop: bool, lost: bool = False) -> None:
         if self._done:
