@@ -46,6 +46,7 @@ PATIENCE = 120_000
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("Debian's chromium is not installed")
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield launched
@@ -90,9 +91,19 @@ def option(page: Page, label: str, value: Any) -> None:
     field = page.locator("#epd-options").get_by_label(label)
     if not field.is_visible():
         page.get_by_role("button", name="Options").first.click()
-    field.fill(str(value))
-    field.press("Tab")
-    expect(field).to_have_value(str(value))
+    fill_in(field, str(value))
+
+
+def fill_in(field: Locator, value: str) -> None:
+    """Fills the field as a person would: Gradio takes what was typed into a field in the moment it unfolds back."""
+
+    def kept() -> bool:
+        field.fill(value)
+        field.press("Tab")
+        field.page.wait_for_timeout(300)
+        return field.input_value() == value
+
+    eventually(kept, f"{value} stays in its field", 60)
 
 
 def status(page: Page) -> Locator:
@@ -223,13 +234,11 @@ def test_a_refused_message_comes_back_into_the_box(page: Page) -> None:
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Options").last.click()
     expect(page.get_by_label("Model", exact=True)).to_have_value("tiny-llava")
-    page.get_by_label("Longest answer").fill("9999999999")
-    page.get_by_label("Longest answer").press("Tab")
+    fill_in(page.get_by_label("Longest answer"), "9999999999")
     say(page, "What is it?")
     expect(page.get_by_role("alert")).to_contain_text("max_tokens")
     expect(page.get_by_label("Message", exact=True)).to_have_value("What is it?")
-    page.get_by_label("Longest answer").fill("8")
-    page.get_by_label("Longest answer").press("Tab")
+    fill_in(page.get_by_label("Longest answer"), "8")
     page.get_by_label("Message", exact=True).press("Enter")
     expect(page.locator("#epd-stop")).to_be_disabled()
     expect(page.locator("#epd-chat")).to_contain_text("What is it?")

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from dynamo_epd.sdk import wire
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/relay.py:Front"
@@ -171,6 +173,39 @@ def test_a_worker_that_was_paused_is_passed_over_and_comes_back(relay: Served) -
     finally:
         os.kill(paused, signal.SIGCONT)
     eventually(lambda: set(relay.call()["instances"]) == instances, "the same three", 40)
+
+
+def test_a_worker_that_stands_still_is_told_from_one_with_long_to_work(relay: Served) -> None:
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    paused = relay.workers("Back")[1]
+    outcome: list[dict[str, object]] = []
+    asks = [{"number": 3, "pause": 2 * wire.SILENT_SECONDS}] * 3
+    calling = threading.Thread(target=lambda: outcome.extend(relay.call(*asks, at_once=True)["results"]))
+    calling.start()
+    time.sleep(1)
+    os.kill(paused, signal.SIGSTOP)
+    try:
+        calling.join()
+    finally:
+        os.kill(paused, signal.SIGCONT)
+    lost = [one for one in outcome if "error" in one]
+    assert [one["error"]["class"] for one in lost] == ["WorkerLost"]  # type: ignore[index]
+    assert lost[0]["worker"] == 1
+    assert [one["ticks"] for one in outcome if "error" not in one] == [[0, 1, 2]] * 2
+    eventually(lambda: len(relay.call()["instances"]) == 3, "the same three", 40)
+
+
+def test_nobody_notices_a_worker_that_stood_still_before_it_was_asked(relay: Served) -> None:
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    paused = relay.workers("Back")[1]
+    os.kill(paused, signal.SIGSTOP)
+    try:
+        results = relay.call(*[{"number": 1}] * 6)["results"]
+    finally:
+        os.kill(paused, signal.SIGCONT)
+    assert all("error" not in one for one in results)
+    assert {one["worker"] for one in results} == {0, 2}
+    eventually(lambda: len(relay.call()["instances"]) == 3, "the same three", 40)
 
 
 def _registered(served: Served, instances: set[str]) -> list[Path]:

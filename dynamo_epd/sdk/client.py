@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
 from dynamo_epd.errors import InternalError, PayloadTooLarge, Retryable, StageUnavailable, WorkerLost, from_wire
@@ -34,6 +34,8 @@ FIRST_CONTACT_PAUSE = 0.05
 answered is asked again for that long, after such pauses. Nobody had received the request."""
 FIRST_LOOK = 1.0
 """Seconds that the first call of an endpoint waits for discovery to tell its instances."""
+LATE_SECONDS = 0.25
+"""A timer of ours that rings later than this: our own event loop stood still, and knows nothing of the other end."""
 
 
 class ServiceClient:
@@ -275,16 +277,19 @@ class Call:
                 others = [one for one in service._healthy(self._endpoint.known()) if one not in tried]
                 if wanted is not None or not others:
                     raise self._lost(error) from error
-            # It never took the request (it is leaving, say): another one can, and the caller need not know.
+            # It never took the request (it is leaving, say), or stands still: another one can, and the caller need not
+            # know. Where it moves again it finds the request called off.
+            self._context.stop_generating()
             service._end(self.instance, lost=True, answered=False)
 
     async def _send(self, payload: bytes, instance: int) -> None:
         begun = time.monotonic()
         while True:
             try:
-                self._stream = await self._endpoint.remote.direct(
-                    payload, instance, annotated=False, context=self._context
-                )
+                async with _listening():
+                    self._stream = await self._endpoint.remote.direct(
+                        payload, instance, annotated=False, context=self._context
+                    )
                 return
             except Exception:  # see _open
                 if instance in self._endpoint.service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:
@@ -292,8 +297,12 @@ class Call:
             await asyncio.sleep(FIRST_CONTACT_PAUSE)
 
     async def _receive(self) -> Any:
+        frame: Any = wire.BEAT
         try:
-            return await self._stream.__anext__()
+            while frame is wire.BEAT:
+                async with _listening():
+                    frame = await self._stream.__anext__()
+            return frame
         except StopAsyncIteration:
             raise self._lost("the stream ended without its end marker") from None
         except Exception as error:  # see _open
@@ -330,6 +339,31 @@ class Call:
 
     def __del__(self) -> None:
         self._finish(stop=True)
+
+
+@contextlib.asynccontextmanager
+async def _listening() -> AsyncIterator[None]:
+    """Raises TimeoutError after `wire.SILENT_SECONDS` in which this process listened and heard nothing."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as bound:
+        timer: asyncio.TimerHandle
+
+        def listen() -> asyncio.TimerHandle:
+            due = loop.time() + wire.SILENT_SECONDS
+            return loop.call_at(due, silent, due)
+
+        def silent(due: float) -> None:
+            nonlocal timer
+            if loop.time() - due > LATE_SECONDS:
+                timer = listen()
+            else:
+                bound.reschedule(loop.time())
+
+        timer = listen()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 _clients: dict[tuple[type, str], ServiceClient] = {}

@@ -93,8 +93,8 @@ class EndpointHandler:
         work.add_done_callback(lambda _: stopped.cancel())
         try:
             frame: Any = b""
-            while isinstance(frame, bytes) if typed else frame is not wire.END:
-                frame = await frames.get()
+            while isinstance(frame, bytes) or frame is wire.BEAT if typed else frame is not wire.END:
+                frame = await (_frame_or_beat(frames) if typed else frames.get())
                 if typed or frame is not wire.END:
                     yield frame
         finally:
@@ -132,6 +132,14 @@ class EndpointHandler:
             await frames.put({"error": last})
             last = wire.END
         await frames.put(last)
+
+
+async def _frame_or_beat(frames: asyncio.Queue[Any]) -> Any:
+    try:
+        async with asyncio.timeout(wire.BEAT_SECONDS):
+            return await frames.get()
+    except TimeoutError:
+        return wire.BEAT
 
 
 def _frame(item: Any, typed: bool) -> Any:

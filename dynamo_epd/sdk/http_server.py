@@ -8,7 +8,10 @@ import contextlib
 import inspect
 import os
 import socket
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -26,6 +29,15 @@ SHARED_PORT = "DYNAMO_HTTP_SHARED_PORT"
 """Set when several workers of one service share the port."""
 
 
+@dataclass(frozen=True)
+class TlsConfig:
+    """Key ``tls`` of a service with HTTP. Both files are PEM and read at its start."""
+
+    cert_file: Path
+    """The certificate, then those that lead to a root."""
+    key_file: Path
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -33,9 +45,15 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """`start` opens the door. `stop` closes it and lets running responses end, within ``drain`` seconds."""
+    """`start` opens the door. `stop` closes it and lets running responses end, within ``drain`` seconds.
 
-    def __init__(self, app: Any, drain: float):
+    Raises ConfigError for a port that cannot be had and for certificates that cannot be used.
+    """
+
+    def __init__(self, app: Any, drain: float, tls: TlsConfig | None = None):
+        self._scheme = "http" if tls is None else "https"
+        if tls is not None:
+            _check(tls)
         self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))
         config = uvicorn.Config(
             app,
@@ -45,6 +63,8 @@ class HttpServer:
             timeout_graceful_shutdown=max(1, round(drain)),
             timeout_keep_alive=75,
             server_header=False,
+            ssl_certfile=tls.cert_file if tls else None,
+            ssl_keyfile=tls.key_file if tls else None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -52,7 +72,7 @@ class HttpServer:
     @property
     def url(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
 
     async def start(self) -> asyncio.Task[None]:
         """Returns, once requests are taken, the task that ends when the server does."""
@@ -70,6 +90,15 @@ class HttpServer:
             self._server.should_exit = True
             await self._serving
         self._socket.close()
+
+
+def _check(tls: TlsConfig) -> None:
+    try:
+        # A key with a pass phrase would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"tls: {tls.cert_file} and {tls.key_file} cannot be used: {reason}") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

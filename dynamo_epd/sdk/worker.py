@@ -173,7 +173,8 @@ class Worker:
             return
         from dynamo_epd.sdk.http_server import HttpServer, app_of
 
-        self._http = HttpServer(app_of(self.info, self.instance), self.drain_seconds)
+        tls = getattr(self.settings.config, "tls", None)
+        self._http = HttpServer(app_of(self.info, self.instance), self.drain_seconds, tls)
         self._serving.append(await self._http.start())
         ready["X_URL"] = self._http.url
 
