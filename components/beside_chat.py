@@ -101,7 +101,9 @@ class BesideChat(Results, ArenaOwner):
             body = check_validations(parse_json(await request.body()))
             account.images = body.n
             messages = [
-                ValidateRequest(f"{request.state.request_id}-{index}", "", picture, body.threshold, picture.deadline)
+                ValidateRequest(
+                    f"{request.state.request_id}-{index}", picture.tenant, picture, body.threshold, picture.deadline
+                )
                 for index, picture in enumerate(
                     self._generate(request, body.picture, k, as_url=body.as_url) for k in range(body.n)
                 )
@@ -160,7 +162,7 @@ class BesideChat(Results, ArenaOwner):
     ) -> GenerateRequest:
         """The message for the ``index``-th picture of a body."""
         message = generate_request(
-            request.state.request_id, wanted, index, tenant="", keep=new_id() if as_url else None
+            request.state.request_id, wanted, index, tenant=request.state.tenant, keep=new_id() if as_url else None
         )
         deadline = time.time() + self.config.admission.deadline
         return msgspec.structs.replace(message, partial_images=partial_images, deadline=deadline)
@@ -242,7 +244,7 @@ class BesideChat(Results, ArenaOwner):
     async def _file_of(self, request: Request, reply: Generated) -> dict[str, Any]:
         """``url`` of a picture that is kept, ``b64_json`` of one that is not."""
         if reply.stored is not None:
-            return {"id": reply.stored.id, "url": self.address_of(request, "", reply.stored)}
+            return {"id": reply.stored.id, "url": self.address_of(request, reply.stored)}
         return {"b64_json": base64.b64encode(await self._file(reply)).decode()}
 
     async def _file(self, reply: Generated) -> bytes:

@@ -32,6 +32,7 @@ from components.protocol import (
     Picture,
 )
 from dynamo_epd.errors import EpdError, Overloaded
+from dynamo_epd.http.auth import AuthConfig, Callers, Keys, Signer, signing_key
 from dynamo_epd.http.body import (
     BodyLimits,
     ChatBody,
@@ -43,12 +44,14 @@ from dynamo_epd.http.body import (
 )
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.limits import RequestBounds, guard
+from dynamo_epd.http.rates import Rates
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
 from dynamo_epd.jobs import JobsConfig
 from dynamo_epd.page.mount import PATH, Page, PageSettings
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
+from dynamo_epd.sdk.http_server import TlsConfig
 from dynamo_epd.store import StoreConfig
 
 Result = TypeVar("Result")
@@ -68,9 +71,18 @@ class Admission:
 
 @dataclass(frozen=True)
 class Limits:
-    """How large one request may be."""
+    """What one tenant may ask of one worker of the frontend; without keys everyone is one tenant."""
 
+    requests_per_minute: int | None = None
+    concurrent: int | None = None
+    """Requests at once, streams until their end."""
     body_bytes: int = 64 * 1024 * 1024
+    """Of one request."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "concurrent", "body_bytes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"limits.{name.replace('_', '-')} must be 1 at least")
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,10 @@ class FrontendConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     admission: Admission = field(default_factory=Admission)
     limits: Limits = field(default_factory=Limits)
+    auth: AuthConfig | None = None
+    """Who may ask. Default: everyone who reaches the port."""
+    tls: TlsConfig | None = None
+    """Default: HTTP without TLS."""
     ui: bool = True
     """Whether there is a page for browsers at ``/ui``."""
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -140,7 +156,14 @@ class Frontend(BesideChat):
         self.page = Page()
         if self.config.ui:
             app.mount(PATH, self.page)
-        guard(app, RequestBounds(body_bytes=self.config.limits.body_bytes))
+        limits, auth = self.config.limits, self.config.auth
+        self.signer = Signer(signing_key(auth.signing_key_file)) if auth else None
+        guard(
+            app,
+            RequestBounds(body_bytes=limits.body_bytes),
+            Callers(Keys(auth.keys_file) if auth else None, self.signer),
+            Rates(limits.requests_per_minute, limits.concurrent),
+        )
 
     @async_on_start
     async def start(self) -> None:
@@ -157,6 +180,7 @@ class Frontend(BesideChat):
                 pictures=bool(self.image_worker and self.embed_worker),
                 deadline=self.config.admission.deadline,
                 upload_bytes=self.config.media.max_bytes,
+                cert_file=self.config.tls.cert_file if self.config.tls else None,
             )
             self.page.open(settings, dynamo_context.get("stopping"))
 
@@ -230,7 +254,7 @@ class Frontend(BesideChat):
             account.images = len(images)
             message = HttpRequest(
                 request.state.request_id,
-                "",
+                request.state.tenant,
                 checked.body,
                 await held.enter_async_context(self._pictures(images)),
                 time.time() + self.config.admission.deadline,

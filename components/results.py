@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 
 from components.image_worker import generate_request
 from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, StageUnavailable, WorkerLost
+from dynamo_epd.http.auth import Signer
 from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.files import plan
 from dynamo_epd.http.images import ImagesBody, check_job
@@ -31,7 +34,6 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 MOST_LISTED = 100
 CHECK_SECONDS = 2.0
 """For an image worker to look at a job before it is accepted. One that says nothing in time does not hold it up."""
-NO_TENANT = ""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Results:
     embed_worker: Any
     store: Store
     jobs: JobQueue
+    signer: Signer | None
+    """None without keys: then addresses need no signature."""
     accounted: Callable[[str], AbstractContextManager[Account]]
     admitted: Callable[[], AbstractContextManager[None]]
 
@@ -68,10 +72,20 @@ class Results:
             else:
                 log.info("%d pictures expired", expired)
 
-    def address_of(self, request: Request, tenant: str, stored: Stored) -> str:
-        """Where the client finds a picture: in the store itself where that signs addresses, else here."""
+    def address_of(self, request: Request, stored: Stored) -> str:
+        """Where anyone finds a picture of the request's tenant: in the store itself where that signs addresses, else
+        here, signed where there are keys."""
+        tenant = request.state.tenant
+        direct = self.store.address(stored, tenant)
+        if direct is not None:
+            return direct
         base = self.config.public_url or str(request.base_url)
-        return self.store.address(stored, tenant) or f"{base.rstrip('/')}/v1/images/{stored.id}"
+        path = f"/v1/images/{stored.id}"
+        query = ""
+        if self.signer is not None:
+            expires = min(stored.expires, time.time() + self.config.store.url_seconds)
+            query = f"?{self.signer.query(tenant, path, math.floor(expires))}"
+        return f"{base.rstrip('/')}{path}{query}"
 
     async def submit_job(self, request: Request) -> Response:
         """``POST /v1/images/jobs``: 202 once the job cannot be lost any more."""
@@ -87,20 +101,22 @@ class Results:
             key = request.headers.get("idempotency-key")
             if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
                 raise InvalidRequest("an Idempotency-Key has 1 to 255 visible ASCII characters")
-            message = generate_request(request.state.request_id, body.picture, 0, tenant=NO_TENANT, keep=None)
+            message = generate_request(
+                request.state.request_id, body.picture, 0, tenant=request.state.tenant, keep=None
+            )
             # A worker refuses at once what it would refuse in its turn. Without one the job waits, as jobs do.
             with suppress(StageUnavailable, WorkerLost, TimeoutError):
                 async with asyncio.timeout(CHECK_SECONDS):
                     await self.image_worker.check(message).only()
             digest = hashlib.sha256(raw).hexdigest()
-            state = await self.jobs.submit(NO_TENANT, body.picture, body.n, digest=digest, key=key)
+            state = await self.jobs.submit(request.state.tenant, body.picture, body.n, digest=digest, key=key)
             account.status = 202
             return state
 
     async def job(self, request: Request, id: str) -> Response:
         """``GET /v1/images/jobs/{id}``."""
         self._need_images()
-        return JSONResponse(await self._shown_job(request, await self.jobs.state(NO_TENANT, id)))
+        return JSONResponse(await self._shown_job(request, await self.jobs.state(request.state.tenant, id)))
 
     async def _shown_job(self, request: Request, state: JobState) -> dict[str, Any]:
         shown: dict[str, Any] = {
@@ -132,7 +148,7 @@ class Results:
             **stored.about,
             "id": stored.id,
             "object": "image",
-            "url": self.address_of(request, NO_TENANT, stored),
+            "url": self.address_of(request, stored),
             "created": int(stored.created),
             "expires": int(stored.expires),
             "bytes": stored.size,
@@ -144,23 +160,23 @@ class Results:
         self._need_images()
         if not 1 <= limit <= MOST_LISTED:
             raise InvalidRequest(f"'limit' must be from 1 to {MOST_LISTED}", param="limit")
-        found = await self.store.recent(NO_TENANT, limit)
+        found = await self.store.recent(request.state.tenant, limit)
         return JSONResponse({"object": "list", "data": [self._shown_picture(request, one) for one in found]})
 
     async def picture(self, request: Request, id: str) -> Response:
         """``GET`` and ``HEAD /v1/images/{id}``: the file, or the part of it that is asked for."""
         self._need_images()
-        stored = await self.store.head(NO_TENANT, id)
+        stored = await self.store.head(request.state.tenant, id)
         planned = plan(stored, request.headers, request.method)
         body = planned.body
         if request.method == "GET" and planned.end > planned.start:
-            body = await self.store.read(NO_TENANT, stored, planned.start, planned.end)
+            body = await self.store.read(request.state.tenant, stored, planned.start, planned.end)
         return Response(body, planned.status, planned.headers)
 
-    async def remove_picture(self, id: str) -> Response:
+    async def remove_picture(self, request: Request, id: str) -> Response:
         """``DELETE /v1/images/{id}``."""
         self._need_images()
-        await self.store.delete(NO_TENANT, id)
+        await self.store.delete(request.state.tenant, id)
         return JSONResponse({"id": id, "object": "image", "deleted": True})
 
     async def text_to_image(self, request: Request, text: str = "") -> Response:
@@ -172,12 +188,12 @@ class Results:
     async def result(self, request: Request, id: str) -> Response:
         """``GET /results/{uid}``: PENDING, SUCCESS with the picture's address, or ERROR with a message."""
         self._need_images()
-        state = await self.jobs.state(NO_TENANT, id)
+        state = await self.jobs.state(request.state.tenant, id)
         if not state.over:
             return JSONResponse({"status": "PENDING", "message": f"the job is {state.status.replace('_', ' ')}"})
         there = await self._still_there(state) if state.error is None else []
         if there:
-            return JSONResponse({"status": "SUCCESS", "url": self.address_of(request, NO_TENANT, there[0])})
+            return JSONResponse({"status": "SUCCESS", "url": self.address_of(request, there[0])})
         message = state.error["message"] if state.error else "the picture is not kept any more"
         return JSONResponse({"status": "ERROR", "message": message})
 

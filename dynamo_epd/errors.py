@@ -115,6 +115,8 @@ class Unauthorized(EpdError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+    challenge = "Bearer"
+    """How a client is to say who it is (``WWW-Authenticate``)."""
 
 
 class NotFound(EpdError):
@@ -123,8 +125,23 @@ class NotFound(EpdError):
     code = "not_found"
 
 
+class Gone(NotFound):
+    """It was there, and the client was told until when."""
+
+    status = 410
+    code = "expired"
+
+
 class ModelNotFound(NotFound):
     code = "model_not_found"
+
+
+class RateLimited(EpdError):
+    """A tenant's own limit; others are not at theirs."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class Overloaded(EpdError):

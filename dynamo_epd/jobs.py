@@ -28,6 +28,7 @@ from nats.js.errors import APIError, BadRequestError, BucketNotFoundError, KeyNo
 
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.images import WantedPicture
+from dynamo_epd.sdk.nats import connect_options
 from dynamo_epd.store import new_id
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class JobQueue:
                 reconnect_time_wait=RECONNECT_SECONDS,
                 error_cb=_log_error,
                 name=self._name,
+                **connect_options(),
             )
             self._stream = self._connection.jetstream(timeout=REQUEST_SECONDS)
             await self._make()

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, MethodNotAllowed, NotFound
+from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, MethodNotAllowed, NotFound, Unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def error_response(error: EpdError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if error.status == HTTPStatus.UNAUTHORIZED:
-        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = error.challenge
     return Response(error_body(error), error.status, headers, media_type="application/json")
 
 

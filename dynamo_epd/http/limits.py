@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on a request before any route sees it, and its id."""
+"""Bounds on a request before any route sees it, its id, and whose it is."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, PayloadTooLarge, RequestTimeout
+from dynamo_epd.http.auth import Callers
 from dynamo_epd.http.errors import answer_errors, error_response
+from dynamo_epd.http.rates import Rates
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -33,47 +36,76 @@ class RequestBounds:
     drain_seconds: float = 5.0
 
 
-def guard(app: FastAPI, bounds: RequestBounds | None = None) -> None:
-    """Put the whole edge round ``app``: bounds and request id outside, errors as OpenAI's bodies inside.
+def guard(
+    app: FastAPI, bounds: RequestBounds | None = None, callers: Callers | None = None, rates: Rates | None = None
+) -> None:
+    """Put the whole edge round ``app``: bounds, keys and request id outside, errors as OpenAI's bodies inside.
 
-    Middleware added later stands outside of it and sees requests of any size.
+    Middleware added later stands outside of it and sees requests of any size, and anyone's.
     """
     answer_errors(app)
-    app.add_middleware(RequestLimits, bounds=bounds)
+    app.add_middleware(RequestLimits, bounds=bounds, callers=callers, rates=rates)
 
 
 class RequestLimits:
-    """ASGI middleware, the outermost one: headers 431, body 413, slow body 408, ``x-request-id`` on every reply.
+    """ASGI middleware, the outermost one: headers 431, key 401, rate 429, body 413, slow body 408, and
+    ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
 
     The body is read here in full and handed on in one piece, so no route can forget a bound. The id is the client's
-    if it is harmless, else a new one; routes find it as ``request.state.request_id``.
+    if it is harmless, else a new one; routes find it as ``request.state.request_id``, and whose the request is as
+    ``request.state.tenant``.
     """
 
-    def __init__(self, app: ASGIApp, bounds: RequestBounds | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        bounds: RequestBounds | None = None,
+        callers: Callers | None = None,
+        rates: Rates | None = None,
+    ):
         self.app = app
         self.bounds = bounds or RequestBounds()
+        self.callers = callers or Callers(None, None)
+        self.rates = rates or Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # nothing here speaks it, and none of what follows would hold for it
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        told: dict[str, str] = {}
 
         async def identify(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(told)
             await send(message)
 
-        try:
-            self._check_headers(scope)
-            body = await self._read(receive)
-        except EpdError as error:
-            await self._refuse(error, receive, identify)
-            return
-        if body is None:  # the client left while sending
-            return
-        await self.app(scope, _replay(body, receive), identify)
+        with ExitStack() as held:
+            try:
+                self._check_headers(scope)
+                state["tenant"], counts = self.callers.tenant_of(
+                    scope["method"],
+                    scope["path"],
+                    scope.get("query_string", b""),
+                    Headers(scope=scope).get("authorization"),
+                )
+                if counts:
+                    held.enter_context(self.rates.counted(state["tenant"], told))
+                body = await self._read(receive)
+            except EpdError as error:
+                held.close()
+                await self._refuse(error, receive, identify)
+                return
+            if body is None:  # the client left while sending
+                return
+            await self.app(scope, _replay(body, receive), identify)
 
     def _check_headers(self, scope: Scope) -> None:
         headers = scope["headers"]

@@ -12,8 +12,9 @@ from typing import Any
 
 import gradio as gr
 
+from dynamo_epd.http.auth import key_of
 from dynamo_epd.page import cards
-from dynamo_epd.page.graph_api import GraphApi, Refused
+from dynamo_epd.page.graph_api import GraphApi, Refused, Visitor
 from dynamo_epd.page.runs import Runs, Stopped
 
 EXAMPLES = ("a large red star on a blue background", "a small green ring on a yellow background")
@@ -148,7 +149,7 @@ class Tabs:
                 "seed": _number("Seed", seed, int),
                 "threshold": _number("Threshold", threshold, float),
             }
-            source = self._graph.validate(_base(request), body)
+            source = self._graph.validate(_visitor(request), body)
             async for events in self._runs.follow(_session(request), "validate", source):
                 for event in events:
                     report.add(event)
@@ -222,7 +223,7 @@ class Tabs:
 
     async def _models(self, request: gr.Request) -> Any:
         try:
-            names = await self._graph.chat_models(_base(request))
+            names = await self._graph.chat_models(_visitor(request))
         except Refused:  # the first message will say why
             return gr.skip()
         return gr.Dropdown(choices=names, value=names[0] if names else None)
@@ -255,7 +256,7 @@ class Tabs:
                 "temperature": temperature,
                 "max_tokens": _number("Longest answer", tokens, int),
             }
-            source = self._graph.chat(_base(request), body)
+            source = self._graph.chat(_visitor(request), body)
             async for pieces in self._runs.follow(_session(request), "chat", source):
                 answer["text"] += "".join(pieces)
                 yield gr.skip(), _bubbles([*now, answer]), gr.skip(), gr.skip(), gr.skip()
@@ -292,7 +293,7 @@ class Tabs:
 
     async def _gallery(self, request: gr.Request) -> str:
         try:
-            found = await self._graph.past_results(_base(request), GALLERY)
+            found = await self._graph.past_results(_visitor(request), GALLERY)
         except Refused as refused:
             if refused.status in (404, 405):
                 return "<p class='epd-empty'>This graph keeps no results.</p>"
@@ -360,10 +361,10 @@ def _messages(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def _base(request: gr.Request) -> str:
-    """The address of the Frontend itself; see `Page`."""
+def _visitor(request: gr.Request) -> Visitor:
     assert request.request is not None
-    return str(request.request.scope["dynamo_epd.graph"])
+    base = str(request.request.scope["dynamo_epd.graph"])  # see `Page`
+    return Visitor(base, key_of(request.headers.get("authorization")))
 
 
 def _host(request: gr.Request) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 if TYPE_CHECKING:
     import numpy
@@ -247,7 +247,9 @@ def address(one: Mapping[str, Any], host: str) -> str:
     """
     parts = urlsplit(str(one.get("url") or ""))
     if not parts.path or parts.netloc not in ("", host):
-        parts = urlsplit(f"/v1/images/{quote(str(one.get('id')), safe='')}")
+        path = f"/v1/images/{quote(str(one.get('id')), safe='')}"
+        # Where there are keys the graph's own addresses are signed, by whatever name the page reached it.
+        parts = SplitResult("", "", path, parts.query if parts.path.endswith(path) else "", "")
     # Relative to /ui/, so that it is right below a proxy's path too.
     return escape(f"../{parts.path.lstrip('/')}" + (f"?{parts.query}" if parts.query else ""), quote=True)
 

@@ -58,7 +58,10 @@ class Door:
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         refusal: tuple[str, int] | None = None
-        if not OPEN.fullmatch(f"{scope['method']} {path}") or b"deep_link" in scope.get("query_string", b""):
+        if scope["method"] == "POST" and _site(scope) not in (b"", b"same-origin", b"none"):
+            # A browser sends what it knows of the visitor with it, whoever's page it comes from.
+            refusal = ("Only this page may send that", 403)
+        elif not OPEN.fullmatch(f"{scope['method']} {path}") or b"deep_link" in scope.get("query_string", b""):
             refusal = ("Not found", 404)
         elif path.startswith("/gradio_api/queue/join"):
             body = await _body(receive, JOIN_BYTES)
@@ -134,6 +137,11 @@ def make_room(directory: Path, bound: int) -> None:
             return
         path.unlink(missing_ok=True)
         size -= one
+
+
+def _site(scope: Scope) -> bytes:
+    """From whose page a browser says that a request comes (Fetch Metadata); empty for what is no browser."""
+    return next((value for name, value in scope["headers"] if name == b"sec-fetch-site"), b"")
 
 
 def _guarded(send: Send, cache: str | None) -> Send:

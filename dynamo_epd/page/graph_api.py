@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,16 +36,28 @@ class Refused(Exception):
         self.param = param
 
 
-class GraphApi:
-    """``deadline``: seconds that the graph gives one request; the page waits a little longer, for its last word."""
+@dataclass(frozen=True)
+class Visitor:
+    """For whom the graph is asked: the address of the Frontend itself, and the key that the browser came with."""
 
-    def __init__(self, deadline: float):
+    base: str
+    key: str | None = None
+
+
+class GraphApi:
+    """``deadline``: seconds that the graph gives one request; the page waits a little longer, for its last word.
+
+    ``cert_file``: the Frontend's own certificate, where it serves TLS.
+    """
+
+    def __init__(self, deadline: float, cert_file: Path | None = None):
         self._deadline = deadline + 5
         self._kept = True
         """Whether a validation's stream may ask for its picture to be kept, as the gallery shows it."""
         # Neither a proxy nor a .netrc of the environment has anything to do with loopback.
         self._client = httpx.AsyncClient(
             trust_env=False,
+            verify=_only(cert_file) if cert_file else True,
             timeout=httpx.Timeout(self._deadline, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=4),
         )
@@ -50,44 +65,44 @@ class GraphApi:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def chat_models(self, base: str) -> list[str]:
+    async def chat_models(self, visitor: Visitor) -> list[str]:
         """Names of the models that chat: only those have a length of context."""
-        models = (await self._get(base, "/v1/models")).get("data", [])
+        models = (await self._get(visitor, "/v1/models")).get("data", [])
         return [one["id"] for one in models if one.get("max_model_len")] or [one["id"] for one in models]
 
-    async def past_results(self, base: str, limit: int) -> list[dict[str, Any]]:
+    async def past_results(self, visitor: Visitor, limit: int) -> list[dict[str, Any]]:
         """Newest first. Raises `Refused` with status 404 where the graph keeps none."""
-        found = (await self._get(base, f"/v1/images?limit={limit}")).get("data", [])
+        found = (await self._get(visitor, f"/v1/images?limit={limit}")).get("data", [])
         return sorted(found, key=lambda one: one.get("created") or 0, reverse=True)
 
-    async def validate(self, base: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def validate(self, visitor: Visitor, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of one validation, each the moment its stage is done. The picture is kept where that is taken."""
         body = {**body, "stream": True, "include_embeddings": True}
         if self._kept:
             try:
-                async for event in self._events(base, "/v1/validations", {**body, "response_format": "url"}):
+                async for event in self._events(visitor, "/v1/validations", {**body, "response_format": "url"}):
                     yield event
                 return
             except Refused as refused:
                 if refused.param != "response_format":
                     raise
                 self._kept = False
-        async for event in self._events(base, "/v1/validations", body):
+        async for event in self._events(visitor, "/v1/validations", body):
             yield event
 
-    async def chat(self, base: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
+    async def chat(self, visitor: Visitor, body: dict[str, Any]) -> AsyncGenerator[str, None]:
         """The answer's text, piece by piece."""
-        async for event in self._events(base, "/v1/chat/completions", {**body, "stream": True}):
+        async for event in self._events(visitor, "/v1/chat/completions", {**body, "stream": True}):
             for choice in event.get("choices", []):
                 if choice.get("delta", {}).get("content"):
                     yield choice["delta"]["content"]
 
-    async def _get(self, base: str, path: str) -> dict[str, Any]:
-        async with self._answer("GET", base + path, None, SHORT_SECONDS) as reply:
+    async def _get(self, visitor: Visitor, path: str) -> dict[str, Any]:
+        async with self._answer(visitor, "GET", path, None, SHORT_SECONDS) as reply:
             return _json(await _whole(reply))
 
-    async def _events(self, base: str, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        async with self._answer("POST", base + path, body, self._deadline) as reply:
+    async def _events(self, visitor: Visitor, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        async with self._answer(visitor, "POST", path, body, self._deadline) as reply:
             async for data in _data_of(reply):
                 if data == b"[DONE]":
                     return
@@ -98,11 +113,13 @@ class GraphApi:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, url: str, body: dict[str, Any] | None, seconds: float
+        self, visitor: Visitor, method: str, path: str, body: dict[str, Any] | None, seconds: float
     ) -> AsyncIterator[httpx.Response]:
         """The reply, which is closed with its connection however this ends. Raises `Refused` for any but a 200."""
+        headers = {"Authorization": f"Bearer {visitor.key}"} if visitor.key else {}
+        url = visitor.base + path
         try:
-            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body) as reply:
+            async with asyncio.timeout(seconds), self._client.stream(method, url, json=body, headers=headers) as reply:
                 if reply.status_code != 200:
                     raise refusal(reply.status_code, _json(await _whole(reply)), reply.headers.get("retry-after"))
                 yield reply
@@ -112,6 +129,14 @@ class GraphApi:
             raise Refused("The connection to the graph broke off.", "Try again in a moment.") from error
 
 
+def _only(cert_file: Path) -> ssl.SSLContext:
+    """Trust in that certificate and no other. It need not name the loopback address, at which the page asks."""
+    context = ssl.create_default_context(cafile=str(cert_file))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
 def refusal(status: int, body: dict[str, Any], retry_after: str | None) -> Refused:
     """What an OpenAI error body means to a person. ``status`` is 0 within a stream."""
     error = body.get("error")
@@ -119,7 +144,9 @@ def refusal(status: int, body: dict[str, Any], retry_after: str | None) -> Refus
     message = str(error.get("message") or f"The graph answered with status {status}.")
     kind, param = error.get("type"), error.get("param")
     if status == 401 or kind == "authentication_error":
-        advice = "This graph wants an API key, which the page does not have: use the API."
+        advice = "The key with which this page was opened is good no more: load it again."
+    elif kind == "rate_limit_error":
+        advice = f"Try again in {retry_after or 'a few'} seconds."
     elif status in (429, 503) or kind in ("overloaded_error", "service_unavailable"):
         advice = f"The graph is busy, or a stage is being restarted: try again in {retry_after or 'a few'} seconds."
     elif status == 504 or kind == "timeout_error":

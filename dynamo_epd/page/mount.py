@@ -63,9 +63,13 @@ class PageSettings:
     worker_index: int = 0
     shared: bool = False
     """Whether other workers take requests at the same port."""
+    cert_file: Path | None = None
+    """The frontend's own certificate, where it serves TLS."""
 
     @classmethod
-    def of_worker(cls, *, pictures: bool, deadline: float, upload_bytes: int) -> PageSettings:
+    def of_worker(
+        cls, *, pictures: bool, deadline: float, upload_bytes: int, cert_file: Path | None = None
+    ) -> PageSettings:
         """What is known in a worker's process: its index, its port, and the sizes that the configuration names."""
         sections = json.loads(os.environ.get(CONFIGURATION) or "{}")
         return cls(
@@ -75,6 +79,7 @@ class PageSettings:
             upload_bytes,
             dynamo_context.get("worker_index", 0),
             bool(os.environ.get(SHARED_PORT)),
+            cert_file,
         )
 
 
@@ -86,9 +91,11 @@ class Page:
         self._loading: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._streams: set[asyncio.Task[None]] = set()
+        self._scheme = "http"
 
     def open(self, settings: PageSettings, stopping: asyncio.Event | None = None) -> None:
         """``stopping``: set when the process begins to drain; the page's streams would hold that up."""
+        self._scheme = "https" if settings.cert_file else "http"
         keep = self._keep(settings) if settings.worker_index == 0 else self._pass_on()
         self._loading = asyncio.create_task(self._load(keep, stopping))
 
@@ -101,7 +108,7 @@ class Page:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = {**scope, GRAPH: _address(scope)}
+        scope = {**scope, GRAPH: _address(self._scheme, scope)}
         begun = False
 
         async def watch(message: Message) -> None:
@@ -222,7 +229,7 @@ def _built(settings: PageSettings) -> Any:
         from dynamo_epd.page.blocks import Tabs
         from dynamo_epd.page.graph_api import GraphApi
 
-        graph = GraphApi(settings.deadline)
+        graph = GraphApi(settings.deadline, settings.cert_file)
         outer = FastAPI()
         gradio.mount_gradio_app(
             outer,
@@ -290,7 +297,7 @@ async def _run(work: Any) -> None:
     await work
 
 
-def _address(scope: Scope) -> str:
+def _address(scheme: str, scope: Scope) -> str:
     """Where this process took the request: the port is known for certain only here (it may have been 0)."""
     host, port = scope["server"]
     if port is None:  # our own socket
@@ -301,7 +308,7 @@ def _address(scope: Scope) -> str:
             host = f"[{host}]"
     except ValueError:
         pass
-    return f"http://{host}:{port}"
+    return f"{scheme}://{host}:{port}"
 
 
 def _socket(directory: Path) -> Path:

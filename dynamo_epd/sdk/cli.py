@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch(
         commands.add_parser("batch", allow_abbrev=False, help="make pictures of a file of prompts, and judge them")
     )
+    key = commands.add_parser("key", allow_abbrev=False, help="draw an API key, and show it once")
+    key.add_argument("name", help="of the tenant who will use it")
     commands.add_parser("env", help="versions and devices of this machine")
     return parser
 
@@ -70,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             from dynamo_epd.sdk.machine import describe
 
             print(describe())
+            return 0
+        if arguments.command == "key":
+            from dynamo_epd.http.auth import new_key
+
+            key, entry = new_key(arguments.name)
+            print(f"# The key of {arguments.name}, shown this once:\n{key}\n# Its line for the keys file:\n{entry}")
             return 0
         if arguments.command == "batch":
             from dynamo_epd.batch import run

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -26,9 +27,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from dynamo_epd.sdk.config import ConfigError
-from dynamo_epd.sdk.nats import server_info
+from dynamo_epd.sdk.nats import PASSWORD, SERVER, USERNAME, server_info
 
 MAX_PAYLOAD = "8MB"
+USER = "dynamo"
 DEFAULT_PORT = 4222
 _EXEC_WITH_PARENT = "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);os.execv(sys.argv[1],sys.argv[1:])"
 """The server cannot ask for a signal at its parent's death (PR_SET_PDEATHSIG) itself; what execs it can."""
@@ -57,7 +59,10 @@ def nats_binary() -> str:
 
 
 class LocalNats:
-    """A server that this process answers for. `command` runs it; `close` removes what it left."""
+    """A server that this process answers for. `command` runs it; `close` removes what it left.
+
+    It has a password, drawn afresh: the loopback address is every user's of the machine.
+    """
 
     def __init__(self, *, join: bool):
         self.owned = True
@@ -68,10 +73,11 @@ class LocalNats:
             alive = known is not None and _answers(known)
             if alive and join:
                 assert known is not None
-                self.url, self.owned = known["url"], False
+                self.url, self.password, self.owned = known["url"], known["password"], False
                 return
             port = _free_port()
             self.url = f"nats://127.0.0.1:{port}"
+            self.password = secrets.token_urlsafe(32)
             self.name = f"dynamo-{os.getpid()}"
             self._remove_leftovers()
             self._jetstream, self._claim = _claim_jetstream()
@@ -80,7 +86,8 @@ class LocalNats:
             self._write_config(port)
             shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
             if not alive:
-                _record_file().write_text(json.dumps({"url": self.url, "name": self.name, "pid": os.getpid()}))
+                record = {"url": self.url, "name": self.name, "pid": os.getpid(), "password": self.password}
+                _write_secret(_record_file(), json.dumps(record))
                 self._recorded = True
 
     @staticmethod
@@ -95,6 +102,11 @@ class LocalNats:
                 shutil.rmtree(directory, ignore_errors=True)
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What tells a process of this server."""
+        return {SERVER: self.url, USERNAME: USER, PASSWORD: self.password}
+
+    @property
     def command(self) -> list[str]:
         return [sys.executable, "-c", _EXEC_WITH_PARENT, nats_binary(), "-c", str(self._config)]
 
@@ -104,9 +116,11 @@ class LocalNats:
         return self._directory / "nats.conf"
 
     def _write_config(self, port: int) -> None:
-        self._config.write_text(
+        _write_secret(
+            self._config,
             f"server_name: {self.name}\nlisten: 127.0.0.1:{port}\nmax_payload: {MAX_PAYLOAD}\n"
-            f"jetstream {{ store_dir: {json.dumps(str(self._jetstream))} }}\n"
+            f"authorization {{ user: {USER}, password: {json.dumps(self.password)} }}\n"
+            f"jetstream {{ store_dir: {json.dumps(str(self._jetstream))} }}\n",
         )
 
     async def answering(self, timeout: float = 20.0) -> None:
@@ -155,6 +169,13 @@ def _free_port() -> int:
     raise ConfigError("no free port for NATS")
 
 
+def _write_secret(path: Path, text: str) -> None:
+    """For this user's eyes alone, from the first byte on."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
 def _record_file() -> Path:
     return state_dir() / "nats.json"
 
@@ -162,7 +183,7 @@ def _record_file() -> Path:
 def _recorded() -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(_record_file().read_text())
-        return found if {"url", "name", "pid"} <= found.keys() else None
+        return found if {"url", "name", "pid", "password"} <= found.keys() else None
     except (OSError, ValueError):
         return None
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.gpus import Share, TooFewGpus, gpus_for, visible_gpus
 from dynamo_epd.sdk.graph import Graph, load_graph
+from dynamo_epd.sdk.nats import SECRET, VARIABLES, split_credentials
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.service import info_of
 
@@ -52,7 +53,7 @@ class Plan:
                 name: self.settings[name].as_section() | {"starts": name in self.services}
                 for name in self.graph.services
             },
-            "environment": self.environment,
+            "environment": {name: "…" if name in SECRET else value for name, value in self.environment.items()},
             "gpus": {worker: share.as_environment() for worker, share in self.shares.items()},
         }
 
@@ -148,9 +149,12 @@ def worker_environment(
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment = {key: os.environ.get(key, value) for key, value in defaults.items()}
-    for key in ("NATS_SERVER", "DYN_FILE_KV", "ETCD_ENDPOINTS", "DYN_SYSTEM_PORT", "DYN_TCP_RESPONSE_STREAM_HOST"):
+    for key in ("DYN_FILE_KV", "ETCD_ENDPOINTS", "DYN_SYSTEM_PORT", "DYN_TCP_RESPONSE_STREAM_HOST"):
         if key in os.environ:
             environment[key] = os.environ[key]
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    split_credentials(given)
+    environment |= given
     environment[ENVIRONMENT] = json.dumps({name: one.as_section() for name, one in settings.items()})
     if elsewhere:
         environment["DYNAMO_DEPENDS"] = json.dumps(elsewhere)
@@ -166,8 +170,9 @@ def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) 
     from dynamo_epd.sdk.nats_server import LocalNats, discovery_dir
 
     nats = LocalNats(join=bool(arguments.service_name)) if "NATS_SERVER" not in os.environ else None
-    url = nats.url if nats is not None else os.environ["NATS_SERVER"]
-    plan.environment["NATS_SERVER"] = url
+    if nats is not None:
+        plan.environment.update(nats.environment)
+    url = plan.environment["NATS_SERVER"]
     if urlsplit(url if "//" in url else f"nats://{url}").hostname in ("127.0.0.1", "localhost", "::1"):
         # Replies come back over TCP to the caller. Where all is on this machine nobody else should reach that port.
         plan.environment.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")

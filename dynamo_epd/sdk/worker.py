@@ -29,7 +29,7 @@ from dynamo_epd.sdk.context import dynamo_context
 from dynamo_epd.sdk.endpoints import Mark
 from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
-from dynamo_epd.sdk.nats import nats_url, server_info
+from dynamo_epd.sdk.nats import nats_url, server_info, split_credentials
 from dynamo_epd.sdk.notify import notify
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.place import endpoint_path
@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         level=os.environ.get("DYNAMO_LOG", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("dynamo_epd.request").setLevel(logging.INFO)  # one line a request, shown without -v too
+    split_credentials(os.environ)
     status = 0
     try:
         graph = load_graph(arguments.graph, arguments.working_dir)
