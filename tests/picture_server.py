@@ -52,12 +52,17 @@ class PictureServer:
 
 
 class Canary:
-    """A listening port on every address of this machine. `dialled` says how often somebody connected."""
+    """A listening port (any free one, unless given) on every address of this machine. `dialled` says how often somebody
+    connected. Raises OSError for a port that cannot be had."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self._listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self._listener.bind(("::", 0))
+        try:
+            self._listener.bind(("::", port))
+        except OSError:
+            self._listener.close()
+            raise
         self._listener.listen(64)
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]

@@ -129,7 +129,21 @@ def test_a_head_without_end_is_cut_off(patient_port: int, piece: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", GET + b"bad header\r\n\r\n"]
+    "head",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        GET + b"bad header\r\n\r\n",
+        GET + b"Transfer-Encoding: x\r\n\r\n{}",
+        GET + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+        GET + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\nno size\r\n",
+    ],
 )
 def test_what_is_not_http_gets_the_usual_body(port: int, head: bytes) -> None:
     refused(say(port, head), 400, "invalid_request")
+
+
+def test_nonsense_behind_a_whole_request_takes_no_answer_from_it(port: int) -> None:
+    said = say(port, GET + b"\r\n", b"nonsense\r\n\r\n", pause=0.2)
+    assert b'"here"' in said

@@ -235,7 +235,9 @@ async def _resume(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator
 
 def _refusal(response: ErrorResponse) -> EpdError:
     error = response.error
-    kind = ModelNotFound if error.code == 404 else InvalidRequest if error.code < 500 else InternalError
+    if error.code == 404:  # vLLM's text repeats the name, which may be anything
+        return ModelNotFound("there is no such chat model here", param="model")
+    kind = InvalidRequest if error.code < 500 else InternalError
     return kind(error.message, param=error.param)
 
 

@@ -69,7 +69,13 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_waiting()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # else bytes of a reply are on their way
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not (cycle.response_started or self.pipeline):
+            # Its body turned into nonsense: the route shall take the client for gone, and not answer too.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            cycle = None
+        if cycle is None or cycle.response_complete:  # else bytes of a reply are on their way
             body = error_body(error)
             head = (
                 f"HTTP/1.1 {error.status} {error.code}\r\ncontent-type: application/json\r\n"

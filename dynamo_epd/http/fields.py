@@ -76,6 +76,8 @@ def text(least: int, most: int | None) -> Check:
     def check(value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise InvalidRequest(f"'{name}' must be a text", param=name)
+        if "\0" in value:  # JSON is refused with one; a query is not
+            raise InvalidRequest(f"'{name}' holds a NUL character", param=name)
         if len(value) < least or (most is not None and len(value) > most):
             bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
             raise InvalidRequest(f"'{name}' must have {bounds} characters", param=name)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph's front door as a hostile client sees it: raw requests, what a refusal must look like, and what must not
+happen meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+from PIL import Image, PngImagePlugin
+
+from models import world
+from tests.picture_server import Canary
+from tests.questions import data_url, picture, post, user
+from tests.serving import Graph
+from tests.toys.running import ROOT
+
+MARK = "zq7mark"
+"""Stands in values that a test sends. No refusal may repeat it."""
+
+LONGEST_REFUSAL = 2048
+BOUND = 120.0
+"""Seconds for any reply: these tests ask what is answered, on machines of any speed."""
+
+_SECRETS = re.compile(
+    rf"{MARK}|Traceback|File \"|site-packages|\.py\b|0x[0-9a-f]{{6,}}|\b\d+\.\d+\.\d+\.\d+\b|localhost|::1|"
+    rf"(?:^|[\s'\"(=:])/[\w.-]+/|{re.escape(str(ROOT))}"
+)
+"""An address, a path, a traceback, an object's address, or what the client has sent."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A route that takes a body, and a body that it answers with 200 or 202."""
+
+    name: str
+    path: str
+    body: dict[str, Any] = field(hash=False)
+
+    def with_(self, **fields: Any) -> dict[str, Any]:
+        return {**self.body, **fields}
+
+
+STAR = "a large red star on a blue background"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
+CHAT = Entry("chat", "/v1/chat/completions", {"model": "tiny-llava", **HELLO})
+COMPLETIONS = Entry(
+    "completions", "/v1/completions", {"model": "tiny-llava", "prompt": "Hello", "max_tokens": 4, "temperature": 0}
+)
+EMBEDDINGS = Entry("embeddings", "/v1/embeddings", {"model": "tiny-t5", "input": "a red star"})
+SHORT = {"prompt": STAR, "num_inference_steps": 1, "seed": 1}
+IMAGES = Entry("images", "/v1/images/generations", {"model": "tiny-image", **SHORT})
+JOBS = Entry("jobs", "/v1/images/jobs", {"model": "tiny-image", **SHORT})
+VALIDATIONS = Entry("validations", "/v1/validations", {"model": "tiny-image", **SHORT})
+PREDICT = Entry("predict", "/v1/models/tiny-image:predict", {"instances": [SHORT]})
+PREDICT_TEXT = Entry("predict-text", "/v1/models/tiny-t5:predict", {"instances": ["a red star"]})
+
+EVERY = (CHAT, COMPLETIONS, EMBEDDINGS, IMAGES, JOBS, VALIDATIONS, PREDICT, PREDICT_TEXT)
+"""All that take a body of JSON."""
+PICTURES = (IMAGES, JOBS, VALIDATIONS)
+"""Whose body describes a picture at its top."""
+TEXT = (CHAT, COMPLETIONS)
+
+GETS = (
+    "/v1/models",
+    "/v1/images",
+    "/v1/images/img-0",
+    "/v1/images/jobs/job-0",
+    "/results/job-0",
+    "/health",
+    "/live",
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def error(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.body)["error"]
+        return found
+
+
+def send(
+    graph: Graph,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: Iterable[tuple[str, str]] = (("content-type", "application/json"),),
+) -> Reply:
+    """One request, its path as it is given, on a connection of its own. ``body``: bytes, or what becomes JSON.
+
+    A server may answer and hang up while the body is still on its way: then what it has said counts.
+    """
+    raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    began = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", graph.port, timeout=BOUND)
+    try:
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        for name, value in headers:
+            connection.putheader(name, value)
+        if raw is not None:
+            connection.putheader("content-length", str(len(raw)))
+        connection.endheaders()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if raw is not None:
+                connection.send(raw)
+        reply = connection.getresponse()
+        named = {name.lower(): value for name, value in reply.getheaders()}
+        return Reply(reply.status, named, reply.read(), time.monotonic() - began)
+    finally:
+        connection.close()
+
+
+def send_raw(graph: Graph, *pieces: bytes, pause: float = 0.0) -> Reply:
+    """The first reply to these bytes, which need be no HTTP."""
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", graph.port), timeout=BOUND) as connection:
+        for piece in pieces:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(piece)
+            if pause:
+                time.sleep(pause)
+        reply = http.client.HTTPResponse(connection)
+        reply.begin()
+        body = reply.read() if reply.chunked else reply.read(int(reply.headers["content-length"]))
+        named = {name.lower(): value for name, value in reply.getheaders()}
+        return Reply(reply.status, named, body, time.monotonic() - began)
+
+
+def refused(reply: Reply, status: int | tuple[int, ...], code: str | None = None, param: str | None = None) -> None:
+    """Fails unless this is a refusal as CONTRACTS.md wants it: OpenAI's body, short, and silent about the inside."""
+    said = reply.body[:LONGEST_REFUSAL].decode("utf-8", "replace")
+    assert reply.status in ((status,) if isinstance(status, int) else status), f"{reply.status}: {said}"
+    assert len(reply.body) <= LONGEST_REFUSAL
+    assert reply.headers["content-type"] == "application/json"
+    whole = json.loads(reply.body)
+    assert set(whole) == {"error"} and set(whole["error"]) == {"message", "type", "param", "code"}, said
+    error = whole["error"]
+    assert error["type"] == "invalid_request_error", said
+    assert isinstance(error["message"], str) and error["message"], said
+    assert isinstance(error["code"], str) and error["code"], said
+    assert error["param"] is None or isinstance(error["param"], str), said
+    assert not _SECRETS.search(error["message"]), said
+    assert MARK not in said, said
+    if code is not None:
+        assert error["code"] == code, said
+    if param is not None:
+        assert error["param"] == param, said
+
+
+def answered_or_refused(reply: Reply) -> None:
+    """200 or 202, or a refusal with 400: a row that leaves it open."""
+    if reply.status not in (200, 202):
+        refused(reply, 400)
+
+
+def chat_with(*urls: str, text: str = "Describe the picture.") -> dict[str, Any]:
+    return CHAT.with_(messages=[user(text, *urls)])
+
+
+class Door:
+    """A graph under attack: its processes as they were, ports that nobody may dial, and a neighbour."""
+
+    def __init__(self, graph: Graph, neighbour: Neighbour):
+        self.graph = graph
+        self.neighbour = neighbour
+        self.canary = Canary()
+        self.canaries = [self.canary, *_well_known()]
+        self._processes = graph.tree()
+        assert len(self._processes) > 6, graph.text
+
+    def post(self, entry: Entry, body: Any) -> Reply:
+        return send(self.graph, "POST", entry.path, body)
+
+    def unharmed(self) -> None:
+        """Fails if a process is gone, or anything has dialled a canary."""
+        lost = [one for one in self._processes if not one.is_running() or one.status() == psutil.STATUS_ZOMBIE]
+        assert not lost, f"{lost}\n{self.graph.text[-3000:]}"
+        assert sum(one.dialled() for one in self.canaries) == 0
+
+    def close(self) -> None:
+        for one in self.canaries:
+            one.__exit__(None, None, None)
+
+
+def _well_known() -> list[Canary]:
+    """Where a URL without a port leads to. Most users may not listen there: then the refusal's code has to do."""
+    found = []
+    for port in (80, 443):
+        with contextlib.suppress(OSError):
+            found.append(Canary(port))
+    return found
+
+
+class Neighbour:
+    """A well-behaved client: questions whose right answers it knows. Each picture comes in a file of its own, so that
+    no cache has the answer."""
+
+    def __init__(self, graph: Graph, known: list[tuple[Image.Image | bytes, str]], model: str):
+        self._graph = graph
+        self._known = known
+        self._model = model
+        self._asked = random.Random(7).randrange(1 << 30)
+
+    @classmethod
+    def of_trained(cls, graph: Graph) -> Neighbour:
+        """Held-out pictures that the trained model describes rightly (it does nine of ten)."""
+        scenes = world.scenes(random.Random(20261121), held_out=True, pairs=0.0)
+        asked = [next(scenes) for _ in range(6)]
+        drawn = [world.draw(scene, random.Random(index), side=120).image for index, scene in enumerate(asked)]
+        neighbour = cls(
+            graph, [(image, scene.caption) for image, scene in zip(drawn, asked, strict=True)], "tiny-llava"
+        )
+        neighbour._known = [one for one in neighbour._known if neighbour._answer(one[0]) == one[1]]
+        assert len(neighbour._known) >= 3
+        return neighbour
+
+    @classmethod
+    def of_untrained(cls, graph: Graph) -> Neighbour:
+        """Random weights say what they said before anybody did harm."""
+        neighbour = cls(graph, [], "tiny-llava")
+        images = [Image.open(io.BytesIO(picture(90_000 + index))) for index in range(3)]
+        neighbour._known = [(image, neighbour._answer(image)) for image in images]
+        return neighbour
+
+    def asks(self) -> None:
+        """Fails unless the next question gets its right answer."""
+        self._asked += 1
+        image, answer = self._known[self._asked % len(self._known)]
+        assert self._answer(image) == answer
+
+    def _answer(self, image: Image.Image | bytes) -> str:
+        assert isinstance(image, Image.Image)
+        self._asked += 1
+        about = PngImagePlugin.PngInfo()
+        about.add_text("number", str(self._asked))
+        file = io.BytesIO()
+        image.save(file, "PNG", pnginfo=about)
+        body = {
+            "model": self._model,
+            "messages": [user("Describe the picture.", data_url(file.getvalue()))],
+            "max_tokens": 24,
+            "temperature": 0,
+        }
+        said: str = post(f"{self._graph.url}/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        return said

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of HARDENING.md about the bytes of pictures, sent in the body: bombs, broken ones, foreign ones, odd ones."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from tests.hardening.edge import CHAT, MARK, Door, Reply, chat_with, refused
+from tests.hardening.files import BOMBS, BROKEN, FOREIGN, ODD, bomb
+from tests.questions import ask, chat, data_url, difference, picture, user
+
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+AT_ONCE = 64
+BOMB_SECONDS = 0.05
+"""For one refusal. 64 that come at once share the machine's cores."""
+BOMB_BYTES = 64 << 20
+
+
+def reply_to(door: Door, file: bytes, kind: str = "png") -> Reply:
+    return door.post(CHAT, chat_with(data_url(file, kind)))
+
+
+class Peaks:
+    """How far each process' resident memory has risen since this was made, at its highest (Linux counts it)."""
+
+    def __init__(self, door: Door):
+        self._pids = [one.pid for one in door.graph.tree() if one.is_running()]
+        for pid in self._pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+        self._before = {pid: psutil.Process(pid).memory_info().rss for pid in self._pids}
+
+    def grown(self) -> dict[int, int]:
+        found = {}
+        for pid in self._pids:
+            line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
+            found[pid] = int(line.split()[1]) * 1024 - self._before[pid]
+        return found
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestBombs:
+    @pytest.mark.parametrize("make", BOMBS.values(), ids=BOMBS)
+    def test_too_many_pixels_are_refused_from_the_header(self, door: Door, make: object) -> None:
+        assert callable(make)
+        file = make()
+        peaks = Peaks(door)
+        refused(reply_to(door, file), 400, "image_too_large")
+        assert max(peaks.grown().values()) < BOMB_BYTES
+
+    def test_64_bombs_at_once_cost_little_and_keep_nobody_waiting(self, door: Door) -> None:
+        """Decoded, each would take 180 MB. They are sent alone first: what a process needs once is not theirs."""
+        file = bomb()
+        bodies = [chat_with(data_url(file + bytes([index]))) for index in range(AT_ONCE)]
+        alone = [door.post(CHAT, body).seconds for body in bodies[:16]]
+        peaks = Peaks(door)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            began = time.monotonic()
+            replies = [pool.submit(door.post, CHAT, body) for body in bodies]
+            door.neighbour.asks()
+            took = [one.result() for one in replies]
+            together = time.monotonic() - began
+        for reply in took:
+            refused(reply, 400, "image_too_large")
+        grown = peaks.grown()
+        assert max(grown.values()) < BOMB_BYTES, grown
+        each = together / AT_ONCE
+        print(
+            f"bombs alone: median {statistics.median(alone) * 1e3:.1f} ms, worst {max(alone) * 1e3:.1f} ms; 64 at once "
+            f"(and a neighbour): {together * 1e3:.0f} ms, {each * 1e3:.1f} ms each; worst growth of a process "
+            f"{max(grown.values()) / 2**20:.1f} MB"
+        )
+        assert min(each, statistics.median(alone)) < BOMB_SECONDS
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestBroken:
+    @pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
+    def test_what_cannot_be_decoded_is_refused(self, door: Door, make: object) -> None:
+        assert callable(make)
+        refused(reply_to(door, make()), (400, 415))
+
+    @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+    @pytest.mark.parametrize("kind", ["png", "svg+xml"])
+    def test_another_format_is_refused_whatever_it_is_called(self, door: Door, make: object, kind: str) -> None:
+        assert callable(make)
+        refused(reply_to(door, make(), kind), 415, "unsupported_media_type")
+
+    def test_an_empty_file_is_refused(self, door: Door) -> None:
+        refused(reply_to(door, b""), 400, "invalid_image")
+
+    def test_a_good_picture_beside_a_bad_one_does_not_help(self, door: Door) -> None:
+        good = data_url(picture(1))
+        for urls in ((good, data_url(b"\x89")), (data_url(b"\x89"), good)):
+            refused(door.post(CHAT, chat_with(*urls)), (400, 415))
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestOdd:
+    @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+    def test_an_odd_picture_is_answered_or_refused(self, door: Door, make: object) -> None:
+        assert callable(make)
+        reply = reply_to(door, make())
+        if reply.status != 200:
+            refused(reply, 400)
+
+    def test_the_same_pixels_at_two_sizes_are_two_pictures(self, door: Door) -> None:
+        pixels = Image.open(io.BytesIO(picture(92_000, (80, 40)))).tobytes()
+        said = []
+        for size in ((80, 40), (40, 80), (80, 40)):
+            file = io.BytesIO()
+            Image.frombytes("RGB", size, pixels).save(file, "PNG")
+            said.append(ask(door.graph.url, chat(user("Describe the picture.", data_url(file.getvalue())))))
+        assert difference(said[0], said[2]) is None
+        assert difference(said[0], said[1]) is not None
+
+
+GOOD = base64.b64encode(picture(1)).decode()
+URLS = {
+    "bad character": f"data:image/png;base64,{GOOD[:40]}!{GOOD[41:]}",
+    "white space": f"data:image/png;base64,{GOOD[:40]} {GOOD[40:]}",
+    "line breaks": f"data:image/png;base64,{GOOD[:40]}\n{GOOD[40:]}",
+    "no padding": "data:image/png;base64,QUJDRA",
+    "padding inside": "data:image/png;base64,QUI=QUI=",
+    "URL alphabet": "data:image/png;base64,-_-_",
+    "full-width": "data:image/png;base64,\uff21\uff21\uff21\uff21",
+    "no comma": f"data:image/png;base64{GOOD}",
+    "comma far away": f"data:image/png;{'x' * 2000};base64,{GOOD}",
+    "nothing": "data:",
+    "empty": "data:,",
+    "empty base64": "data:image/png;base64,",
+    "a comma alone": "data:image/png,",
+    "not said to be base64": f"data:image/png,{GOOD}",
+    "percent signs": "data:image/png,%%%%%%%",
+    "outside ASCII": "data:image/png,\u00e9\u00e9",
+    "twice": f"data:image/png;base64,data:image/png;base64,{GOOD}",
+    "a mark": f"data:image/png;base64,{MARK}",
+}
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestDataUrls:
+    @pytest.mark.parametrize("url", URLS.values(), ids=URLS)
+    def test_a_bad_one_is_refused(self, door: Door, url: str) -> None:
+        refused(door.post(CHAT, chat_with(url)), (400, 415))
+
+    def test_more_pictures_than_allowed_are_refused(self, door: Door) -> None:
+        refused(door.post(CHAT, chat_with(*[data_url(picture(1))] * 9)), 400, "too_many_images", "messages")
+
+    def test_a_thousand_pictures_are_refused(self, door: Door) -> None:
+        refused(door.post(CHAT, chat_with(*["data:,"] * 1000)), 400, "too_many_images", "messages")
+
+    def test_pictures_are_counted_over_all_messages(self, door: Door) -> None:
+        turn = [user("?", *[data_url(picture(1))] * 3), {"role": "assistant", "content": "."}]
+        body = CHAT.with_(messages=[*turn * 3, user("?")])
+        refused(door.post(CHAT, body), 400, "too_many_images", "messages")
+
+    def test_one_over_size_is_413(self, door: Door) -> None:
+        url = "data:image/png;base64," + "A" * (45 << 20)
+        refused(door.post(CHAT, chat_with(url)), 413, "payload_too_large")
+
+    def test_one_over_size_and_not_base64_is_413(self, door: Door) -> None:
+        refused(door.post(CHAT, chat_with("data:image/png," + "A" * (2 << 20))), 413, "payload_too_large")
