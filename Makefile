@@ -10,7 +10,7 @@ CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance models llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos models llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -43,6 +43,12 @@ image-recipe:
 
 acceptance: setup
 	@$(BIN)/pytest -q tests/acceptance $(ARGS)
+
+# Keeps load on two workers of every stage, kills and stops them by a seed, and checks every answer.
+MINUTES ?= 30
+SEED ?= 7
+chaos: setup
+	@$(BIN)/python -m tests.hardening.chaos --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
