@@ -33,8 +33,8 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes) and name not in names}
 
 
-MEANT_TO_STAY = frozenset({"jetstream", "store"})
-"""Directories of the state: jobs that were accepted, and pictures that were made, outlive the graph."""
+MEANT_TO_STAY = frozenset({"jetstream", "store", "signing.key"})
+"""Of the state: jobs that were accepted, pictures that were made, and what signs their addresses outlive the graph."""
 
 
 class Served:
