@@ -23,6 +23,7 @@ from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.files import plan
 from dynamo_epd.http.images import ImagesBody, check_job
 from dynamo_epd.jobs import JobQueue, JobState
+from dynamo_epd.page.graph_api import HERE
 from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.sdk.nats import nats_url
 from dynamo_epd.store import Store, Stored
@@ -73,10 +74,10 @@ class Results:
                 log.info("%d pictures expired", expired)
 
     def address_of(self, request: Request, stored: Stored) -> str:
-        """Where anyone finds a picture of the request's tenant: in the store itself where that signs addresses, else
-        here, signed where there are keys."""
+        """Where anyone finds a picture of the request's tenant: in the store itself where that signs addresses and the
+        client may go there, else here, signed where there are keys."""
         tenant = request.state.tenant
-        direct = self.store.address(stored, tenant)
+        direct = None if HERE in request.headers else self.store.address(stored, tenant)
         if direct is not None:
             return direct
         base = self.config.public_url or str(request.base_url)

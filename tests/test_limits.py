@@ -18,15 +18,17 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 
+from dynamo_epd.http.auth import Callers, Keys, new_key
 from dynamo_epd.http.connection import BoundedConnection
 from dynamo_epd.http.limits import RequestBounds, guard
+from dynamo_epd.http.rates import Rates
 
 BOUNDS = RequestBounds(body_bytes=100_000, body_seconds=1.0, idle_seconds=0.4, drain_seconds=1.0)
 
 
-def application() -> FastAPI:
+def application(callers: Callers | None = None, rates: Rates | None = None) -> FastAPI:
     app = FastAPI()
-    guard(app, BOUNDS)
+    guard(app, BOUNDS, callers, rates)
     app.state.seen = []
 
     @app.post("/echo")
@@ -83,8 +85,8 @@ class Running:
 
 
 @contextmanager
-def running(kind: str | type[BoundedConnection]) -> Iterator[Running]:
-    app = application()
+def running(kind: str | type[BoundedConnection], app: FastAPI | None = None) -> Iterator[Running]:
+    app = app or application()
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, http=kind, log_level="error", h11_max_incomplete_event_size=1 << 20)  # type: ignore[arg-type]
     )
@@ -222,3 +224,50 @@ def test_a_route_still_notices_that_the_client_left(server: Running) -> None:
     while "left" not in server.app.state.seen and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.app.state.seen.count("left") == 1
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+    """With one key, one request at once, and its header line."""
+    path = tmp_path_factory.mktemp("keyed") / "keys.yaml"
+    key, line = new_key("ann")
+    path.write_text(line)
+    with running(BoundedConnection, application(Callers(Keys(path), None), Rates(None, 1))) as up:
+        yield up, f"Authorization: Bearer {key}"
+
+
+def test_a_stranger_is_refused_on_the_head_alone_and_reads_it_though_he_writes_on(keyed: tuple[Running, str]) -> None:
+    server, key = keyed
+    refused(server.send(head(90_000)), 401, "invalid_api_key")
+    refused(server.send(head(90_000), b"x" * 90_000), 401, "invalid_api_key")
+    refused(server.send(head(None), b"5\r\nhello\r\n"), 401, "invalid_api_key")
+    refused(server.send(head(90_000, "Expect: 100-continue")), 401, "invalid_api_key")
+    assert server.app.state.seen == []
+    assert server.send(head(2, key, "Connection: close"), b"{}").startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_place_is_taken_from_the_head_to_the_end_and_given_back_however_that_comes(
+    keyed: tuple[Running, str],
+) -> None:
+    server, key = keyed
+    last = (key, "Connection: close")
+
+    def free() -> None:
+        end = time.monotonic() + 20
+        while not server.send(head(0, *last)).startswith(b"HTTP/1.1 200 "):
+            assert time.monotonic() < end
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+        slow.sendall(head(10, key) + b"12345")  # the rest never comes: 408
+        slow.recv(1, socket.MSG_PEEK)
+    free()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as waiting:
+        waiting.sendall(head(0, key).replace(b"/echo", b"/wait"))
+        end = time.monotonic() + 20
+        while not (said := server.send(head(0, *last))).startswith(b"HTTP/1.1 429 "):
+            assert time.monotonic() < end
+        refused(said, 429, "rate_limit_exceeded")
+        assert re.search(rb"(?im)^retry-after: 1\r?$", said)
+    free()
+    assert server.send(head(0, *last).replace(b"/echo", b"/defect")).startswith(b"HTTP/1.1 500 ")
+    free()

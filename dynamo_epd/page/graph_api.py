@@ -21,6 +21,8 @@ SHORT_SECONDS = 15.0
 MAX_REPLY = 64 * 1024 * 1024
 """Bytes of one reply, a stream's events together."""
 MAX_CONNECTIONS = 64
+HERE = "x-dynamo-epd-here"
+"""A header of who wants addresses of pictures at the frontend alone: the page asks no other host."""
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # the Frontend has a line for each of these requests
 
@@ -116,7 +118,7 @@ class GraphApi:
         self, visitor: Visitor, method: str, path: str, body: dict[str, Any] | None, seconds: float
     ) -> AsyncIterator[httpx.Response]:
         """The reply, which is closed with its connection however this ends. Raises `Refused` for any but a 200."""
-        headers = {"Authorization": f"Bearer {visitor.key}"} if visitor.key else {}
+        headers = {HERE: "1"} | ({"Authorization": f"Bearer {visitor.key}"} if visitor.key else {})
         url = visitor.base + path
         try:
             async with asyncio.timeout(seconds), self._client.stream(method, url, json=body, headers=headers) as reply:
