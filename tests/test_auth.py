@@ -30,17 +30,22 @@ import openai
 import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from starlette.requests import Request
 
+from components.frontend import FrontendConfig
+from components.results import Results
 from dynamo_epd.errors import Gone, NotFound, RateLimited, Unauthorized
 from dynamo_epd.http.auth import MOST_KEYS, Callers, Keys, Signer, key_of, new_key, signing_key
 from dynamo_epd.http.rates import MOST_TENANTS, Rates
 from dynamo_epd.jobs import JobQueue, JobsConfig
 from dynamo_epd.page import cards
+from dynamo_epd.page.graph_api import HERE
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.nats import connect_options, split_credentials
 from dynamo_epd.sdk.nats_server import nats_binary
+from dynamo_epd.store import Store, StoreConfig, Stored
 from tests.serving import Graph, eventually, untrained
-from tests.toys.running import Served, clean_environment, free_port
+from tests.toys.running import ROOT, Served, clean_environment, free_port
 
 ASKED = "tests.toys.asked:Frontend"
 RELAY = "tests/toys/relay.py:Front"
@@ -884,3 +889,39 @@ def test_the_page_keeps_the_signature_by_whatever_name_it_is_reached(host: str) 
     assert cards.address(own, host) == "../v1/images/img-1?expires=1&amp;signature=x"
     stored = {"id": "img-1", "url": "https://store/bucket/img-1.png?X-Amz-Signature=y"}
     assert cards.address(stored, host) == "../v1/images/img-1"
+
+
+def test_the_page_is_given_no_address_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    results = Results()
+    results.config = FrontendConfig(store=StoreConfig("s3://pictures"))
+    results.store = Store(results.config.store)
+    results.signer = Signer(b"x" * 32)
+    stored = Stored("img-1", "image/png", 1, "0" * 32, 0.0, time.time() + 60, key="img-1.1.0")
+
+    def address(*headers: tuple[bytes, bytes]) -> str:
+        server = {"scheme": "http", "server": ("here", 80), "path": "/", "query_string": b""}
+        scope = {"type": "http", "headers": list(headers), "state": {"tenant": "ann"}} | server
+        return results.address_of(Request(scope), stored)
+
+    assert "amazonaws" in address()
+    assert re.fullmatch(r"http://here/v1/images/img-1\?expires=\d+&signature=.+", address((HERE.encode(), b"1")))
+
+
+# --- what is written about it
+
+
+def test_the_readmes_configuration_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    shown = dynamo("serve", ASKED, "-f", str(config), "--dry-run", XDG_STATE_HOME=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert {"auth", "limits", "tls"} <= json.loads(shown.stdout)["services"]["Frontend"].keys()
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(tests/[\w/.]+)`", (ROOT / "SECURITY.md").read_text()))
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []

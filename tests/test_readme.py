@@ -32,7 +32,7 @@ def test_the_readme_has_the_commands_that_these_tests_run():
     assert MAKES == ["make serve", "make test"]
     assert len(CURLS) == 4
     assert len(BATCH) == 1
-    assert len(OTHERS) == 9
+    assert len(OTHERS) == 11
 
 
 @pytest.mark.parametrize("block", CURLS)
