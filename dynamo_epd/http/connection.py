@@ -74,7 +74,7 @@ class BoundedConnection(HttpToolsProtocol):
             # Its body turned into nonsense: the route shall take the client for gone, and not answer too.
             cycle.disconnected = True
             cycle.message_event.set()
-            cycle = None
+            cycle = None  # type: ignore[assignment]
         if cycle is None or cycle.response_complete:  # else bytes of a reply are on their way
             body = error_body(error)
             head = (
