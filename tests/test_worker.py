@@ -208,6 +208,16 @@ def test_nobody_notices_a_worker_that_stood_still_before_it_was_asked(relay: Ser
     eventually(lambda: len(relay.call()["instances"]) == 3, "the same three", 40)
 
 
+def test_a_door_that_stands_still_is_made_again(relay: Served) -> None:
+    """What listens for HTTP cannot be passed over by those who connect."""
+    stopped = relay.workers("Front")[0]
+    os.kill(stopped, signal.SIGSTOP)
+    relay.wait_for(r"Front-0 has stood still")
+    relay.wait_for(r"Front-0 is back")
+    assert "error" not in relay.call({"number": 1})["results"][0]
+    assert relay.workers("Front")[0] != stopped
+
+
 def _registered(served: Served, instances: set[str]) -> list[Path]:
     return [entry for one in instances for entry in served.state.rglob(f"*{int(one):x}")]
 

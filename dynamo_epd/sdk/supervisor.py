@@ -42,6 +42,13 @@ KILL_GRACE = 20.0
 PROGRESS_SECONDS = 5.0
 DUMP_SECONDS = 2.0
 """For a worker that did not come up to say where it stands, before it is killed."""
+WATCH_SECONDS = 1.0
+STILL_SECONDS = 60.0
+"""A ready worker that was not heard for so long is killed and started again. Others pass it over long before."""
+STILL_HTTP_SECONDS = 5.0
+"""The same for one that listens for HTTP: nobody passes it over, the kernel goes on giving it connections."""
+LATE_SECONDS = 0.25
+"""A timer that rings later than this: this process stood still itself, and can say nothing of the others."""
 TAIL_LINES = 40
 LAST_WORDS = 15
 """Lines of a worker that died that are shown while it is started again."""
@@ -76,6 +83,8 @@ class Slot:
     deaths: int = 0
     started: float = 0.0
     ready_at: float = 0.0
+    heard: float | None = None
+    """When its event loop last said that it turns; None before it is ready and from its drain on."""
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
 
     @property
@@ -160,6 +169,7 @@ class Supervisor:
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._notify.bind(str(self._directory / "notify"))
         asyncio.get_running_loop().add_reader(self._notify, self._read_notice)
+        self._later(self._watch())
 
     async def start(self, slot: Slot) -> None:
         """Starts the slot's process and keeps it from now on."""
@@ -188,6 +198,7 @@ class Supervisor:
 
     async def _spawn(self, slot: Slot) -> None:
         slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
+        slot.heard = None
         await slot.watcher.start()
         slot.pid = next(iter(slot.watcher.processes), None)
         if slot.pid is None:
@@ -253,6 +264,24 @@ class Supervisor:
             if slot.pid == pid:
                 os.kill(pid, signal.SIGKILL)
 
+    async def _watch(self) -> None:
+        """Ends workers that stand still: stopped, or their event loop stuck."""
+        while True:
+            due = time.monotonic() + WATCH_SECONDS
+            await asyncio.sleep(WATCH_SECONDS)
+            late = time.monotonic() - due
+            for slot in self.slots.values():
+                if slot.heard is None or slot.pid is None:
+                    continue
+                if late > LATE_SECONDS:
+                    slot.heard += late + WATCH_SECONDS
+                still = time.monotonic() - slot.heard
+                if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS):
+                    self._show(f"{slot.name} has stood still for {still:.0f} s")
+                    slot.heard = None
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(slot.pid, signal.SIGKILL)
+
     async def _restart(self, slot: Slot, delay: float) -> None:
         await asyncio.sleep(delay)
         if not self._stopping and slot.name in self.slots:
@@ -279,6 +308,10 @@ class Supervisor:
             slot.ready = slot.ever_ready = True
             slot.ready_at = time.monotonic()
             slot.url, slot.instance = fields.get("X_URL"), fields.get("X_INSTANCE")
+        if "READY" in fields or "WATCHDOG" in fields:
+            slot.heard = time.monotonic()
+        if "STOPPING" in fields:
+            slot.heard = None
         self._changed.set()
 
     def _slots_of(self, service: str) -> list[Slot]:

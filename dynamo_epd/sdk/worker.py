@@ -234,7 +234,8 @@ class Worker:
             self._raise_if_ended()
 
     async def _lose_life(self) -> None:
-        """Raises once a `@liveness` function of the service says no: a child it cannot do without has died, say."""
+        """Tells the supervisor that this loop turns, and raises once a `@liveness` function of the service says no: a
+        child it cannot do without has died, say."""
         checks = [getattr(self.instance, name) for name in self.info.marked("liveness")]
         while True:
             await asyncio.sleep(LIVENESS_SECONDS)
@@ -242,6 +243,7 @@ class Worker:
                 alive = check()
                 if not (await alive if inspect.isawaitable(alive) else alive):
                     raise RuntimeError(f"{self.settings.name} is not alive any more")
+            notify(WATCHDOG=1)
 
     async def _drain(self) -> None:
         """Leaves discovery, then finishes what was accepted, within the bound."""
