@@ -21,6 +21,9 @@ from dynamo_epd.engine.environment import NIXL_DELAY
 LISTENER = "nixl_handshake_listener"
 """vLLM's thread that tells decode engines how to READ a prefill engine's KV cache."""
 
+SIDE_CHANNEL = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+"""Set where an engine hands its KV cache over."""
+
 MODELS = {
     "InternVLChatModel": "InternVL",
     "InternVLForConditionalGeneration": "InternVLHF",
@@ -42,6 +45,8 @@ def register() -> None:
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, f"dynamo_epd.engine.models:{name}")
     _leave_every_core()
+    if SIDE_CHANNEL in os.environ:
+        _answer_who_is_no_engine()
     try:
         import nixl._api as api
     except ImportError:
@@ -56,6 +61,15 @@ def _die_with_the_listener(failed: threading.ExceptHookArgs) -> None:
     threading.__excepthook__(failed)
     if failed.thread is not None and failed.thread.name == LISTENER:
         os._exit(1)
+
+
+def _answer_who_is_no_engine() -> None:
+    """Puts a listener in the place of vLLM's that outlives what is no handshake."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import NixlBaseConnectorScheduler
+
+    from dynamo_epd.engine.side_channel import answer_questions
+
+    NixlBaseConnectorScheduler._nixl_handshake_listener = staticmethod(answer_questions)
 
 
 def _leave_every_core() -> None:
