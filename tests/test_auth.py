@@ -235,7 +235,12 @@ def test_who_asks_is_known_by_key_password_or_signature(keys: KeysFile) -> None:
     signed = signer.query("bob", "/v1/images/img-1", int(time.time()) + 60)
     for method in ("GET", "HEAD"):
         assert ask("/v1/images/img-1", query=signed, method=method) == ("bob", False)
-    assert ask("/v1/images/img-1", bearer(ann), query=signed) == ("ann", True), "a key of one's own comes first"
+    assert ask("/v1/images/img-1", bearer(ann), query=signed) == ("bob", False), "an address is for anyone"
+    assert ask("/v1/images/img-2", bearer(ann), query=signed) == ("ann", True)
+    with pytest.raises(NotFound):
+        ask("/v1/images/img-2", basic(ann), query=signed)
+    with pytest.raises(Unauthorized):
+        ask("/v1/images/img-2", bearer("dyn-no"), query=signed)
     for headers in (None, basic(ann), bearer("dyn-no"), bearer(""), {"Authorization": ann}, bearer(ann[:-1])):
         with pytest.raises(Unauthorized):
             ask("/v1/models", headers)
@@ -361,6 +366,24 @@ def test_a_minutes_requests_come_at_once_or_by_and_by_and_tenants_do_not_share()
         ask("ann")
     clock.now += 600
     assert ask("ann")["x-ratelimit-remaining-requests"] == "2", "what was not used is not saved up"
+
+
+@pytest.mark.parametrize("per_minute", [1, 7, 13, 599, 60_000])
+def test_who_waits_as_long_as_told_is_served(per_minute: int) -> None:
+    clock = Clock()
+    rates = Rates(per_minute, None, clock)
+    refusals = 0
+    for _ in range(per_minute + 100):
+        while True:
+            told: dict[str, str] = {}
+            try:
+                with rates.counted("ann", told):
+                    assert int(told["x-ratelimit-remaining-requests"]) >= 0
+                break
+            except RateLimited as refusal:
+                refusals += 1
+                clock.now += refusal.retry_after or 0
+    assert refusals == 100
 
 
 def test_only_so_many_at_once() -> None:

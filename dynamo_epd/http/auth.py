@@ -26,7 +26,7 @@ from urllib.parse import parse_qs
 
 import yaml
 
-from dynamo_epd.errors import Gone, NotFound, Unauthorized
+from dynamo_epd.errors import EpdError, Gone, NotFound, Unauthorized
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.nats_server import state_dir
 
@@ -247,30 +247,35 @@ class Callers:
         on_page = path == PAGE or path.startswith(f"{PAGE}/")
         if self._keys is None:
             return "", not on_page
-        scheme, _, value = (authorization or "").strip().partition(" ")
-        key = None
-        if scheme.lower() == "bearer":
-            key = value.strip()
-        elif on_page:
-            key = key_of(authorization)
-        elif self._signer is not None and method in ("GET", "HEAD") and _PICTURE.fullmatch(path):
-            fields = parse_qs(query[:MOST_QUERY].decode("latin-1"))
-            if "signature" in fields:
+        refusal: EpdError | None = None
+        fields = parse_qs(query[:MOST_QUERY].decode("latin-1")) if _PICTURE.fullmatch(path) else {}
+        if self._signer is not None and method in ("GET", "HEAD") and "signature" in fields:
+            try:
                 return self._signer.tenant_of(self._keys.tenants, path, fields), False
+            except NotFound as error:
+                refusal = error
+        # Only on the page: what a browser adds by itself must not make requests of other sites good.
+        key = key_of(authorization) if on_page or _is_bearer(authorization) else None
         tenant = self._keys.tenant_of(key) if key else None
         if tenant is None:
-            refusal = Unauthorized(
+            if refusal is not None and not key:
+                raise refusal
+            stranger = Unauthorized(
                 "that is no API key of this server" if key else "an API key is needed: send it as a Bearer token"
             )
-            refusal.challenge = 'Basic realm="dynamo", charset="UTF-8"' if on_page else "Bearer"
-            raise refusal
+            stranger.challenge = 'Basic realm="dynamo", charset="UTF-8"' if on_page else "Bearer"
+            raise stranger
         return tenant, not on_page
+
+
+def _is_bearer(authorization: str | None) -> bool:
+    return (authorization or "").strip().partition(" ")[0].lower() == "bearer"
 
 
 def key_of(authorization: str | None) -> str | None:
     """The key in an ``Authorization`` header of either kind: the token, or the password beside any name."""
     scheme, _, value = (authorization or "").strip().partition(" ")
-    if scheme.lower() == "bearer":
+    if _is_bearer(authorization):
         return value.strip() or None
     if scheme.lower() != "basic":
         return None

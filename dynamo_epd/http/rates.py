@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from dynamo_epd.errors import RateLimited
 
 MINUTE = 60.0
+CRUMB = 1e-6
+"""Of a request, lost to rounding: who waits as long as he was told must get it."""
 MOST_TENANTS = 4096
 """Of whom a count is kept. The idle ones, who have all of their minute, are forgotten first and lose nothing by it."""
 
@@ -56,7 +58,7 @@ class Rates:
                 retry_after=1.0,
             )
         if self._per_minute is not None:
-            if count.left < 1:
+            if count.left < 1 - CRUMB:
                 wait = (1 - count.left) * MINUTE / self._per_minute
                 raise RateLimited(
                     f"Rate limit reached for requests per minute (RPM): Limit {self._per_minute}. "
@@ -90,7 +92,7 @@ class Rates:
             return {}
         return {
             "x-ratelimit-limit-requests": str(self._per_minute),
-            "x-ratelimit-remaining-requests": str(math.floor(count.left)),
+            "x-ratelimit-remaining-requests": str(max(0, math.floor(count.left + CRUMB))),
             "x-ratelimit-reset-requests": _duration((self._per_minute - count.left) * MINUTE / self._per_minute),
         }
 
