@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -659,6 +660,10 @@ def test_what_a_connection_is_told_by_the_environment(certificates: Certificates
     context = connect_options(tls)["tls"]
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     assert connect_options(tls | {"NATS_TLS_INSECURE": "true"})["tls"].verify_mode == ssl.CERT_NONE
+    if importlib.util.find_spec("nkeys") is None:
+        for name in ("NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE"):
+            with pytest.raises(ConfigError, match=f"{name}: .* nkeys"):
+                connect_options({name: "x"})
     with pytest.raises(ConfigError, match=r"no\.pem"):
         connect_options(tls | {"NATS_TLS_CA_CERT_PATH": str(tmp_path / "no.pem")})
 
