@@ -286,7 +286,7 @@ class Call:
         begun = time.monotonic()
         while True:
             try:
-                async with _listening():
+                async with _listening(self._endpoint.service.name):
                     self._stream = await self._endpoint.remote.direct(
                         payload, instance, annotated=False, context=self._context
                     )
@@ -300,7 +300,7 @@ class Call:
         frame: Any = wire.BEAT
         try:
             while frame is wire.BEAT:
-                async with _listening():
+                async with _listening(self._endpoint.service.name):
                     frame = await self._stream.__anext__()
             return frame
         except StopAsyncIteration:
@@ -342,8 +342,8 @@ class Call:
 
 
 @contextlib.asynccontextmanager
-async def _listening() -> AsyncIterator[None]:
-    """Raises TimeoutError after `wire.SILENT_SECONDS` in which this process listened and heard nothing."""
+async def _listening(name: str) -> AsyncIterator[None]:
+    """Raises TimeoutError after `wire.SILENT_SECONDS` in which this process listened to ``name`` and heard nothing."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as bound:
         timer: asyncio.TimerHandle
@@ -357,6 +357,7 @@ async def _listening() -> AsyncIterator[None]:
             if loop.time() - due > LATE_SECONDS:
                 timer = listen()
             else:
+                log.warning("a %s was silent for %g s and counts as lost", name, wire.SILENT_SECONDS)
                 bound.reschedule(loop.time())
 
         timer = listen()
