@@ -10,7 +10,7 @@ from typing import Literal
 
 from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery, States, StatesRequest
 from dynamo_epd.batching import Batcher
-from dynamo_epd.errors import ModelNotFound
+from dynamo_epd.errors import InvalidRequest, ModelNotFound
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 
@@ -86,6 +86,8 @@ class EmbedWorker(ArenaOwner):
     async def states(self, request: StatesRequest) -> AsyncIterator[States]:
         """Token-level states for a picture, and the prompt's vector: one forward where the pipeline masks its padding,
         else two rows of one batch."""
+        if not 0 < request.real <= len(request.ids) <= self.config.batch_tokens:
+            raise InvalidRequest(f"a prompt has from 1 to {self.config.batch_tokens} tokens")
         real = request.ids[: request.real]
         rows = [real] if request.masked else [request.ids, real]
         done = await asyncio.gather(*(self.batcher.submit(row) for row in rows))

@@ -132,6 +132,7 @@ class _ArenaCollector:
         seconds = SummaryMetricFamily("nixl_transfer_seconds", "Seconds of READs over NIXL, with digest", labels=LABELS)
         seconds.add_metric(self._labels, stats.transfers, stats.transfer_seconds)
         yield seconds
+        yield self._counter("epd_transfer_failures", "READs refused or failed", stats.transfer_failures)
         yield self._counter("epd_digest_failures", "READs whose bytes were refused", stats.digest_failures)
         yield self._gauge("epd_arena_used_bytes", "Bytes of the arena in use", stats.bytes_used)
         yield self._gauge("epd_arena_leases", "Leases outstanding", stats.leases)

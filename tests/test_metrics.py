@@ -44,6 +44,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         "epd_embedding_cache_misses_total": 8.0,
         "epd_embedding_cache_bytes": 64.0,
         "epd_arena_leases": 5.0,
+        "epd_transfer_failures_total": 2.0,
         "epd_digest_failures_total": 1.0,
         "nixl_transfer_bytes_total": 4096.0,
         "nixl_transfer_seconds_sum": 0.5,

@@ -8,7 +8,6 @@ them all. There is no engine, no scheduler and no KV cache here: `Encoder` is tw
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +129,7 @@ class PixelEncoder:
 
 def _join_world_of_one() -> None:
     """vLLM's layers ask for tensor-parallel groups even where there is one process. Encoders in it share them."""
+    import torch
     from vllm.distributed import (
         init_distributed_environment,
         initialize_model_parallel,
@@ -139,14 +139,8 @@ def _join_world_of_one() -> None:
 
     if model_parallel_is_initialized():
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{port}",
-        backend=current_platform.dist_backend,
-    )
+    # A store of its own: vLLM's would listen on every address of the machine, for anybody.
+    backend = current_platform.dist_backend
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    init_distributed_environment(world_size=1, rank=0, local_rank=0, backend=backend)
     initialize_model_parallel(1, 1)

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -61,6 +61,18 @@ class Prefilled:
     kv: dict[str, Any]
     token_ids: list[int]
     queue_seconds: float
+
+
+class HandedOver(msgspec.Struct):
+    """What vLLM 0.31 takes for granted of a KV cache that it is to pull: without one of these its EngineCore ends."""
+
+    do_remote_prefill: Literal[True]
+    remote_block_ids: Annotated[list[Any], msgspec.Meta(min_length=1)]
+    remote_engine_id: str
+    remote_request_id: str
+    remote_host: str
+    remote_port: int
+    tp_size: int
 
 
 class LanguageEngine:
@@ -159,7 +171,7 @@ class LanguageEngine:
         ``sampling`` is `encode_sampling`'s text. Closing the iterator aborts the request in the engine.
 
         Raises:
-            InvalidRequest: the expanded prompt does not fit the model.
+            InvalidRequest: the expanded prompt does not fit the model, or ``kv`` is none.
             Preempted: the engine lost the KV cache (preemption, or it could not be pulled).
         """
         from vllm.sampling_params import RequestOutputKind
@@ -170,6 +182,10 @@ class LanguageEngine:
             if self._role != "decode":
                 # vLLM would ignore it and prefill the placeholder tokens: a wrong answer in silence.
                 raise InternalError("this engine cannot take a KV cache over")
+            try:
+                msgspec.convert(kv, HandedOver)
+            except msgspec.ValidationError as error:
+                raise InvalidRequest("what was handed over is no KV cache") from error
             params.extra_args = {"kv_transfer_params": kv}
         first = True
         outputs = self._run(request_id, token_ids, images, cache_salt, params)

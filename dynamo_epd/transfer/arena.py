@@ -209,10 +209,14 @@ class Arena:
         that makes no sense and for an owner that is gone, `StaleHandle`, `LeaseExpired`, `DigestMismatch`,
         `TransferTimeout`, and what `reserve` raises.
         """
-        for handle in handles:
-            handle.check()
-        if len(handles) > MAX_HANDLES:
-            raise HandOffFailed(f"{len(handles)} handles in one read")
+        try:
+            for handle in handles:
+                handle.check()
+            if len(handles) > MAX_HANDLES:
+                raise HandOffFailed(f"{len(handles)} handles in one read")
+        except HandOffFailed:
+            self._transfer_failures += 1
+            raise
         async with self._read(handles, timeout) as tensors:
             yield tensors
 
@@ -221,6 +225,7 @@ class Arena:
         self._check_open()
         lease_left = min((handle.lease_end for handle in handles), default=math.inf) - time.time()
         if lease_left < MARGIN_SECONDS:
+            self._transfer_failures += 1
             raise LeaseExpired("the handle's lease is over, or too nearly")
         loop = asyncio.get_running_loop()
         started = loop.time()
