@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fuzzer of a graph's front door: bodies that were right, changed by a seed, for every route that takes one.
+
+``python -m tests.hardening.fuzz --url http://127.0.0.1:8000 --count 20000 --seed 7`` against a graph of content
+validation. Hypothesis draws the changes: values of a field's own kind and of any other, its bounds and beyond, fields
+of other routes, of vLLM and of the inside, structure that is moved, doubled or lost, and at last the bytes. Exit status
+1 where a reply was a 5xx, broke off or was no OpenAI error body, or a neighbour was answered wrongly; each with the
+body that did it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import http.client
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from queue import Queue
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from dynamo_epd.http.body import BodyLimits, _sampling
+from dynamo_epd.http.images import PICTURE
+from tests.hardening.edge import CHAT, EMBEDDINGS, EVERY, PREDICT, Entry, Reply, refused
+from tests.hardening.files import BOMBS, BROKEN, FOREIGN, ODD, blocks, saved
+from tests.questions import data_url, user
+
+CONNECTIONS = 16
+EVERY_SO_MANY = 200
+"""Bodies between two questions of a neighbour."""
+BOUND = 120.0
+MOST_TOKENS = 8
+"""A body may be right after all: then its answer shall be short."""
+MOST_STEPS = 2
+
+FIELDS = sorted(
+    {*_sampling(BodyLimits()), *PICTURE}
+    | {
+        "messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice",
+        "parallel_tool_calls", "prompt", "echo", "input", "encoding_format", "dimensions", "threshold",
+        "include_embeddings", "partial_images", "background", "moderation", "style", "instances", "parameters", "user",
+        "metadata", "store", "service_tier", "functions", "best_of", "suffix", "image_embeds", "prompt_embeds",
+        "kv_transfer_params", "cache_salt", "mm_processor_kwargs", "chat_template", "priority", "request_id", "uuid",
+        "vllm_xargs", "role", "content", "name", "type", "image_url", "url", "detail", "text", "tool_calls", "function",
+        "arguments", "id", "schema", "json_schema", "include_usage",
+    }
+)  # fmt: skip
+"""Of every route, of vLLM, and of what stands inside a message."""
+
+NUMBERS = st.one_of(
+    st.sampled_from(
+        (0, 1, -1, 2, 7, 8, 11, 64, 100, 101, 1000, 2**31, 2**63 - 1, 2**63, 10**12, 10**300, 0.5, -0.0, 1e300)
+    ),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+WORDS = st.sampled_from(
+    (
+        "", " ", "x", "0", "-1", "null", "true", "auto", "none", "url", "b64_json", "png", "webp", "64x64", "8x8",
+        "512x512", "-1x5", "99999x99999", "tiny-llava", "tiny-image", "tiny-t5", "../x", "/etc/passwd", "<image>",
+        "data:,", "data:image/png;base64,", "http://127.0.0.1/", "file:///etc/passwd", "{{ 7 * 7 }}", "'; --", "\u202e",
+        "\U0001f600" * 40, "a large red star on a blue background", "json_schema", "image_url", "user", "tool",
+        "\x7f", "\u0000", "x" * 300, "x" * 40_000, "y " * 3000,
+    )
+)  # fmt: skip
+TEXTS = st.one_of(WORDS, st.text(max_size=40))
+LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(FIELDS), TEXTS), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+Make = Callable[[], bytes]
+FILES: tuple[Make, ...] = tuple([*BOMBS.values(), *BROKEN.values(), *FOREIGN.values(), *ODD.values()])
+_files: dict[int, str] = {}
+SMALL = 200_000
+"""Bytes of a file that is sent often."""
+
+SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+RIGHT: tuple[Entry, ...] = (
+    *EVERY,
+    Entry("chat", CHAT.path, {**CHAT.body, "messages": [user("What is it?", data_url(saved(blocks(), "PNG")))]}),
+    Entry("chat", CHAT.path, {**CHAT.body, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
+    Entry(
+        "chat",
+        CHAT.path,
+        {**CHAT.body, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    ),
+    Entry(
+        "chat",
+        CHAT.path,
+        {
+            **CHAT.body,
+            "tools": [{"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}],
+            "tool_choice": "none",
+            "stop": ["x"],
+            "logit_bias": {"5": 1},
+            "logprobs": True,
+            "top_logprobs": 2,
+        },
+    ),
+    Entry("embeddings", EMBEDDINGS.path, {"input": ["a", "b"], "encoding_format": "base64"}),
+    Entry("predict", PREDICT.path, {"instances": ["a star"], "parameters": {"num_inference_steps": 1}}),
+)
+"""Bodies that are answered as they are: each change begins with one of them."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One request."""
+
+    method: str
+    path: str
+    body: bytes
+
+
+def _file(index: int) -> str:
+    if index not in _files:
+        made = FILES[index]()
+        _files[index] = data_url(made if len(made) < SMALL else made[:SMALL])
+    return _files[index]
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything below ``value``."""
+    steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, one in steps:
+        yield (*at, step)
+        yield from _places(one, (*at, step))
+
+
+def _reached(value: Any, place: tuple[Any, ...]) -> Any:
+    for step in place:
+        value = value[step]
+    return value
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Shot:
+    """A right body with one to four changes, and at times its bytes changed after that."""
+    entry = draw(st.sampled_from(RIGHT))
+    body: Any = copy.deepcopy(entry.body)
+    for _ in range(draw(st.integers(1, 4))):
+        body = _changed(draw, body)
+    body = _bounded(body)
+    raw = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 9)) == 7:
+        raw = _spoilt(draw, raw)
+    path = entry.path
+    if entry.path.endswith(":predict") and draw(st.integers(0, 9)) == 7:
+        path = f"/v1/models/{quote(draw(TEXTS).encode('utf-8', 'replace')[:100], safe='')}:predict"
+    if draw(st.integers(0, 39)) == 29:
+        return Shot("POST", f"/text-to-image?text={quote(draw(TEXTS).encode('utf-8', 'replace')[:2000])}", raw)
+    return Shot("POST", path, raw)
+
+
+def _changed(draw: st.DrawFn, body: Any) -> Any:
+    if not isinstance(body, dict | list) or not body:
+        return draw(VALUES)
+    place = draw(st.sampled_from(list(_places(body))))
+    holder, step = _reached(body, place[:-1]), place[-1]
+    old = holder[step]
+    change = draw(st.integers(0, 9))
+    if change <= 2:
+        holder[step] = draw(_like(old))
+    elif change == 3:
+        holder[step] = draw(VALUES)
+    elif change == 4:
+        if isinstance(holder, dict):
+            holder[draw(st.sampled_from(FIELDS))] = draw(VALUES)
+        else:
+            holder.insert(step, draw(VALUES))
+    elif change == 5:
+        del holder[step]
+    elif change == 6 and isinstance(holder, dict):
+        holder[draw(st.one_of(st.sampled_from(FIELDS), TEXTS))] = holder.pop(step)
+    elif change == 7:
+        holder[step] = [old] * draw(st.sampled_from((0, 1, 2, 9, 17, 300)))
+    elif change == 8:
+        other = _reached(body, draw(st.sampled_from(list(_places(body)))))
+        holder[step] = copy.deepcopy(other)
+    else:
+        depth = draw(st.sampled_from((1, 3, 70, 130)))
+        for _ in range(depth):
+            old = [old] if draw(st.booleans()) else {"a": old}
+        holder[step] = old
+    return body
+
+
+def _like(old: Any) -> st.SearchStrategy[Any]:
+    """Values of the same kind."""
+    if isinstance(old, bool):
+        return st.booleans()
+    if isinstance(old, int | float):
+        return NUMBERS
+    if isinstance(old, str) and old.startswith("data:"):
+        return st.integers(0, len(FILES) - 1).map(_file)
+    if isinstance(old, str):
+        return TEXTS
+    return VALUES
+
+
+def _bounded(body: Any) -> Any:
+    """What would only make a right answer long is cut: the machine's time is for other bodies."""
+    if isinstance(body, dict):
+        for name, most in (("max_tokens", MOST_TOKENS), ("num_inference_steps", MOST_STEPS), ("n", 2)):
+            given_ = body.get(name)
+            if isinstance(given_, int) and most < given_ <= 1000:
+                body[name] = most
+        if "messages" in body or ("prompt" in body and "max_tokens" in body):
+            body.setdefault("max_tokens", MOST_TOKENS)
+        elif "prompt" in body:
+            body.setdefault("num_inference_steps", 1)
+    return body
+
+
+def _spoilt(draw: st.DrawFn, raw: bytes) -> bytes:
+    at = draw(st.integers(0, len(raw)))
+    piece = draw(
+        st.sampled_from(
+            (b"", b"\0", b"\xff", b"\xed\xa0\x80", b"{", b"}", b"[", b'"', b",", b"\\u0000", b"\\ud800", b"NaN",
+             b"1e999",
+             b'"a":1,"a":2', b"\xef\xbb\xbf", b"/*", b"[" * 200, b"\\")
+        )
+    )  # fmt: skip
+    return raw[:at] + piece + raw[at + draw(st.sampled_from((0, 0, 1, 5, len(raw)))) :]
+
+
+def shots(count: int, number: int) -> list[Shot]:
+    """``count`` requests; the same for the same ``number``."""
+    found: list[Shot] = []
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(bodies())
+    def draw(shot: Shot) -> None:
+        found.append(shot)
+
+    rounds = 0
+    while len(found) < count:  # Hypothesis ends early where it believes to have seen all
+        draw()
+        rounds += 1
+        draw = seed(number + rounds)(draw)
+    return found[:count]
+
+
+@dataclass
+class Report:
+    """What came of a run."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        total = sum(self.statuses.values())
+        shares = ", ".join(f"{status}: {number}" for status, number in sorted(self.statuses.items()))
+        took = f"{total} bodies in {self.seconds:.0f} s ({shares})"
+        return f"{took}; slowest {self.slowest:.1f} s; {len(self.faults)} faults"
+
+
+class Fuzzer:
+    """Sends shots over `CONNECTIONS` connections that are kept open, and judges every reply."""
+
+    def __init__(self, url: str, canary: Callable[[], object], headers: Mapping[str, str] | None = None):
+        parts = urlsplit(url)
+        self._address = parts.hostname or "127.0.0.1", parts.port or 80
+        self._canary = canary
+        self._headers = {"content-type": "application/json", **(headers or {})}
+        self.report = Report()
+        self._lock = threading.Lock()
+
+    def run(self, shots: list[Shot]) -> Report:
+        """``canary`` is called every `EVERY_SO_MANY` shots, while others are under way; what it raises is a fault."""
+        began = time.monotonic()
+        waiting: Queue[Shot | None] = Queue(2 * CONNECTIONS)
+        threads = [threading.Thread(target=self._work, args=(waiting,)) for _ in range(CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        for index, shot in enumerate(shots):
+            waiting.put(shot)
+            if index % EVERY_SO_MANY == 0:
+                self._ask()
+        for _ in threads:
+            waiting.put(None)
+        for thread in threads:
+            thread.join()
+        self._ask()
+        self.report.seconds = time.monotonic() - began
+        return self.report
+
+    def _ask(self) -> None:
+        try:
+            self._canary()
+        except Exception as error:  # a neighbour's trouble of any kind is what is looked for
+            self._fault(f"a neighbour: {type(error).__name__}: {error}"[:500])
+
+    def _fault(self, text: str) -> None:
+        with self._lock:
+            self.report.faults.append(text)
+
+    def _work(self, waiting: Queue[Shot | None]) -> None:
+        connection = http.client.HTTPConnection(*self._address, timeout=BOUND)
+        while (shot := waiting.get()) is not None:
+            began = time.monotonic()
+            try:
+                connection.request(shot.method, shot.path, shot.body, self._headers)
+                answer = connection.getresponse()
+                named = {name.lower(): value for name, value in answer.getheaders()}
+                reply = Reply(answer.status, named, answer.read(), time.monotonic() - began)
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                self._fault(f"no reply ({type(error).__name__}) to {shot.path} {shot.body[:2000]!r}")
+                continue
+            with self._lock:
+                self.report.statuses[reply.status] += 1
+                self.report.slowest = max(self.report.slowest, reply.seconds)
+            fault = judged(reply)
+            if fault:
+                self._fault(f"{fault}: {shot.path} {shot.body[:2000]!r}")
+        connection.close()
+
+
+def judged(reply: Reply) -> str | None:
+    """What is wrong with a reply, if anything: it must be an answer, or a refusal in OpenAI's form."""
+    if reply.status in (200, 202):
+        if b'{"error"' in reply.body and b'"internal_error"' in reply.body:
+            return "an internal error in a stream"
+        return None
+    if reply.status == 503 and "retry-after" in reply.headers:
+        return None if b"overloaded" in reply.body else f"503 {reply.body[:300]!r}"  # a bound was reached, as it should
+    if reply.status >= 500:
+        return f"{reply.status} {reply.body[:300]!r}"
+    try:
+        refused(reply, (400, 404, 413, 415, 422, 431))
+    except (AssertionError, ValueError, KeyError) as error:
+        return f"no refusal of ours ({str(error)[:300]})"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--key", help="an API key, where the graph wants one")
+    arguments = parser.parse_args()
+    headers = {"authorization": f"Bearer {arguments.key}"} if arguments.key else {}
+    report = Fuzzer(arguments.url, canary(arguments.url, headers), headers).run(shots(arguments.count, arguments.seed))
+    print(f"seed {arguments.seed}: {report}")
+    for fault in report.faults[:20]:
+        print(fault)
+    return 1 if report.faults else 0
+
+
+def canary(url: str, headers: Mapping[str, str]) -> Callable[[], object]:
+    """A question whose answer must stay what it was at first."""
+    from tests.questions import post
+
+    body = {**CHAT.body, "messages": [user("Describe the picture.", data_url(saved(blocks(64, 64), "PNG")))]}
+
+    def asked() -> str:
+        reply = post(f"{url}{CHAT.path}", body, 120, **headers)
+        return str(reply["choices"][0]["message"]["content"])
+
+    first = asked()
+
+    def again() -> None:
+        assert asked() == first
+
+    return again
+
+
+if __name__ == "__main__":
+    sys.exit(main())
