@@ -54,6 +54,8 @@ REFUSED: dict[str, Any] = {
     "large repetition": {"pattern": "a{1,99999999999}"},
     "large count": {"maxLength": 10**9},
     "large count, as a float": {"minItems": 1e12},
+    "a number of 65 bits": {"maximum": 2**64},
+    "a number without end in a list": {"enum": [{"x": [-(10**300)]}]},
     "not an object": ["a"],
     "a truth value": True,
     "null": None,

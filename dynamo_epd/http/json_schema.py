@@ -17,6 +17,8 @@ MAX_COUNT = 4096
 """Highest minLength, maxItems and their like: a grammar spells repetitions out."""
 MAX_PATTERN = 256
 MAX_REPETITION = 64
+MAX_INTEGER = 2**63 - 1
+"""What crosses processes as an integer."""
 
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _ELSEWHERE = frozenset({"$dynamicRef", "$recursiveRef"})
@@ -33,6 +35,8 @@ def check_schema(schema: Any, param: str) -> dict[str, Any]:
     _check_depth(schema, param)
     if len(json.dumps(schema)) > MAX_BYTES:
         raise InvalidRequest(f"'{param}' is longer than {MAX_BYTES} bytes", param=param)
+    if any(isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER for value in _scalars(schema)):
+        raise InvalidRequest(f"a number in '{param}' has more than 64 bits", param=param)
     for node in _objects(schema):
         for key, value in node.items():
             if key == "pattern" and isinstance(value, str):
@@ -110,6 +114,21 @@ def _target(schema: dict[str, Any], pointer: _Pointer, param: str) -> Any:
         else:
             raise InvalidRequest(f"a reference in '{param}' points to nothing", param=param)
     return node
+
+
+def _scalars(node: Any) -> list[Any]:
+    """Every value below ``node`` that is neither an object nor an array."""
+    found: list[Any] = []
+    waiting = [node]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+        else:
+            found.append(item)
+    return found
 
 
 def _objects(node: Any) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ WORDS = st.sampled_from(
     (
         "", " ", "x", "0", "-1", "null", "true", "auto", "none", "url", "b64_json", "png", "webp", "64x64", "8x8",
         "512x512", "-1x5", "99999x99999", "tiny-llava", "tiny-image", "tiny-t5", "../x", "/etc/passwd", "<image>",
-        "data:,", "data:image/png;base64,", "http://127.0.0.1/", "file:///etc/passwd", "{{ 7 * 7 }}", "'; --", "\u202e",
+        "data:,", "data:image/png;base64,", "http://frontend/", "file:///etc/passwd", "{{ 7 * 7 }}", "'; --", "\u202e",
         "\U0001f600" * 40, "a large red star on a blue background", "json_schema", "image_url", "user", "tool",
         "\x7f", "\u0000", "x" * 300, "x" * 40_000, "y " * 3000,
     )
