@@ -199,6 +199,7 @@ def test_a_lease_that_is_over_is_not_read(owner: ArenaOwner) -> None:
         handle = owner.publish(1, 100, seconds=0.05)
         await refused(arena, handle, LeaseExpired)
         assert arena.stats().peers == 0, "nobody was asked"
+        assert arena.stats().transfer_failures == 1
         await until(lambda: owner.stats()["leases"] == 0)  # its reader never came: it ends by itself
         assert owner.stats()["leases_expired"] >= 1
         assert owner.stats()["bytes_used"] == 0
@@ -228,6 +229,7 @@ def test_a_forged_handle_harms_nobody(owner: ArenaOwner, forged: dict[str, Any],
             assert owner.stats()["leases"] == 1, "an unknown lease ends no other"
         else:
             await refused(arena, wrong, error)
+        assert arena.stats().transfer_failures == (0 if error is None else 1)
         assert await read_bytes(arena, handle) == content(1, 100)
         await until(lambda: owner.stats()["leases"] == 0)
 
