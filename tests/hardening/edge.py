@@ -181,6 +181,7 @@ class Door:
         self.neighbour = neighbour
         self.canary = Canary()
         self.canaries = [self.canary, *_well_known()]
+        self._dialled = 0
         self._processes = graph.tree()
         assert len(self._processes) > 6, graph.text
 
@@ -191,7 +192,8 @@ class Door:
         """Fails if a process is gone, or anything has dialled a canary."""
         lost = [one for one in self._processes if not one.is_running() or one.status() == psutil.STATUS_ZOMBIE]
         assert not lost, f"{lost}\n{self.graph.text[-3000:]}"
-        assert sum(one.dialled() for one in self.canaries) == 0
+        before, self._dialled = self._dialled, sum(one.dialled() for one in self.canaries)
+        assert self._dialled == before
 
     def close(self) -> None:
         for one in self.canaries:

@@ -102,7 +102,8 @@ SLOW: dict[str, tuple[Say, str]] = {
     "endless body, chunked": (forever(CHUNKED, b"10000\r\n" + bytes(0x10000) + b"\r\n"), "media_too_large"),
     "endless body, until the end": (forever(UNBOUNDED, bytes(0x10000)), "media_too_large"),
     "length above the limit": (ok(length=ENDLESS), "media_too_large"),
-    "length above every number": (ok(length=10**40), "media_too_large"),
+    "length of an exabyte": (ok(length=10**18), "media_too_large"),
+    "length above every number": (ok(length=10**40), "invalid_image"),
     "length too long by a byte": (ok(picture(1), length=len(picture(1)) + 1), "invalid_image"),
     "length too long, silent": (saying(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"), "invalid_image"),
     "length too short": (ok(picture(1), length=20), "invalid_image"),
@@ -192,7 +193,7 @@ PLACES = {
     "port 65536": "http://127.0.0.1:65536/",
     "open bracket": "http://[::1/",
     "backslash": "http:\\\\127.0.0.1:{port}\\",
-    "tab": "ht\ttp://127.0.0.1:{port}/",
+    "tab": "ht\ttp://169.254.169.254/",
     "too long": "/" + "x" * 9000,
 }
 
