@@ -65,8 +65,9 @@ class's defaults are for photographs of 1024 pixels. What judges its pictures is
 colours, shapes and sizes from the pixels, and what it cannot read counts as wrong.
 """,
         limits="""
-It knows only this world: prompts worded as `models/world.py` words captions, of one thing. Two things it does not draw
-yet: their colours run together. Any other prompt gives some picture of that world.
+It knows only this world: prompts worded as `models/world.py` words captions, of one thing or two. Another seed moves
+them a little and no more: one thing stands in the middle, two in opposite corners. Any other prompt gives some picture
+of that world.
 """,
     ),
 }

@@ -40,36 +40,36 @@ CUTTING_RATE = 3e-3
 VAE_STEPS = 700
 VAE_BATCH = 8
 VAE_RATE = 1e-3
+VAE_PAIRS = 0.25
 DECODER_STEPS = 900
 DECODER_NOISE = 0.1
 """Added to latents of unit spread while the decoder alone is taught: a transformer's latents are never quite right."""
 KL = 1e-4
 """Weight of the term that keeps the latents near a normal distribution."""
-STILL_STEPS = 3000
+STILL_STEPS = 4000
 STILL_RATE = 1e-3
-STEPS = 6000
-RATE = 5e-4
-FINE_STEPS = 3500
-FINE_RATE = 6e-4
+STEPS = 4500
+RATE = 6e-4
+FINE_STEPS = 3800
 BATCH = 32
 AVERAGE = 0.999
 POOL = 16_000
 """Pictures whose latents are computed once; each is met several times, with another noise and another wording."""
-SPREAD = 0.2
+SPREAD = 0.1
 """How far things stray from their usual place in what the transformer learns to draw at last: a prompt does not say
 where they are, and what may be anywhere takes many times as long to learn. At first they do not stray at all: a prompt
 then has one picture, and what its words look like is learned soon."""
-PAIRS = 0.25
-FINE_SPREAD = 0.1
-FINE_PAIRS = 0.1
+FINE_SPREAD = 0.05
+PAIRS = 0.5
+FINE_PAIRS = 0.65
 DROPPED = 0.1
 """Part of the prompts that are left out, for guidance."""
 PARAPHRASED = 0.2
 THING_WEIGHT = 5.0
 """Of a cell in the loss where a thing is or ends, against 1 for the background's."""
-FINE_SHARE = 0.8
-"""At last what such cells weigh together, whatever their number, beside 1 for all: a small thing counts as a large
-one."""
+SHARE = 0.8
+"""Later what such cells weigh together, whatever their number, beside 1 for all: a small thing counts as a large one.
+At last those of each thing weigh that much: the small one of a pair counts as the large one."""
 SIGNAL = 5.0
 """The error's weight is the signal's power in units of the noise's, from 1 to this (arXiv 2202.00512, truncated)."""
 SHIFT = 3.0
@@ -120,12 +120,13 @@ def build_transformer(text_width: int) -> PixArtTransformer2DModel:
 def pixels(
     scenes: Iterator[world.Scene], count: int, chance: random.Random, spread: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, list[world.Scene]]:
-    """Drawn scenes: uint8 (count, 3, 64, 64); whether a thing is there, bool (count, 1, 64, 64); the scenes."""
+    """Drawn scenes: uint8 (count, 3, 64, 64); whether the first, the second thing is there, bool (count, 2, 64, 64); the
+    scenes."""
     taken = [next(scenes) for _ in range(count)]
     drawn = [world.draw(scene, chance, spread=spread) for scene in taken]
     images = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in drawn]))
-    things = torch.from_numpy(np.stack([picture.owner > 0 for picture in drawn]))
-    return images.permute(0, 3, 1, 2).contiguous(), things[:, None], taken
+    owners = torch.from_numpy(np.stack([picture.owner for picture in drawn]))
+    return images.permute(0, 3, 1, 2).contiguous(), torch.stack((owners == 1, owners == 2), 1), taken
 
 
 def _to_range(image: torch.Tensor) -> torch.Tensor:
@@ -155,7 +156,7 @@ def _error(back: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, float
 
 
 def _drawn(count: int, chance: random.Random) -> torch.Tensor:
-    return _to_range(pixels(world.scenes(chance, held_out=False, pairs=PAIRS), count, chance)[0])
+    return _to_range(pixels(world.scenes(chance, held_out=False, pairs=VAE_PAIRS), count, chance)[0])
 
 
 def _cut(count: int, chance: random.Random) -> torch.Tensor:
@@ -196,7 +197,7 @@ class Pool:
     latents: float32 (POOL, 4, 16, 16), at unit spread. weights: float32 (POOL, 1, 16, 16), of each cell in the loss.
     """
 
-    def __init__(self, vae: AutoencoderKL, spread: float, pairs: float, share: float):
+    def __init__(self, vae: AutoencoderKL, spread: float, pairs: float, share: float, apart: bool):
         print(f"image: drawing {POOL} pictures", file=sys.stderr, flush=True)
         chance = random.Random(f"pool {SEED} {spread}")
         scenes = world.scenes(chance, held_out=False, pairs=pairs)
@@ -208,8 +209,10 @@ class Pool:
                 parts.append(vae.encode(_to_range(image)).latent_dist.mean.float() * vae.config["scaling_factor"])
                 # A thing and what lies around it: its shape shows there, in a few cells of many.
                 near = functional.max_pool2d(things.to(device()).float(), 8, stride=4, padding=2)
-                extra = share / near.mean((1, 2, 3), keepdim=True) if share else THING_WEIGHT - 1
-                weights.append(1 + extra * near)
+                if not apart:
+                    near = near.amax(1, keepdim=True)
+                extra = share / near.mean((2, 3), keepdim=True).clamp(min=1e-6) if share else THING_WEIGHT - 1
+                weights.append(1 + (extra * near).sum(1, keepdim=True))
                 self.scenes += taken
         self.latents, self.weights = torch.cat(parts), torch.cat(weights)
 
@@ -248,7 +251,7 @@ def _prompt(scene: world.Scene, chance: random.Random) -> str:
     """What the pipeline would hand to the tokenizer: it lowers the case of every prompt."""
     if chance.random() < DROPPED:
         return ""
-    text = world.paraphrase(scene, chance) if chance.random() < PARAPHRASED else scene.caption
+    text = world.worded(scene, chance) if chance.random() < PARAPHRASED else scene.caption
     return f"{text}." if chance.random() < 0.1 else text
 
 
@@ -270,12 +273,14 @@ def main() -> None:
     transformer = build_transformer(text.config.d_model)
     transformer.set_attn_processor(AttnProcessor())  # at this size a CPU's fused attention takes twice as long
 
-    def train(name: str, steps: int, rate: float, spread: float, pairs: float, share: float = 0.0) -> Run:
+    def train(
+        name: str, steps: int, rate: float, spread: float, pairs: float, share: float = 0.0, apart: bool = False
+    ) -> Run:
         pool: list[Pool] = []
 
         def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
             if not pool:  # a finished run asks for no loss, and needs no pictures
-                pool.append(Pool(vae, spread, pairs, share))
+                pool.append(Pool(vae, spread, pairs, share, apart))
             return _loss(transformer, text, tokenizer, pool[0], chance)
 
         run = Run(name, transformer, steps, rate, average=AVERAGE)
@@ -284,8 +289,8 @@ def main() -> None:
 
     runs = [
         train("image-transformer-still", STILL_STEPS, STILL_RATE, 0.0, PAIRS),
-        train("image-transformer", STEPS, RATE, SPREAD, PAIRS),
-        train("image-transformer-fine", FINE_STEPS, FINE_RATE, FINE_SPREAD, FINE_PAIRS, FINE_SHARE),
+        train("image-transformer", STEPS, RATE, SPREAD, PAIRS, SHARE),
+        train("image-transformer-fine", FINE_STEPS, RATE, FINE_SPREAD, FINE_PAIRS, SHARE, apart=True),
     ]
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,

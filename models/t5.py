@@ -31,7 +31,7 @@ from models.training import Run, device
 
 DIRECTORY = Path("models/tiny/t5")
 SEED = 2
-STEPS = 1000
+STEPS = 4000
 BATCH = 32
 NEGATIVES = 3
 """Hard negatives of each text."""
@@ -39,7 +39,7 @@ PAIRS = 0.6
 """Part of the scenes with two things: they are the hard ones."""
 RATE = 1e-3
 TEMPERATURE = 0.05
-HEADS = 0.1
+HEADS = 0.2
 """Weight of the attribute heads, which are thrown away, beside the contrastive loss."""
 VOCABULARY = 600
 PLAIN_TEXT = Path("LICENSE")
@@ -126,16 +126,16 @@ THINGS = tuple(itertools.product(world.SIZES, world.COLOURS, world.SHAPES))
 
 
 class WithHeads(nn.Module):
-    """The encoder and, for every token, what the whole text says: its background, and of each thing, size, colour and
-    shape whether it is in it. What a picture is made from then stands in every state, where one layer can read it."""
+    """The encoder and, for every token, what the whole text says: its background, and of the thing named first and of
+    the one named second, each thing, size, colour and shape whether it is that. What a picture is made from then
+    stands in every state, where one layer can read it."""
 
     def __init__(self, encoder: T5EncoderModel):
         super().__init__()
         self.encoder = encoder
         self.background = nn.Linear(encoder.config.d_model, len(world.COLOURS))
-        self.present = nn.Linear(
-            encoder.config.d_model, len(THINGS) + len(world.SIZES) + len(world.COLOURS) + len(world.SHAPES)
-        )
+        parts = len(THINGS) + len(world.SIZES) + len(world.COLOURS) + len(world.SHAPES)
+        self.things = nn.Linear(encoder.config.d_model, 2 * parts)
 
     def error(self, states: torch.Tensor, mask: torch.Tensor, scenes: list[world.Scene]) -> torch.Tensor:
         """states (texts, tokens, d_model) of ``scenes``, mask (texts, tokens, 1). Returns the mean over real tokens."""
@@ -143,18 +143,21 @@ class WithHeads(nn.Module):
         backgrounds = torch.tensor([list(world.COLOURS).index(scene.background) for scene in scenes])
         backgrounds = backgrounds.to(states.device)[:, None].expand(-1, tokens)
         wrong = functional.cross_entropy(self.background(states).transpose(1, 2), backgrounds, reduction="none")
-        present = torch.tensor([_present(scene) for scene in scenes], device=states.device)
+        named = torch.tensor([_named(scene, 0) + _named(scene, 1) for scene in scenes], device=states.device)
         missed = functional.binary_cross_entropy_with_logits(
-            self.present(states), present[:, None].expand(-1, tokens, -1), reduction="none"
+            self.things(states), named[:, None].expand(-1, tokens, -1), reduction="none"
         )
         return ((wrong + missed.sum(-1)) * mask[..., 0]).sum() / mask.sum()
 
 
-def _present(scene: world.Scene) -> list[float]:
-    found = {(thing.size, thing.colour, thing.shape) for thing in scene.things}
-    parts = {part for one in found for part in one}
-    return [float(one in found) for one in THINGS] + [
-        float(name in parts) for name in (*world.SIZES, *world.COLOURS, *world.SHAPES)
+def _named(scene: world.Scene, index: int) -> list[float]:
+    """What the scene's thing ``index`` is, as ones among zeros; all zero where there is none."""
+    thing = None
+    if index < len(scene.things):
+        one = scene.things[index]
+        thing = (one.size, one.colour, one.shape)
+    return [float(one == thing) for one in THINGS] + [
+        float(thing is not None and name in thing) for name in (*world.SIZES, *world.COLOURS, *world.SHAPES)
     ]
 
 
@@ -202,10 +205,14 @@ def _typed(text: str, chance: random.Random) -> str:
     return f"{text}." if chance.random() < 0.2 else text
 
 
-def _worded(scene: world.Scene, wording: str) -> str:
-    """The scene in the wording that the source of chance ``wording`` gives: alike for two scenes, in the same words."""
+def _worded(scene: world.Scene, wording: str) -> tuple[world.Scene, str]:
+    """The scene with its things in the text's order, and the text, in the wording that the source of chance
+    ``wording`` gives: alike for two scenes, in the same words."""
     chance = random.Random(wording)
-    return _typed(scene.caption if chance.random() < 0.4 else world.paraphrase(scene, chance), chance)
+    if chance.random() < 0.4:
+        return scene, _typed(scene.caption, chance)
+    scene = world.reordered(scene, chance)
+    return scene, _typed(world.worded(scene, chance), chance)
 
 
 def _swapped(scene: world.Scene, chance: random.Random) -> world.Scene:
@@ -223,20 +230,18 @@ def _loss(
     model: WithHeads, tokenizer: PreTrainedTokenizerBase, chance: random.Random
 ) -> tuple[torch.Tensor, dict[str, float]]:
     scenes = world.scenes(chance, held_out=False, pairs=PAIRS)
-    shown, others = [], []
     lefts, rights, negatives = [], [], []
     for _ in range(BATCH):
         scene = next(scenes)
-        shown.append(scene)
         wordings = [str(chance.getrandbits(32)) for _ in range(2)]
         lefts.append(_worded(scene, wordings[0]))
         rights.append(_worded(scene, wordings[1]))
         for index in range(NEGATIVES):
             other = _swapped(scene, chance) if index == 0 else world.changed(scene, chance)[0]
-            others.append(other)
             negatives.append(_worded(other, wordings[index % 2]))
-    states, mask = encode(model.encoder, tokenizer, lefts + rights + negatives)
-    error = model.error(states, mask, shown + shown + others)
+    named, texts = zip(*lefts, *rights, *negatives, strict=True)
+    states, mask = encode(model.encoder, tokenizer, list(texts))
+    error = model.error(states, mask, list(named))
     vectors = pooled(states, mask)
     left, right, negative = vectors.split((BATCH, BATCH, BATCH * NEGATIVES))
     labels = torch.arange(BATCH, device=vectors.device)

@@ -231,17 +231,26 @@ THINGS = ("a {size} {colour} {shape}", "{a_colour} {shape} that is {size}", "one
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 
 
+def reordered(scene: Scene, chance: random.Random) -> Scene:
+    """The scene, now and then with its two things named the other way round: it means the same."""
+    if len(scene.things) == 2 and chance.random() < 0.3:
+        return replace(scene, things=scene.things[::-1])
+    return scene
+
+
 def paraphrase(scene: Scene, chance: random.Random) -> str:
-    """The caption's meaning in other words. Two things may change places: where they are is no part of it."""
-    things = list(scene.things)
-    if len(things) == 2 and chance.random() < 0.3:
-        things.reverse()
+    """The caption's meaning in other words; two things may change places."""
+    return worded(reordered(scene, chance), chance)
+
+
+def worded(scene: Scene, chance: random.Random) -> str:
+    """The caption in other words, its things in the same order."""
     wording = chance.choice(THINGS)
     worded = [
         wording.format(
             size=chance.choice(SYNONYMS[thing.size]), colour=thing.colour, a_colour=a(thing.colour), shape=thing.shape
         )
-        for thing in things
+        for thing in scene.things
     ]
     return chance.choice(PARAPHRASES).format(
         things=chance.choice((" and ", " and ", " next to ")).join(worded),

@@ -36,7 +36,7 @@ def paint(pipeline: Any, prompts: list[str], seed: int) -> list[Image.Image]:
 
 
 def test_held_out_prompts_are_painted(pipeline: Any) -> None:
-    held_out = world.scenes(random.Random(7), held_out=True, pairs=0.0)  # two things it does not draw yet
+    held_out = world.scenes(random.Random(7), held_out=True, pairs=0.25)
     scenes = [next(held_out) for _ in range(PROMPTS)]
     seen = [checker.read(picture) for picture in paint(pipeline, [scene.caption for scene in scenes], seed=0)]
     right = [

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Queue
 from typing import Any
@@ -237,8 +237,17 @@ def _spoilt(draw: st.DrawFn, raw: bytes) -> bytes:
     return raw[:at] + piece + raw[at + draw(st.sampled_from((0, 0, 1, 5, len(raw)))) :]
 
 
-def shots(count: int, number: int) -> list[Shot]:
+AT_ONCE = 1000
+"""Shots that are drawn before the first of them is sent: to draw one takes longer than to send it."""
+
+
+def shots(count: int, number: int) -> Iterator[Shot]:
     """``count`` requests; the same for the same ``number``."""
+    for first in range(0, count, AT_ONCE):
+        yield from _drawn(min(AT_ONCE, count - first), number + first)
+
+
+def _drawn(count: int, number: int) -> list[Shot]:
     found: list[Shot] = []
 
     @seed(number)
@@ -288,7 +297,7 @@ class Fuzzer:
         self.report = Report()
         self._lock = threading.Lock()
 
-    def run(self, shots: list[Shot]) -> Report:
+    def run(self, shots: Iterable[Shot]) -> Report:
         """``canary`` is called every `EVERY_SO_MANY` shots, while others are under way; what it raises is a fault."""
         began = time.monotonic()
         waiting: Queue[Shot | None] = Queue(2 * CONNECTIONS)
