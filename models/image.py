@@ -120,7 +120,7 @@ def build_transformer(text_width: int) -> PixArtTransformer2DModel:
 def pixels(
     scenes: Iterator[world.Scene], count: int, chance: random.Random, spread: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, list[world.Scene]]:
-    """Drawn scenes: uint8 (count, 3, 64, 64); whether the first, the second thing is there, bool (count, 2, 64, 64); the
+    """Drawn scenes: uint8 (count, 3, 64, 64); where the first and the second thing is, bool (count, 2, 64, 64); the
     scenes."""
     taken = [next(scenes) for _ in range(count)]
     drawn = [world.draw(scene, chance, spread=spread) for scene in taken]
