@@ -14,6 +14,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
     arena = SimpleNamespace(
         transfer_bytes=4096,
         transfers=2,
+        transfer_failures=2,
         transfer_seconds=0.5,
         digest_failures=1,
         bytes_used=64,

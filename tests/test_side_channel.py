@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -97,7 +98,9 @@ def test_a_large_message_is_not_received(port: int) -> None:
 def test_what_is_no_zmq_is_not_answered(port: int) -> None:
     for raw in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04cos\nsystem\n", bytes(1 << 20)):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(raw)
+            # That ZMQ hangs up while the rest is under way is as right as that it reads it and is silent.
+            with suppress(ConnectionResetError, BrokenPipeError):
+                connection.sendall(raw)
     assert asked(port)[0] == b"first"
 
 
