@@ -36,7 +36,7 @@ from transformers import (
 
 from models import talks, world
 from models.talks import Talk
-from models.training import Run, device
+from models.training import Run, device, put
 from models.untrained import rename_tensors
 
 DIRECTORY = Path("models/tiny/llava")
@@ -161,7 +161,7 @@ class Pixels:
         square = (world.SIDE, world.SIDE)
         resized = np.stack([np.asarray(picture.resize(square, self._resample)) for picture in pictures])
         scaled = (resized.astype(np.float32) / 255 - self._mean) / self._deviation
-        return torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous().to(device())
+        return torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous()
 
 
 class TowerWithHeads(nn.Module):
@@ -217,16 +217,21 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
     """Teach the tower to see, by attribute heads that are thrown away."""
     module = TowerWithHeads(tower, width)
 
-    def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
+    def draw(chance: random.Random) -> dict[str, torch.Tensor]:
         found = world.scenes(chance, held_out=False, pairs=0.4)
         batch = [next(found) for _ in range(TOWER_BATCH)]
         drawn = [world.draw(scene, chance, talks.sides(chance)) for scene in batch]
         labels = [patch_labels(scene, picture.owner) for scene, picture in zip(batch, drawn, strict=True)]
-        outputs = module(pixels([picture.image for picture in drawn]))
+        classes = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in module.heads}
+        return {"pixels": pixels([picture.image for picture in drawn]), **classes}
+
+    def loss(drawn: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        drawn = put(drawn)
+        outputs = module(drawn["pixels"])
         total = torch.zeros((), device=device())
         shown = {}
         for name, output in outputs.items():
-            right = torch.from_numpy(np.stack([label[name] for label in labels])).to(device())
+            right = drawn[name]
             total = total + nn.functional.cross_entropy(output.flatten(0, 1).float(), right.flatten())
             if name == "shape":
                 seen = right < len(world.SHAPES)
@@ -234,7 +239,7 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
         return total, shown
 
     run = Run("llava-tower", module, TOWER_STEPS, RATE)
-    run.train(loss)
+    run.train(loss, draw)
     return run
 
 
@@ -297,7 +302,6 @@ class Examples:
             "labels": padded([row.labels for row in rows], IGNORED),
             "attention_mask": torch.where(sees, 0.0, torch.finfo(torch.bfloat16).min)[:, None],
         }
-        inputs = {name: one.to(device()) for name, one in inputs.items()}
         pictures = [picture for talk in batch for picture in talk.pictures]
         return {**inputs, "pixel_values": self._pixels(pictures)} if pictures else inputs
 
@@ -312,8 +316,8 @@ def train_whole(
 ) -> Run:
     """Teach the language model to say what the tower sees; the tower goes on learning."""
 
-    def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
-        inputs = examples.batch(draw(chance))
+    def loss(drawn: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = put(drawn)
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         wanted = labels[:, 1:].flatten()
@@ -323,7 +327,7 @@ def train_whole(
         return nn.functional.cross_entropy(said, wanted[kept]), {"tokens right": right}
 
     run = Run(name, model, steps, rate)
-    run.train(loss)
+    run.train(loss, lambda chance: examples.batch(draw(chance)))
     return run
 
 

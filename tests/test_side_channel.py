@@ -97,10 +97,10 @@ def test_a_large_message_is_not_received(port: int) -> None:
 
 def test_what_is_no_zmq_is_not_answered(port: int) -> None:
     for raw in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04cos\nsystem\n", bytes(1 << 20)):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            # That ZMQ hangs up while the rest is under way is as right as that it reads it and is silent.
-            with suppress(ConnectionResetError, BrokenPipeError):
-                connection.sendall(raw)
+        # That ZMQ hangs up while the rest is under way is as right as that it reads it and is silent.
+        hung_up = suppress(ConnectionResetError, BrokenPipeError)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, hung_up:
+            connection.sendall(raw)
     assert asked(port)[0] == b"first"
 
 
