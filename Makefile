@@ -10,7 +10,7 @@ CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos models llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak models llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -49,6 +49,10 @@ MINUTES ?= 30
 SEED ?= 7
 chaos: setup
 	@$(BIN)/python -m tests.hardening.chaos --minutes $(MINUTES) --seed $(SEED)
+
+# Keeps mixed load on the graph and shows whether any process grows: MINUTES=60 tells it from noise.
+soak: setup
+	@$(BIN)/python -m tests.hardening.soak --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
