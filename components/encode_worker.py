@@ -16,6 +16,7 @@ from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import MediaError
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.flights import Flights
+from dynamo_epd.given import Given
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
@@ -73,6 +74,7 @@ class EncodeWorker(ArenaOwner):
             observe=metrics.batch_size().observe,
         )
         self.flights: Flights[tuple[Entry, float]] = Flights()
+        self.given: Given[str] = Given()
         self.fetcher = Fetcher(self.config.media)
         self.metadata: WeakKeyDictionary[Entry, dict[str, list[int]]] = WeakKeyDictionary()
         await self.open_arena(self.config.arena_bytes)
@@ -88,12 +90,17 @@ class EncodeWorker(ArenaOwner):
         if entry is None:
             entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
         self.metrics.run.observe(perf_counter() - arrived)
-        yield Encoded(self.arena.lease(entry, self.config.lease_seconds), uuid, self.metadata[entry], queued)
+        handle = self.arena.lease(entry, self.config.lease_seconds)
+        if not self.given.give(request.request_id, handle.lease):
+            self.arena.release(handle.lease)
+            return
+        yield Encoded(handle, uuid, self.metadata[entry], queued)
 
     @endpoint()
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases whose request is over before they were READ."""
-        for lease in request.leases:
+        withdrawn = (self.given.take_back(request_id) for request_id in request.request_ids)
+        for lease in [*request.leases, *filter(None, withdrawn)]:
             self.arena.release(lease)
         yield Completed()
 

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.protocol import PrefillReply, PrefillRequest
+from components.protocol import PrefillReply, PrefillRequest, Withdrawn, WithdrawRequest
 from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.given import Given
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 
 
@@ -20,6 +21,9 @@ class PrefillConfig:
     """Embeddings of the prompts being prefilled."""
     transfer_timeout: float = 10.0
     """Seconds for the READ of one prompt's embeddings, waiting for room included."""
+    engine_silence: float = 120.0
+    """Seconds without any output while requests wait or run, after which the engine counts as hung and the worker ends.
+    More than its longest step takes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -31,6 +35,7 @@ class PrefillWorker(ArenaOwner):
 
     def __init__(self) -> None:
         self.config = service_config(PrefillConfig)
+        self.given: Given[dict[str, Any]] = Given()
 
     @async_on_start
     async def start(self) -> None:
@@ -40,7 +45,7 @@ class PrefillWorker(ArenaOwner):
         prepare(self.config.engine_args)
         from dynamo_epd.engine.language import LanguageEngine
 
-        self.engine = await LanguageEngine.start(self.config.engine_args, "prefill")
+        self.engine = await LanguageEngine.start(self.config.engine_args, "prefill", self.config.engine_silence)
         metrics = Metrics(dynamo_context["namespace"], "PrefillWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
         await self.open_arena(self.config.arena_bytes)
@@ -55,7 +60,13 @@ class PrefillWorker(ArenaOwner):
                     request.request_id, request.token_ids, images, cache_salt=request.cache_salt
                 )
         self.metrics.queue.observe(filled.queue_seconds)
+        self.given.give(request.request_id, filled.kv)  # a KV cache that nobody takes ends with its lease
         yield PrefillReply(filled.kv, filled.token_ids, filled.queue_seconds)
+
+    @endpoint()
+    async def withdraw(self, request: WithdrawRequest) -> AsyncIterator[Withdrawn]:
+        """What the reply that the caller did not see handed over, so that a decode worker can reject it."""
+        yield Withdrawn(self.given.take_back(request.request_id))
 
     @liveness
     def alive(self) -> bool:

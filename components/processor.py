@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor: it conducts. Encode and tokenizing run at once, then prefill, then decode; nothing flows backwards.
 
-One answer is one `Conduct`: it holds what the answer has cost so far (leases, a KV cache, tokens already streamed) and
-gives all of it back, however it ends.
+One HTTP request is one `Conversation`: it holds what its answers have cost so far (leases, a KV cache, tokens already
+streamed) and gives all of it back, however it ends.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import hashlib
 import itertools
 import json
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,12 +44,13 @@ from components.protocol import (
     StageHealth,
     Validated,
     ValidateRequest,
+    WithdrawRequest,
 )
 from components.validation import Validation, ValidationConfig
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
-from dynamo_epd.sdk.client import Policy
+from dynamo_epd.sdk.client import Call, Policy
 
 if TYPE_CHECKING:
     from dynamo_epd.engine.front import Answer, Prompt
@@ -58,8 +60,8 @@ REFERENCE = "image:"
 
 GIVE_BACK_SECONDS = 5.0
 
-UNDER_WAY_SECONDS = 0.3
-"""How long a stage that is called off may still reply, so that what its reply hands over can be given back."""
+ENDED_WORKERS = 2
+"""So many workers that go away over one request, and no other is given it."""
 
 Result = TypeVar("Result")
 
@@ -236,6 +238,7 @@ class Conversation:
         self._arrived = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + request.deadline - time.time()
         self._ahead: dict[int, asyncio.Task[Leased]] = {}
+        self._ended: set[int] = set()
         self.queue_seconds = 0.0
         """In the queues of all stages; of pictures encoded side by side the longest counts."""
 
@@ -312,12 +315,15 @@ class Conversation:
                 )
             call = processor.decode_worker.generate(decode)
             async with aclosing(call):
-                while (delta := await self._before_deadline(anext(call, None))) is not None:
+                with self._suspected(call):
+                    delta = await self._before_deadline(anext(call, None))
+                while delta is not None:
                     unread, kv = [], None
                     self.queue_seconds += delta.queue_seconds or 0.0
                     if streamed and delta.prompt_tokens is not None:
                         delta = msgspec.structs.replace(delta, prompt_tokens=None)
                     yield delta
+                    delta = await self._before_deadline(anext(call, None))
         finally:
             self._release(unread)
             if kv is not None:
@@ -339,25 +345,51 @@ class Conversation:
         return images
 
     async def _encode(self, picture: Picture) -> Leased:
-        request = EncodeRequest(self._request.request_id, self._request.tenant, picture)
-        call = self._processor.encode_worker.encode(request, key=picture.key)
         try:
-            encoded = await call.only()
+            return await self._encode_once(picture)
         except WorkerLost:
             # Nothing was handed on yet: asking another worker costs the answer none of its attempts.
-            call = self._processor.encode_worker.encode(request, key=picture.key)
-            encoded = await call.only()
-        return Leased(encoded, call.instance)
+            return await self._encode_once(picture)
+
+    async def _encode_once(self, picture: Picture) -> Leased:
+        request_id = f"{self._request.request_id}.{secrets.token_hex(4)}"
+        call = self._processor.encode_worker.encode(
+            EncodeRequest(request_id, self._request.tenant, picture), key=picture.key
+        )
+        try:
+            with self._suspected(call):
+                return Leased(await call.only(), call.instance)
+        except asyncio.CancelledError:
+            if call.instance is not None:
+                release = ReleaseRequest(request_ids=[request_id])
+                self._processor.give_back(self._processor.encode_worker.release(release, instance=call.instance))
+            raise
 
     async def _prefill(self, request_id: str, token_ids: list[int], images: list[Leased]) -> PrefillReply:
         request = PrefillRequest(
             request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
         )
-        task = asyncio.ensure_future(self._processor.prefill_worker.prefill(request).only())
+        call = self._processor.prefill_worker.prefill(request)
         try:
-            return await self._before_deadline(asyncio.shield(task))
-        except BaseException:
-            self._processor.afterwards(self._reject_unwanted(request_id, task))
+            with self._suspected(call):
+                prefilled: PrefillReply = await self._before_deadline(call.only())
+        except (asyncio.CancelledError, DeadlineExceeded):
+            if call.instance is not None:
+                self._processor.afterwards(self._withdraw(request_id, call.instance))
+            raise
+        return prefilled
+
+    @contextmanager
+    def _suspected(self, call: Call) -> Iterator[None]:
+        """Counts a worker that went away before it had answered. Raises StageUnavailable for the second one: this
+        request may be what ends them, and a third is not given to it."""
+        try:
+            yield
+        except WorkerLost as error:
+            if call.taken and call.instance is not None:
+                self._ended.add(call.instance)
+            if len(self._ended) >= ENDED_WORKERS:
+                raise StageUnavailable(f"{error.message}, and so did one before it: the request is given up") from error
             raise
 
     async def _before_deadline(self, work: Awaitable[Any]) -> Any:
@@ -379,33 +411,28 @@ class Conversation:
     async def _release_unwanted(self, tasks: list[asyncio.Task[Leased]]) -> None:
         self._release(await withdrawn(tasks))
 
-    async def _reject_unwanted(self, request_id: str, task: asyncio.Future[PrefillReply]) -> None:
-        for reply in await withdrawn([task]):
-            await self._reject(request_id, reply.kv)
+    async def _withdraw(self, request_id: str, worker: int) -> None:
+        lost = await give_back(self._processor.prefill_worker.withdraw(WithdrawRequest(request_id), instance=worker))
+        if lost is not None and lost.kv is not None:
+            await self._reject(request_id, lost.kv)
 
     async def _reject(self, request_id: str, kv: dict[str, Any]) -> None:
         await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv)))
 
 
-async def withdrawn(calls: Sequence[asyncio.Future[Result]]) -> list[Result]:
-    """Cancels calls that nobody waits for, and returns the replies that were under way already.
-
-    What such a reply hands over must be given back, so it is awaited for a moment: once a worker has sent it, a cancel
-    does not reach it, and what it holds would be held until its lease ends.
-    """
-    if calls:
-        await asyncio.wait(calls, timeout=UNDER_WAY_SECONDS)
-    for call in calls:
-        call.cancel()
-    results = await asyncio.gather(*calls, return_exceptions=True)
+async def withdrawn(tasks: Sequence[asyncio.Task[Result]]) -> list[Result]:
+    """Cancels those that still run, and returns what the others gave."""
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
     return [result for result in results if not isinstance(result, BaseException)]
 
 
-async def give_back(call: Any) -> None:
-    """A release that fails has nobody to tell: the lease then ends by itself."""
+async def give_back(call: Any) -> Any:
+    """The reply. A release that fails has nobody to tell, and gives None: the lease then ends by itself."""
     try:
         async with asyncio.timeout(GIVE_BACK_SECONDS):
-            await call.only()
+            return await call.only()
     except (EpdError, TimeoutError) as error:
         log.info("a lease is left to expire: %s", error)
 

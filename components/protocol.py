@@ -145,9 +145,10 @@ class StageHealth(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Leases that nobody will READ any more."""
+    """Leases that nobody will READ any more, and requests whose callers left without a reply."""
 
-    leases: list[str]
+    leases: list[str] = []
+    request_ids: list[str] = []
 
 
 # To an encode worker
@@ -155,6 +156,7 @@ class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class EncodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
+    """Of this call alone: by it the lease is given back if the reply does not arrive."""
     tenant: str
     picture: Picture
 
@@ -313,6 +315,17 @@ class RejectRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 # To the processor, from a prefill worker
+
+
+class WithdrawRequest(msgspec.Struct, frozen=True):
+    """The caller of a prefill has left without its reply."""
+
+    request_id: str
+
+
+class Withdrawn(msgspec.Struct, frozen=True, omit_defaults=True):
+    kv: dict[str, Any] | None = None
+    """The KV cache that the lost reply handed over, if there was one."""
 
 
 class PrefillReply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -11,7 +11,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
-from dynamo_epd.errors import InternalError, PayloadTooLarge, Retryable, StageUnavailable, WorkerLost, from_wire
+from dynamo_epd.errors import (
+    InternalError,
+    PayloadTooLarge,
+    Retryable,
+    StageUnavailable,
+    WorkerLost,
+    from_wire,
+)
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.context import dynamo_context, request_context
@@ -206,7 +213,8 @@ class EndpointClient:
 class Call:
     """Async iterator of one call's replies.
 
-    ``instance`` is the chosen instance's id from the first ``__anext__`` on. Leaving early (``aclose``, cancellation,
+    ``instance`` is the chosen instance's id from the first ``__anext__`` on, and ``taken`` says whether it took the
+    request. Leaving early (``aclose``, cancellation,
     dropping it) closes the generator at the other end. Raises what the endpoint raised, if it is an EpdError;
     InternalError for anything else it raised; StageUnavailable with no instance to ask; WorkerLost when the instance
     cannot be reached or its stream breaks off; PayloadTooLarge above what NATS takes.
@@ -216,6 +224,7 @@ class Call:
         self, endpoint: EndpointClient, request: Any, instance: int | None, key: str | None, exclude: Collection[int]
     ):
         self.instance: int | None = None
+        self.taken = False
         self._endpoint = endpoint
         self._request = request
         self._wanted = (instance, key, exclude)
@@ -290,6 +299,7 @@ class Call:
                     self._stream = await self._endpoint.remote.direct(
                         payload, instance, annotated=False, context=self._context
                     )
+                self.taken = True
                 return
             except Exception:  # see _open
                 if instance in self._endpoint.service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker gave in reply to which call, so that it can be taken back from a caller that left without the reply.
+
+The runtime drops a reply whose caller has asked to stop while it was on its way. What the reply hands over would then
+be held until its lease ends. So a caller that leaves says so in a message of its own, which may come first or last.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+Thing = TypeVar("Thing")
+
+MOST = 8192
+"""Calls that are remembered: many times what may be in flight."""
+
+
+class Given(Generic[Thing]):
+    """Things by the id of their call. None stands for a caller that has left."""
+
+    def __init__(self, most: int = MOST):
+        self._most = most
+        self._things: dict[str, Thing | None] = {}
+
+    def give(self, call: str, thing: Thing) -> bool:
+        """False where the caller has left already: nobody will take the thing."""
+        if call in self._things:
+            del self._things[call]
+            return False
+        self._keep(call, thing)
+        return True
+
+    def take_back(self, call: str) -> Thing | None:
+        """What was given to a caller that has left; what would still be given to it will be refused."""
+        if call in self._things:
+            return self._things.pop(call)
+        self._keep(call, None)
+        return None
+
+    def _keep(self, call: str, thing: Thing | None) -> None:
+        self._things[call] = thing
+        if len(self._things) > self._most:
+            del self._things[next(iter(self._things))]
