@@ -21,6 +21,9 @@ class DecodeConfig:
     """Embeddings of the prompts that are prefilled here."""
     transfer_timeout: float = 10.0
     """Seconds for the READ of one prompt's embeddings, waiting for room included."""
+    engine_silence: float = 120.0
+    """Seconds without any output while requests wait or run, after which the engine counts as hung and the worker ends.
+    More than its longest step takes."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,7 +47,7 @@ class DecodeWorker(ArenaOwner):
         # What this engine must be able to do is the graph's to say, not a flag's: with prefill workers in it, KV caches
         # are taken over; without, prompts are prefilled here.
         role: Role = "decode" if "PrefillWorker" in dynamo_context["graph"].services else "both"
-        self.engine = await LanguageEngine.start(self.config.engine_args, role)
+        self.engine = await LanguageEngine.start(self.config.engine_args, role, self.config.engine_silence)
         metrics = Metrics(dynamo_context["namespace"], "DecodeWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
         await self.open_arena(self.config.arena_bytes)

@@ -8,9 +8,11 @@ image (vLLM expands them) or, where the KV cache is taken over, the expanded ids
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import socket
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
+import psutil
 
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
@@ -26,6 +29,8 @@ from dynamo_epd.sdk.nats import nats_url
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 KV_LEASE_SECONDS = 10
 """How long prefill keeps blocks that nobody came for. vLLM's default is 30 s; DESIGN.md bounds ours."""
@@ -78,17 +83,21 @@ class HandedOver(msgspec.Struct):
 class LanguageEngine:
     """An AsyncLLM and its EngineCore process. Build it with `start`, end it with `close`."""
 
-    def __init__(self, engine: Any, role: Role):
+    def __init__(self, engine: Any, role: Role, silence: float):
         self._engine = engine
         self._role = role
+        self._silence = silence
+        self._heard = time.monotonic()
+        self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
 
     @classmethod
-    async def start(cls, engine_args: Mapping[str, Any], role: Role) -> LanguageEngine:
+    async def start(cls, engine_args: Mapping[str, Any], role: Role, silence: float) -> LanguageEngine:
         """Loads the model in a child process (tens of seconds).
 
-        ``engine_args`` are vLLM's by name and win over what the role sets. Raises whatever vLLM raises for arguments
-        that do not fit the model.
+        ``engine_args`` are vLLM's by name and win over what the role sets. ``silence`` is how many seconds the engine
+        may leave requests without any output before it counts as hung. Raises whatever vLLM raises for arguments that
+        do not fit the model.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -115,8 +124,9 @@ class LanguageEngine:
             arguments["scheduler_cls"] = "dynamo_epd.engine.scheduler.FailOnPreemption"
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role)
+        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence)
         await engine._warm_up()
+        engine._processes = psutil.Process().children(recursive=True)
         return engine
 
     async def _warm_up(self) -> None:
@@ -214,8 +224,20 @@ class LanguageEngine:
 
     @property
     def alive(self) -> bool:
-        """False once the engine's process is gone by itself. It does not come back: end this process too."""
-        return not self._engine.errored
+        """False once the engine's process is gone, or stands still. It does not come back: end this process too."""
+        self._end_the_stopped()
+        hung = self.unfinished > 0 and time.monotonic() - self._heard > self._silence
+        if hung:
+            log.error("the engine has said nothing for %g s, with %d requests", self._silence, self.unfinished)
+        return not (hung or self._engine.errored)
+
+    def _end_the_stopped(self) -> None:
+        """A process of the engine that was stopped answers nobody. Once it is dead vLLM tells all who wait for it."""
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    log.error("%s is stopped and is ended", process.name())
+                    process.kill()
 
     @property
     def unfinished(self) -> int:
@@ -258,9 +280,12 @@ class LanguageEngine:
             )
         params.max_tokens = min(params.max_tokens or room, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
+        if not self.unfinished:
+            self._heard = time.monotonic()
         try:
             outputs = self._engine.generate(rendered, params, request_id)
             async for output in outputs:
+                self._heard = time.monotonic()
                 yield output
         except VLLMValidationError as error:
             raise InvalidRequest(str(error), param=error.parameter) from error

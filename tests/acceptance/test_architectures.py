@@ -65,7 +65,7 @@ async def _compare(family: str, directory: Path) -> None:
     with ExitStack() as stack:
         engines = []
         for role in ("both", "prefill", "decode"):
-            engines.append(await LanguageEngine.start(args, role))  # type: ignore[arg-type]
+            engines.append(await LanguageEngine.start(args, role, 120))  # type: ignore[arg-type]
             stack.callback(engines[-1].close)
         whole, prefill, decode = engines
         encoder = load_encoder(args)
