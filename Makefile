@@ -8,9 +8,10 @@ READY := $(VENV)/.ready
 GRAPH ?= graphs.cova:Frontend
 CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
+LONG := tests/acceptance tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos soak models llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak models llava-half image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -27,22 +28,24 @@ check: setup
 	@$(BIN)/mypy $(SOURCES)
 
 test: setup
-	@$(BIN)/pytest -q tests --ignore=tests/acceptance $(ARGS)
+	@$(BIN)/pytest -q tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
-# Two recipes side by side, one core each. What is trained already is not trained again.
+# Half of LLaVA's recipe beside the others', one core each; then the rest on all cores. What is trained already is not
+# trained again.
 models: setup
-	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-recipe image-recipe
+	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-half image-recipe
+	@$(BIN)/python -m models.llava
 	@$(BIN)/python -m models.evaluate
 
-llava-recipe:
-	@$(BIN)/python -m models.llava
+llava-half:
+	@$(BIN)/python -m models.llava --phases 3
 
 image-recipe:
 	@$(BIN)/python -m models.t5
 	@$(BIN)/python -m models.image
 
 acceptance: setup
-	@$(BIN)/pytest -q tests/acceptance $(ARGS)
+	@$(BIN)/pytest -q $(LONG) $(ARGS)
 
 # Keeps load on two workers of every stage, kills and stops them by a seed, and checks every answer.
 MINUTES ?= 30

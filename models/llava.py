@@ -12,10 +12,13 @@ picture; then such questions before their picture, which is harder; then a littl
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,9 +310,9 @@ class Examples:
 
 
 def train_whole(
-    name: str,
     model: LlavaForConditionalGeneration,
     examples: Examples,
+    name: str,
     draw: Callable[[random.Random], list[Talk]],
     steps: int,
     rate: float,
@@ -332,25 +335,26 @@ def train_whole(
 
 
 def main() -> None:
-    """Train what is not yet trained, and write the checkpoint."""
+    """Train what is not yet trained, and write the checkpoint once all phases are done."""
+    parser = argparse.ArgumentParser(prog="python -m models.llava", description="Train models/tiny/llava.")
+    parser.add_argument("--phases", type=int, help="stop after so many of the phases")
+    given = parser.parse_args()
     made = processor()
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)
-    tower = train_tower(model.model.vision_tower, model.config.vision_config.hidden_size, pixels)
-    examples = Examples(made.tokenizer, pixels)
-    whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
-    questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
-    before = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
-    last = train_whole("llava-everything", model, examples, talks.everything, LAST_STEPS, LAST_RATE)
-    hard = train_whole("llava-hardest", model, examples, talks.hardest, HARD_STEPS, LAST_RATE)
-    runs = {
-        "tower": tower,
-        "whole": whole,
-        "questions": questions,
-        "text first": before,
-        "everything": last,
-        "hardest": hard,
+    width = model.config.vision_config.hidden_size
+    teach = partial(train_whole, model, Examples(made.tokenizer, pixels))
+    phases: dict[str, Callable[[], Run]] = {
+        "tower": lambda: train_tower(model.model.vision_tower, width, pixels),
+        "whole": lambda: teach("llava", talks.conversations, STEPS, RATE),
+        "questions": lambda: teach("llava-questions", talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE),
+        "text first": lambda: teach("llava-text-first", talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE),
+        "everything": lambda: teach("llava-everything", talks.everything, LAST_STEPS, LAST_RATE),
+        "hardest": lambda: teach("llava-hardest", talks.hardest, HARD_STEPS, LAST_RATE),
     }
+    runs = {name: train() for name, train in islice(phases.items(), given.phases)}
+    if len(runs) < len(phases):
+        return
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)
     rename_tensors(DIRECTORY, "vision_tower.", "vision_tower.vision_model.")
