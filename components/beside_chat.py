@@ -17,6 +17,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from components.giving_back import drawing
 from components.image_worker import generate_request
 from components.protocol import EmbedRequest, Generated, GenerateRequest, ModelsQuery, Validated, ValidateRequest
 from components.results import Results
@@ -81,7 +82,7 @@ class BesideChat(Results, ArenaOwner):
             ]
             if body.stream:
                 call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
-                await held.enter_async_context(aclosing(call))
+                await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
                 stream = self._image_events(chained(head, call), wanted, held.pop_all())
                 return StreamingResponse(stream, media_type="text/event-stream")
@@ -233,7 +234,8 @@ class BesideChat(Results, ArenaOwner):
         """A picture as a client gets it, and the worker's last word on it."""
 
         async def made() -> tuple[dict[str, Any], Generated]:
-            async with aclosing(self.image_worker.generate(message)) as call:
+            call = self.image_worker.generate(message)
+            async with drawing(self.image_worker, call, message.request_id):
                 async for reply in call:
                     if reply.done is not None:
                         return await self._file_of(request, reply), reply

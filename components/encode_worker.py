@@ -16,7 +16,6 @@ from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import MediaError
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.flights import Flights
-from dynamo_epd.given import Given
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
@@ -74,7 +73,6 @@ class EncodeWorker(ArenaOwner):
             observe=metrics.batch_size().observe,
         )
         self.flights: Flights[tuple[Entry, float]] = Flights()
-        self.given: Given[str] = Given()
         self.fetcher = Fetcher(self.config.media)
         self.metadata: WeakKeyDictionary[Entry, dict[str, list[int]]] = WeakKeyDictionary()
         await self.open_arena(self.config.arena_bytes)
@@ -91,17 +89,13 @@ class EncodeWorker(ArenaOwner):
             entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
         self.metrics.run.observe(perf_counter() - arrived)
         handle = self.arena.lease(entry, self.config.lease_seconds)
-        if not self.given.give(request.request_id, handle.lease):
-            self.arena.release(handle.lease)
-            return
-        yield Encoded(handle, uuid, self.metadata[entry], queued)
+        if self.give(request.request_id, handle):
+            yield Encoded(handle, uuid, self.metadata[entry], queued)
 
     @endpoint()
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases whose request is over before they were READ."""
-        withdrawn = (self.given.take_back(request_id) for request_id in request.request_ids)
-        for lease in [*request.leases, *filter(None, withdrawn)]:
-            self.arena.release(lease)
+        self.end_leases(request.leases, request.request_ids)
         yield Completed()
 
     @on_shutdown

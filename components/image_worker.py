@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -169,8 +170,7 @@ class ImageWorker(ArenaOwner):
     @endpoint()
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases on pixels that nobody will READ any more."""
-        for lease in request.leases:
-            self.arena.release(lease)
+        self.end_leases(request.leases, request.request_ids)
         yield Completed()
 
     @endpoint()
@@ -307,7 +307,11 @@ class _Making:
 
     async def _offered(self, image: numpy.ndarray) -> Handle:
         data = await asyncio.to_thread(encoded, image, self._request.format, self._request.compression)
-        return await self._worker.offer(data, self._worker.config.lease_seconds)
+        return self._given(await self._worker.offer(data, self._worker.config.lease_seconds))
+
+    def _given(self, handle: Handle) -> Handle:
+        self._worker.give(self._request.request_id, handle)
+        return handle
 
     async def _stored(self, image: numpy.ndarray) -> Stored:
         """In the object store, once under its name. Raises StageUnavailable where that cannot be reached."""
@@ -331,7 +335,7 @@ class _Making:
         import torch
 
         seconds = max(1.0, self._request.deadline - time.time()) if self._request.deadline else LEASE_SECONDS
-        return await self._worker.offer(torch.from_numpy(image), seconds, ends_on_read=False)
+        return self._given(await self._worker.offer(torch.from_numpy(image), seconds, ends_on_read=False))
 
 
 def generate_request(
@@ -339,7 +343,7 @@ def generate_request(
 ) -> GenerateRequest:
     """The message for the ``index``-th picture of a body."""
     return GenerateRequest(
-        request_id=f"{request_id}-{index}",
+        request_id=f"{request_id}-{index}.{secrets.token_hex(4)}",
         prompt=wanted.prompt,
         seed=(wanted.seed + index) % (MAX_SEED + 1),
         size=wanted.size,

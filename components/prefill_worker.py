@@ -66,7 +66,7 @@ class PrefillWorker(ArenaOwner):
     @endpoint()
     async def withdraw(self, request: WithdrawRequest) -> AsyncIterator[Withdrawn]:
         """What the reply that the caller did not see handed over, so that a decode worker can reject it."""
-        yield Withdrawn(self.given.take_back(request.request_id))
+        yield Withdrawn(next(iter(self.given.take_back(request.request_id)), None))
 
     @liveness
     def alive(self) -> bool:

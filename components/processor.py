@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,7 @@ import msgspec
 from components.decode_worker import DecodeWorker
 from components.embed_worker import EmbedWorker
 from components.encode_worker import EncodeWorker
+from components.giving_back import afterwards, give_back
 from components.image_worker import ImageWorker
 from components.prefill_worker import PrefillWorker
 from components.protocol import (
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 
 REFERENCE = "image:"
 """What stands in an ``image_url`` part instead of the client's URL: this, and an index into the request's pictures."""
-
-GIVE_BACK_SECONDS = 5.0
 
 ENDED_WORKERS = 2
 """So many workers that go away over one request, and no other is given it."""
@@ -108,7 +107,6 @@ class Processor:
 
     def __init__(self) -> None:
         self.config = service_config(ProcessorConfig)
-        self._afterwards: set[asyncio.Task[None]] = set()
 
     @async_on_start
     async def start(self) -> None:
@@ -210,16 +208,6 @@ class Processor:
         salt = hashed(tenant, *(leased.encoded.uuid for leased in images)) if images else tenant_salt(tenant)
         return DecodeRequest(request_id, prefilled.token_ids, [], sampling, salt, prefilled.kv)
 
-    def give_back(self, call: Any) -> None:
-        """Lets a release reach its worker although the request is over."""
-        self.afterwards(give_back(call))
-
-    def afterwards(self, work: Coroutine[Any, Any, None]) -> None:
-        """Lets ``work`` go on although the request that it belongs to is over."""
-        task = asyncio.create_task(work)
-        self._afterwards.add(task)
-        task.add_done_callback(self._afterwards.discard)
-
 
 @dataclass(frozen=True)
 class Leased:
@@ -249,7 +237,7 @@ class Conversation:
 
     async def __aexit__(self, *_: object) -> None:
         # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
-        self._processor.afterwards(self._release_unwanted(list(self._ahead.values())))
+        afterwards(self._release_unwanted(list(self._ahead.values())))
 
     async def answer(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
         """The deltas of one answer; begun again elsewhere, within the deadline, where a worker or hand-off is lost.
@@ -327,7 +315,7 @@ class Conversation:
         finally:
             self._release(unread)
             if kv is not None:
-                processor.afterwards(self._reject(request_id, kv))
+                afterwards(self._reject(request_id, kv))
 
     async def _images(self, prompt: Prompt) -> list[Leased]:
         """The prompt's embeddings, in its order; those encoded ahead go to the first prompt that asks."""
@@ -339,7 +327,7 @@ class Conversation:
         try:
             images: list[Leased] = await self._before_deadline(asyncio.gather(*map(asyncio.shield, tasks)))
         except BaseException:
-            self._processor.afterwards(self._release_unwanted(tasks))
+            afterwards(self._release_unwanted(tasks))
             raise
         self.queue_seconds += max((leased.encoded.queue_seconds for leased in images), default=0.0)
         return images
@@ -362,7 +350,7 @@ class Conversation:
         except asyncio.CancelledError:
             if call.instance is not None:
                 release = ReleaseRequest(request_ids=[request_id])
-                self._processor.give_back(self._processor.encode_worker.release(release, instance=call.instance))
+                afterwards(give_back(self._processor.encode_worker.release(release, instance=call.instance)))
             raise
 
     async def _prefill(self, request_id: str, token_ids: list[int], images: list[Leased]) -> PrefillReply:
@@ -375,7 +363,7 @@ class Conversation:
                 prefilled: PrefillReply = await self._before_deadline(call.only())
         except (asyncio.CancelledError, DeadlineExceeded):
             if call.instance is not None:
-                self._processor.afterwards(self._withdraw(request_id, call.instance))
+                afterwards(self._withdraw(request_id, call.instance))
             raise
         return prefilled
 
@@ -404,9 +392,7 @@ class Conversation:
         for leased in unread:
             by_worker.setdefault(leased.worker, []).append(leased.encoded.handle.lease)
         for worker, leases in by_worker.items():
-            self._processor.afterwards(
-                give_back(self._processor.encode_worker.release(ReleaseRequest(leases), instance=worker))
-            )
+            afterwards(give_back(self._processor.encode_worker.release(ReleaseRequest(leases), instance=worker)))
 
     async def _release_unwanted(self, tasks: list[asyncio.Task[Leased]]) -> None:
         self._release(await withdrawn(tasks))
@@ -426,15 +412,6 @@ async def withdrawn(tasks: Sequence[asyncio.Task[Result]]) -> list[Result]:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     return [result for result in results if not isinstance(result, BaseException)]
-
-
-async def give_back(call: Any) -> Any:
-    """The reply. A release that fails has nobody to tell, and gives None: the lease then ends by itself."""
-    try:
-        async with asyncio.timeout(GIVE_BACK_SECONDS):
-            return await call.only()
-    except (EpdError, TimeoutError) as error:
-        log.info("a lease is left to expire: %s", error)
 
 
 async def replies(answer: Answer) -> AsyncIterator[HttpReply]:

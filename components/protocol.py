@@ -225,6 +225,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One picture. None leaves a value to the pipeline."""
 
     request_id: str
+    """Of this call alone: by it what is laid out for the caller is given back, should the caller leave."""
     prompt: str
     seed: int
     size: str | None = None

@@ -8,13 +8,13 @@ import json
 import time
 from array import array
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from components.giving_back import afterwards, drawing, give_back
 from components.protocol import (
     Embedded,
     EmbedRequest,
@@ -65,8 +65,12 @@ class Validation:
                     assert made.done is not None
                     yield Validated(Stage("image", made.done.queue_seconds, made.done.run_seconds), picture=made)
                     caption, stage = await self._caption(made)
+                except (asyncio.CancelledError, GeneratorExit):
+                    self._release(worker, ReleaseRequest(request_ids=[self._request.picture.request_id]))
+                    raise
                 finally:
-                    self._release(made, worker)
+                    if made.pixels is not None:
+                        self._release(worker, ReleaseRequest([made.pixels.lease]))
                 yield Validated(stage, caption=caption)
                 said = await self._embed(caption)
                 vector = made.done.prompt_vector or (await (ahead or self._embed(prompt))).vectors[0]
@@ -89,8 +93,9 @@ class Validation:
 
     async def _picture(self) -> tuple[Generated, int]:
         """The picture, and the worker that keeps its pixels."""
-        call = self._processor.image_worker.generate(msgspec.structs.replace(self._request.picture, pixels=True))
-        async with aclosing(call):
+        image_worker, picture = self._processor.image_worker, self._request.picture
+        call = image_worker.generate(msgspec.structs.replace(picture, pixels=True))
+        async with drawing(image_worker, call, picture.request_id):
             async for reply in call:
                 if reply.done is not None:
                     return reply, call.instance
@@ -121,10 +126,8 @@ class Validation:
         found: Embedded = await twice(lambda: self._processor.embed_worker.embed(request).only())
         return found
 
-    def _release(self, made: Generated, worker: int) -> None:
-        if made.pixels is not None:
-            release = ReleaseRequest([made.pixels.lease])
-            self._processor.give_back(self._processor.image_worker.release(release, instance=worker))
+    def _release(self, worker: int, request: ReleaseRequest) -> None:
+        afterwards(give_back(self._processor.image_worker.release(request, instance=worker)))
 
 
 def cosine(one: bytes, other: bytes) -> float:

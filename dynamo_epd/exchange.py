@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from dynamo_epd.errors import HandOffFailed
+from dynamo_epd.given import Given
 from dynamo_epd.sdk import dynamo_context, endpoint
 from dynamo_epd.sdk.client import EndpointClient, ServiceClient
 
@@ -43,6 +44,7 @@ class ArenaOwner:
         from dynamo_epd.transfer import Arena
 
         owner = "/".join((dynamo_context["namespace"], dynamo_context["component"], str(dynamo_context["instance_id"])))
+        self._given: Given[str] = Given()
         await connect_owners(self.reads)
         self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
 
@@ -61,6 +63,21 @@ class ArenaOwner:
         with await self.arena.reserve([nbytes], timeout=seconds) as (slot,):
             slot.write(value)
             return self.arena.lease(slot.publish(), seconds, ends_on_read=ends_on_read)
+
+    def give(self, request_id: str, handle: Handle) -> bool:
+        """Notes who gets this lease. False, and the lease is ended, where that caller has left already."""
+        given = self._given.give(request_id, handle.lease)
+        if not given:
+            self.arena.release(handle.lease)
+        return given
+
+    def end_leases(self, leases: Sequence[str], request_ids: Sequence[str]) -> None:
+        """Ends leases, and all of callers that have left, whether or not they know of them."""
+        for lease in leases:
+            self.arena.release(lease)
+        for request_id in request_ids:
+            for lease in self._given.take_back(request_id):
+                self.arena.release(lease)
 
     @asynccontextmanager
     async def prompt_images(self, images: Sequence[Any], timeout: float) -> AsyncIterator[list[Any]]:

@@ -20,24 +20,25 @@ class Given(Generic[Thing]):
 
     def __init__(self, most: int = MOST):
         self._most = most
-        self._things: dict[str, Thing | None] = {}
+        self._things: dict[str, list[Thing] | None] = {}
 
     def give(self, call: str, thing: Thing) -> bool:
         """False where the caller has left already: nobody will take the thing."""
-        if call in self._things:
-            del self._things[call]
+        given = self._of(call)
+        if given is None:
             return False
-        self._keep(call, thing)
+        given.append(thing)
         return True
 
-    def take_back(self, call: str) -> Thing | None:
-        """What was given to a caller that has left; what would still be given to it will be refused."""
-        if call in self._things:
-            return self._things.pop(call)
-        self._keep(call, None)
-        return None
+    def take_back(self, call: str) -> list[Thing]:
+        """What was given to a caller that has left. What would be given to it from now on is refused."""
+        given = self._of(call)
+        self._things[call] = None
+        return given or []
 
-    def _keep(self, call: str, thing: Thing | None) -> None:
-        self._things[call] = thing
-        if len(self._things) > self._most:
-            del self._things[next(iter(self._things))]
+    def _of(self, call: str) -> list[Thing] | None:
+        if call not in self._things:
+            self._things[call] = []
+            if len(self._things) > self._most:
+                del self._things[next(iter(self._things))]
+        return self._things[call]
