@@ -42,8 +42,11 @@ GIVEN_BACK = 5.0
 LEASES_END = 60.0
 SETTLE_SECONDS = 20.0
 """Bound for descriptors and mappings: the last connections are still being closed."""
-FEW = 4
-"""Descriptors or mappings that one process may have more after all clients, and half of them after the second half."""
+ONCE = 9
+"""Descriptors or mappings that a process may have more after all clients: the first call of an endpoint that is seldom
+called, as for what is given back, opens a watch of discovery with three."""
+FEW = 3
+"""Of these after the second half of them: what grows with the clients grows by more."""
 STAGES = ("Frontend", "EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker")
 SHARED = re.compile(r" (?:/dev/shm/|/memfd:|/SYSV)")
 
@@ -350,7 +353,7 @@ def test_whoever_leaves_gives_back_what_was_held(seeing: Graph) -> None:
     leavers = Leavers(seeing)
     with neighbour(seeing, expected):
         leavers.measure()
-        leavers.come_and_leave(max(40, LEAVERS // 10))
+        leavers.come_and_leave(max(40, LEAVERS // 5))
     print("usual seconds: " + ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in leavers.usual.items()))
     left = [still_held(seeing)]
     before = settled(seeing)
@@ -370,6 +373,7 @@ def test_whoever_leaves_gives_back_what_was_held(seeing: Graph) -> None:
     print(f"still held {GIVEN_BACK:g} s after the warm-up, the first half and the second: {left}")
     assert not leavers.refused, leavers.refused[:5]
     assert set(leavers.seen) == {"while sending", "before the reply", "within the reply", "after the reply"}
-    assert max(grown(before, after).values(), default=0) <= FEW, grown(before, after)
-    assert max(grown(half, after).values(), default=0) <= FEW // 2, grown(half, after)
+    more, lately = grown(before, after), grown(half, after)
+    assert max(more.values(), default=0) <= ONCE, more
+    assert max(lately.values(), default=0) <= FEW, lately
     assert not any(left), left
