@@ -4,8 +4,9 @@
     make soak MINUTES=60 SEED=7
 
 The load is that of `chaos`, without its faults. One client more asks what nobody has asked before, twice: caches then
-fill and turn over, and the second answer must be the first. Caches are made small, or their first filling would look
-like a leak. Every ten seconds each process' memory, descriptors and threads are noted, and what lies in /dev/shm.
+fill and turn over, and the second answer must be the first. The cache of encoded pictures is made small, or its first
+filling would look like a leak. Every ten seconds each process' memory, descriptors and threads are noted, and what lies
+in /dev/shm, where nobody else should put anything meanwhile.
 
 Prints the slope of each by least squares, with twice its standard error. Exit status 0 when no slope lies above its
 bound by more than that error, every answer was right, every worker is the same process as before, and nothing is held.
@@ -46,12 +47,8 @@ SHARED_MEMORY = "/dev/shm"
 ROUNDED = 0.002
 """Two of the last place to which `KINDS` round numbers."""
 
-SMALL_CACHES = (
-    "--EncodeWorker.arena-bytes=4194304",
-    "--PrefillWorker.kv-cache-memory-bytes=67108864",
-    "--DecodeWorker.kv-cache-memory-bytes=67108864",
-)
-"""Both are mapped at the start and touched little by little: full within the warm-up, they are turned over after it."""
+SMALL_CACHE = "--EncodeWorker.arena-bytes=4194304"
+"""It is mapped at the start and touched little by little: full within the warm-up, it is turned over after it."""
 
 
 class Fresh(threading.Thread):
@@ -241,7 +238,7 @@ def main() -> int:
     parser.add_argument("--mib-per-hour", type=float, default=20, help="bound of a process' memory")
     parser.add_argument("--descriptors-per-hour", type=float, default=5, help="bound of a process' descriptors")
     given = parser.parse_args()
-    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", *SMALL_CACHES) as graph:
+    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", SMALL_CACHE) as graph:
         bounds = (given.mib_per_hour, given.descriptors_per_hour)
         met = run(graph, given.minutes, given.seed, given.clients, bounds)
     print("every goal is met" if met else "NOT every goal is met")
