@@ -17,9 +17,17 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from components.giving_back import drawing
+from components.giving_back import afterwards, drawing, give_back
 from components.image_worker import generate_request
-from components.protocol import EmbedRequest, Generated, GenerateRequest, ModelsQuery, Validated, ValidateRequest
+from components.protocol import (
+    EmbedRequest,
+    Generated,
+    GenerateRequest,
+    ModelsQuery,
+    ReleaseRequest,
+    Validated,
+    ValidateRequest,
+)
 from components.results import Results
 from dynamo_epd.errors import (
     DeadlineExceeded,
@@ -28,7 +36,7 @@ from dynamo_epd.errors import (
     NotFound,
     WorkerLost,
 )
-from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.exchange import ArenaOwner, instance_of
 from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
@@ -170,14 +178,19 @@ class BesideChat(Results, ArenaOwner):
 
     async def _validated(self, request: Request, message: ValidateRequest, body: ValidationsBody) -> dict[str, Any]:
         """All stages of one validation as one object."""
-        found: dict[str, Any] = {"seed": message.picture.seed}
-        stages = []
-        async with aclosing(self.processor.validate(message)) as call:
-            async for result in call:
-                found |= await self._shown(request, result, body)
-                stages.append(stage_of(result))
+
+        async def validated() -> dict[str, Any]:
+            found: dict[str, Any] = {"seed": message.picture.seed}
+            stages = []
+            async with aclosing(self.processor.validate(message)) as call:
+                async for result in call:
+                    found |= await self._shown(request, result, body)
+                    stages.append(stage_of(result))
+            return found | {"stages": stages}
+
+        found = await twice(validated)
         await self._noted(message, found)
-        return found | {"stages": stages}
+        return found
 
     async def _noted(self, message: ValidateRequest, found: dict[str, Any]) -> None:
         """Lays what a validation found beside the picture, where that is kept: for galleries."""
@@ -250,9 +263,15 @@ class BesideChat(Results, ArenaOwner):
         return {"b64_json": base64.b64encode(await self._file(reply)).decode()}
 
     async def _file(self, reply: Generated) -> bytes:
-        assert reply.handle is not None
-        async with self.arena.read([reply.handle], timeout=READ_SECONDS) as (view,):
-            return bytes(view)
+        handle = reply.handle
+        assert handle is not None
+        try:
+            async with self.arena.read([handle], timeout=READ_SECONDS) as (view,):
+                return bytes(view)
+        except asyncio.CancelledError:
+            release = self.image_worker.release(ReleaseRequest([handle.lease]), instance=instance_of(handle))
+            afterwards(give_back(release))
+            raise
 
     async def _image_events(
         self, replies: AsyncIterator[Generated], wanted: WantedPicture, held: AsyncExitStack

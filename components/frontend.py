@@ -51,6 +51,7 @@ from dynamo_epd.images.data_url import parse_data_url
 from dynamo_epd.jobs import JobsConfig
 from dynamo_epd.page.mount import PATH, Page, PageSettings
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
+from dynamo_epd.sdk.client import twice
 from dynamo_epd.sdk.http_server import TlsConfig
 from dynamo_epd.store import StoreConfig
 
@@ -205,12 +206,13 @@ class Frontend(BesideChat):
 
     async def models(self) -> Response:
         """``GET /v1/models``: of every linked stage that clients name a model to."""
-        reply = await self.processor.models(ModelsQuery()).only()
+        query = ModelsQuery()
+        reply = await twice(lambda: self.processor.models(query).only())
         models = json.loads(reply.body)
         for stage in self._beside():
-            names = (await stage.models(ModelsQuery()).only()).names
+            named = await self._asked(stage.models, query)
             models["data"] += [
-                {"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in names
+                {"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in named.names
             ]
         return JSONResponse(models)
 
@@ -224,7 +226,7 @@ class Frontend(BesideChat):
         beside = {stage.name: len(stage.instances()) for stage in self._beside()}
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
-                stages |= (await self.processor.health(HealthQuery()).only()).stages
+                stages |= (await twice(lambda: self.processor.health(HealthQuery()).only())).stages
             whole = all(stages.values())
         except (EpdError, TimeoutError):
             whole = False

@@ -58,6 +58,7 @@ class Validation:
         prompt = self._request.picture.prompt
         # Where the embed worker conditions the picture, that one call gives the prompt's vector too.
         ahead = None if self._processor.conditioned else asyncio.create_task(self._embed(prompt))
+        worker = None
         try:
             async with asyncio.timeout(self._request.deadline - time.time()):
                 made, worker = await twice(self._picture)
@@ -65,9 +66,6 @@ class Validation:
                     assert made.done is not None
                     yield Validated(Stage("image", made.done.queue_seconds, made.done.run_seconds), picture=made)
                     caption, stage = await self._caption(made)
-                except (asyncio.CancelledError, GeneratorExit):
-                    self._release(worker, ReleaseRequest(request_ids=[self._request.picture.request_id]))
-                    raise
                 finally:
                     if made.pixels is not None:
                         self._release(worker, ReleaseRequest([made.pixels.lease]))
@@ -81,8 +79,12 @@ class Validation:
                     prompt_vector=vector,
                     caption_vector=said.vectors[0],
                 )
-        except TimeoutError as error:
-            raise DeadlineExceeded("the request's time is up") from error
+        except (asyncio.CancelledError, GeneratorExit, TimeoutError) as error:
+            if worker is not None:  # the client's file may lie there unread
+                self._release(worker, ReleaseRequest(request_ids=[self._request.picture.request_id]))
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("the request's time is up") from error
+            raise
         finally:
             if ahead is not None:
                 ahead.cancel()

@@ -103,6 +103,11 @@ class ArenaOwner:
             ]
 
 
+def instance_of(handle: Handle) -> int:
+    """The instance that a handle of this graph is of."""
+    return int(handle.owner.rpartition("/")[2])
+
+
 _clients: dict[str, ServiceClient] = {}
 
 
