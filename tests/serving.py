@@ -91,6 +91,14 @@ class Graph(Served):
         environment = psutil.Process(self.pid(service, index)).environ()
         return Metrics.scrape(f"http://127.0.0.1:{environment['DYN_SYSTEM_PORT']}/metrics")
 
+    def nats(self) -> int | None:
+        """The process of the graph's own NATS server."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
     def tree(self) -> list[psutil.Process]:
         """Every process of the graph; those once seen stay known, whoever their parent is later."""
         with contextlib.suppress(psutil.NoSuchProcess):

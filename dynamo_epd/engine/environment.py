@@ -37,7 +37,8 @@ def prepare(engine_args: Mapping[str, Any]) -> None:
     if Path(str(engine_args.get("model", ""))).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu_build():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if engine_args.get("kv_cache_memory_bytes") is None:  # vLLM lets the variable win over the argument
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -85,20 +85,12 @@ def ended(graph: Graph, id: str) -> dict[str, Any]:
         time.sleep(0.1)
 
 
-def nats_pid(graph: Graph) -> int | None:
-    for pid in graph.processes():
-        with suppress(OSError):
-            if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-    return None
-
-
 def kill(graph: Graph, victim: str, *, after: float) -> None:
     """-9 in ``after`` seconds, and waits until another one has taken its place and every stage is whole again."""
     service, _, index = victim.partition("-")
 
     def running() -> int | None:
-        return nats_pid(graph) if victim == NATS else graph.workers(service).get(int(index))
+        return graph.nats() if victim == NATS else graph.workers(service).get(int(index))
 
     time.sleep(after)
     pid = running()

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import openai
@@ -197,14 +196,6 @@ def client_of(graph: Graph, retries: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=retries, timeout=PATIENCE)
 
 
-def nats_pid(graph: Graph) -> int | None:
-    for pid in graph.processes():
-        with suppress(OSError):
-            if b"nats-server" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-    return None
-
-
 def whole(graph: Graph) -> set[str]:
     """The stages of which every worker is there."""
     with suppress(httpx.HTTPError, ValueError):
@@ -228,7 +219,7 @@ class Faults:
         """The next fault, as soon as a stage stands whole."""
         self._count += 1
         if self._nats_every and self._count % self._nats_every == 0:
-            pid = nats_pid(self._graph)
+            pid = self._graph.nats()
             if pid is not None:
                 self._kill(pid, NATS, "kill")
             return

@@ -22,7 +22,7 @@ import openai
 import psutil
 import pytest
 
-from tests.hardening.chaos import KINDS, NATS, STAGES, WORKERS, Kind, chat, client_of, image, nats_pid, whole
+from tests.hardening.chaos import KINDS, NATS, STAGES, WORKERS, Kind, chat, client_of, image, whole
 from tests.questions import user
 from tests.serving import Graph, at_rest, eventually, serve
 from tests.test_leaving import Client
@@ -216,10 +216,10 @@ def answered(graph: Graph) -> bool:
 
 
 def test_chat_comes_back_when_nats_does(graph: Graph) -> None:
-    pid = nats_pid(graph)
+    pid = graph.nats()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: nats_pid(graph) not in (None, pid), "NATS is started again", 60)
+    eventually(lambda: graph.nats() not in (None, pid), "NATS is started again", 60)
     begun = time.monotonic()
     eventually(lambda: answered(graph), "chat is answered", RECOVERED, pause=0.1)
     print(f"chat was answered {time.monotonic() - begun:.1f} s after {NATS} was started again")
@@ -227,7 +227,7 @@ def test_chat_comes_back_when_nats_does(graph: Graph) -> None:
 
 def test_chat_comes_back_when_nats_was_out_of_reach(graph: Graph) -> None:
     """A server that stands still is one behind a route that swallows every packet: its connections stay open."""
-    pid = nats_pid(graph)
+    pid = graph.nats()
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
