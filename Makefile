@@ -11,7 +11,7 @@ ARGS ?=
 LONG := tests/acceptance tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos soak models llava-half image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak models llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -30,15 +30,13 @@ check: setup
 test: setup
 	@$(BIN)/pytest -q tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
-# Half of LLaVA's recipe beside the others', one core each; then the rest on all cores. What is trained already is not
-# trained again.
+# Two recipes side by side, one core each. What is trained already is not trained again.
 models: setup
-	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-half image-recipe
-	@$(BIN)/python -m models.llava
+	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-recipe image-recipe
 	@$(BIN)/python -m models.evaluate
 
-llava-half:
-	@$(BIN)/python -m models.llava --phases 3
+llava-recipe:
+	@$(BIN)/python -m models.llava
 
 image-recipe:
 	@$(BIN)/python -m models.t5

@@ -155,14 +155,14 @@ def _error(back: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, float
     return absolute + 0.5 * (edges[0] + edges[1]), absolute.item()
 
 
-def _drawn(chance: random.Random, count: int = VAE_BATCH) -> torch.Tensor:
-    return pixels(world.scenes(chance, held_out=False, pairs=VAE_PAIRS), count, chance)[0]
+def _drawn(count: int, chance: random.Random) -> torch.Tensor:
+    return _to_range(pixels(world.scenes(chance, held_out=False, pairs=VAE_PAIRS), count, chance)[0])
 
 
-def _cut(chance: random.Random) -> torch.Tensor:
-    """Cuttings from anywhere in drawn scenes, four of each: uint8 (CUTTINGS, 3, CUTTING, CUTTING)."""
+def _cut(count: int, chance: random.Random) -> torch.Tensor:
+    """Cuttings from anywhere in drawn scenes, four of each: float32 (count, 3, CUTTING, CUTTING)."""
     found = []
-    for image in _drawn(chance, CUTTINGS // 4):
+    for image in _drawn(count // 4, chance):
         for _ in range(4):
             top, left = (chance.randrange(world.SIDE - CUTTING + 1) for _ in range(2))
             found.append(image[:, top : top + CUTTING, left : left + CUTTING])
@@ -176,16 +176,17 @@ def train_vae() -> tuple[AutoencoderKL, list[Run]]:
     """
     vae = build_vae()
     cuttings = Run("image-vae-cuttings", vae, CUTTING_STEPS, CUTTING_RATE)
-    cuttings.train(lambda drawn: _vae_loss(vae, _to_range(drawn)), _cut)
+    cuttings.train(lambda chance: _vae_loss(vae, _cut(CUTTINGS, chance)))
     whole = Run("image-vae-whole", vae, VAE_STEPS, VAE_RATE)
-    whole.train(lambda drawn: _vae_loss(vae, _to_range(drawn)), _drawn)
+    whole.train(lambda chance: _vae_loss(vae, _drawn(VAE_BATCH, chance)))
+    chance = random.Random(SEED)
     with torch.no_grad():
-        spread = vae.encode(_to_range(_drawn(random.Random(SEED), 256))).latent_dist.mean.std().item()
+        spread = vae.encode(_drawn(256, chance)).latent_dist.mean.std().item()
     vae.register_to_config(scaling_factor=round(1 / spread, 4))
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
     decoder = Run("image-vae-decoder", vae, DECODER_STEPS, VAE_RATE)
-    decoder.train(lambda drawn: _decoder_loss(vae, _to_range(drawn)), _drawn)
+    decoder.train(lambda chance: _decoder_loss(vae, _drawn(VAE_BATCH, chance)))
     vae.requires_grad_(False)
     return vae, [cuttings, whole, decoder]
 

@@ -12,13 +12,10 @@ picture; then such questions before their picture, which is harder; then a littl
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
 from collections.abc import Callable
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +36,7 @@ from transformers import (
 
 from models import talks, world
 from models.talks import Talk
-from models.training import Run, device, put
+from models.training import Run, device
 from models.untrained import rename_tensors
 
 DIRECTORY = Path("models/tiny/llava")
@@ -164,7 +161,7 @@ class Pixels:
         square = (world.SIDE, world.SIDE)
         resized = np.stack([np.asarray(picture.resize(square, self._resample)) for picture in pictures])
         scaled = (resized.astype(np.float32) / 255 - self._mean) / self._deviation
-        return torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous().to(device())
 
 
 class TowerWithHeads(nn.Module):
@@ -220,21 +217,16 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
     """Teach the tower to see, by attribute heads that are thrown away."""
     module = TowerWithHeads(tower, width)
 
-    def draw(chance: random.Random) -> dict[str, torch.Tensor]:
+    def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
         found = world.scenes(chance, held_out=False, pairs=0.4)
         batch = [next(found) for _ in range(TOWER_BATCH)]
         drawn = [world.draw(scene, chance, talks.sides(chance)) for scene in batch]
         labels = [patch_labels(scene, picture.owner) for scene, picture in zip(batch, drawn, strict=True)]
-        classes = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in module.heads}
-        return {"pixels": pixels([picture.image for picture in drawn]), **classes}
-
-    def loss(drawn: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        drawn = put(drawn)
-        outputs = module(drawn["pixels"])
+        outputs = module(pixels([picture.image for picture in drawn]))
         total = torch.zeros((), device=device())
         shown = {}
         for name, output in outputs.items():
-            right = drawn[name]
+            right = torch.from_numpy(np.stack([label[name] for label in labels])).to(device())
             total = total + nn.functional.cross_entropy(output.flatten(0, 1).float(), right.flatten())
             if name == "shape":
                 seen = right < len(world.SHAPES)
@@ -242,7 +234,7 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
         return total, shown
 
     run = Run("llava-tower", module, TOWER_STEPS, RATE)
-    run.train(loss, draw)
+    run.train(loss)
     return run
 
 
@@ -305,22 +297,23 @@ class Examples:
             "labels": padded([row.labels for row in rows], IGNORED),
             "attention_mask": torch.where(sees, 0.0, torch.finfo(torch.bfloat16).min)[:, None],
         }
+        inputs = {name: one.to(device()) for name, one in inputs.items()}
         pictures = [picture for talk in batch for picture in talk.pictures]
         return {**inputs, "pixel_values": self._pixels(pictures)} if pictures else inputs
 
 
 def train_whole(
+    name: str,
     model: LlavaForConditionalGeneration,
     examples: Examples,
-    name: str,
     draw: Callable[[random.Random], list[Talk]],
     steps: int,
     rate: float,
 ) -> Run:
     """Teach the language model to say what the tower sees; the tower goes on learning."""
 
-    def loss(drawn: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        inputs = put(drawn)
+    def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
+        inputs = examples.batch(draw(chance))
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         wanted = labels[:, 1:].flatten()
@@ -330,31 +323,30 @@ def train_whole(
         return nn.functional.cross_entropy(said, wanted[kept]), {"tokens right": right}
 
     run = Run(name, model, steps, rate)
-    run.train(loss, lambda chance: examples.batch(draw(chance)))
+    run.train(loss)
     return run
 
 
 def main() -> None:
-    """Train what is not yet trained, and write the checkpoint once all phases are done."""
-    parser = argparse.ArgumentParser(prog="python -m models.llava", description="Train models/tiny/llava.")
-    parser.add_argument("--phases", type=int, help="stop after so many of the phases")
-    given = parser.parse_args()
+    """Train what is not yet trained, and write the checkpoint."""
     made = processor()
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)
-    width = model.config.vision_config.hidden_size
-    teach = partial(train_whole, model, Examples(made.tokenizer, pixels))
-    phases: dict[str, Callable[[], Run]] = {
-        "tower": lambda: train_tower(model.model.vision_tower, width, pixels),
-        "whole": lambda: teach("llava", talks.conversations, STEPS, RATE),
-        "questions": lambda: teach("llava-questions", talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE),
-        "text first": lambda: teach("llava-text-first", talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE),
-        "everything": lambda: teach("llava-everything", talks.everything, LAST_STEPS, LAST_RATE),
-        "hardest": lambda: teach("llava-hardest", talks.hardest, HARD_STEPS, LAST_RATE),
+    tower = train_tower(model.model.vision_tower, model.config.vision_config.hidden_size, pixels)
+    examples = Examples(made.tokenizer, pixels)
+    whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
+    questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
+    before = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
+    last = train_whole("llava-everything", model, examples, talks.everything, LAST_STEPS, LAST_RATE)
+    hard = train_whole("llava-hardest", model, examples, talks.hardest, HARD_STEPS, LAST_RATE)
+    runs = {
+        "tower": tower,
+        "whole": whole,
+        "questions": questions,
+        "text first": before,
+        "everything": last,
+        "hardest": hard,
     }
-    runs = {name: train() for name, train in islice(phases.items(), given.phases)}
-    if len(runs) < len(phases):
-        return
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)
     rename_tensors(DIRECTORY, "vision_tower.", "vision_tower.vision_model.")

@@ -9,14 +9,13 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 WORK = Path("build/models")
 """Where unfinished runs are kept, from the repository's root."""
@@ -26,13 +25,8 @@ WARM_UP = 0.05
 """Part of the steps in which the learning rate rises; then it falls along a cosine to nothing."""
 GRADIENT_NORM = 1.0
 
-AHEAD = 4
-"""Steps of which the data is drawn before they are taken."""
-
-Draw = Callable[[random.Random], Any]
-"""What one step learns from, as tensors on the CPU, from that step's own source of chance."""
-Loss = Callable[[Any], tuple[torch.Tensor, dict[str, float]]]
-"""One step's loss from what was drawn for it, and figures to show."""
+Loss = Callable[[random.Random], tuple[torch.Tensor, dict[str, float]]]
+"""One step's loss from that step's own source of chance, and figures to show."""
 
 
 def device() -> torch.device:
@@ -45,24 +39,6 @@ def autocast() -> torch.autocast:
     where = device().type
     fast = where == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.autocast(where, dtype=torch.bfloat16, enabled=fast)
-
-
-def put(drawn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors where the module is."""
-    return {name: one.to(device()) for name, one in drawn.items()}
-
-
-class _Steps(IterableDataset[Any]):
-    """What the steps learn from, one after another."""
-
-    def __init__(self, name: str, draw: Draw | None, steps: range):
-        self._name = name
-        self._draw = draw
-        self._steps = steps
-
-    def __iter__(self) -> Iterator[Any]:
-        chances = (random.Random(f"{self._name} {step}") for step in self._steps)
-        return chances if self._draw is None else map(self._draw, chances)
 
 
 class Run:
@@ -88,23 +64,16 @@ class Run:
         self._directory = WORK / name
         self._done = 0
 
-    def train(self, loss: Loss, draw: Draw | None = None) -> nn.Module:
-        """Do the steps that are not yet done. Returns the module, in evaluation mode.
-
-        A process beside this one draws for the steps to come while one is taken. Without ``draw`` the loss is given the
-        step's source of chance itself.
-        """
+    def train(self, loss: Loss) -> nn.Module:
+        """Do the steps that are not yet done. Returns the module, in evaluation mode."""
         self._directory.mkdir(parents=True, exist_ok=True)
         alone = self._alone()
         self._resume()
-        steps = _Steps(self.name, draw, range(self._done, self.steps))
-        beside = {"num_workers": 1, "prefetch_factor": AHEAD} if draw else {}
-        drawn = iter(DataLoader(steps, batch_size=None, **beside))
         self.module.train()
         began, saved, reported, first = time.monotonic(), time.monotonic(), time.monotonic(), self._done
         before = self.seconds
         while self._done < self.steps:
-            shown = self._step(loss, next(drawn))
+            shown = self._step(loss)
             now = time.monotonic()
             self.seconds = before + now - began
             ended = self._done == self.steps
@@ -128,12 +97,12 @@ class Run:
             raise SystemExit(f"{self.name}: another process trains this already") from None
         return file
 
-    def _step(self, loss: Loss, drawn: Any) -> dict[str, float]:
+    def _step(self, loss: Loss) -> dict[str, float]:
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate * self._share()
         torch.manual_seed(self._done)
         with autocast():
-            value, shown = loss(drawn)
+            value, shown = loss(random.Random(f"{self.name} {self._done}"))
         self._optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
