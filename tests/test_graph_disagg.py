@@ -17,7 +17,7 @@ from PIL import Image
 from tests.picture_server import PictureServer
 from tests.questions import Refused, Said, ask, ask_all, assert_same, chat, data_url, picture, post, question, user
 from tests.reference import NAME, Reference
-from tests.serving import Graph, Metrics, at_rest, eventually
+from tests.serving import Graph, Metrics, at_rest
 
 IDLE_SHARE = 0.10
 """Of one core, for the whole graph at rest."""
@@ -215,7 +215,10 @@ def test_at_rest_nothing_is_held_and_little_is_burnt(disagg: Graph) -> None:
         return (disagg.cpu_seconds() - before) / (time.monotonic() - since)
 
     shares: list[float] = []
-    eventually(lambda: shares.append(share()) or shares[-1] < IDLE_SHARE, f"below {IDLE_SHARE:.0%}: {shares}", 60)  # type: ignore[func-returns-value]
+    end = time.monotonic() + 60
+    while not shares or shares[-1] >= IDLE_SHARE:
+        assert time.monotonic() < end, f"shares of a core at rest: {[f'{one:.1%}' for one in shares]}"
+        shares.append(share())
 
 
 def test_no_engine_is_bound_to_one_core(disagg: Graph) -> None:

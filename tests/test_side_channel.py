@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 from dynamo_epd.engine.side_channel import QUESTION_BYTES, answer_questions
+from tests.serving import eventually
 
 KNOWN = {(0, 0): b"first", (0, 1): b"second"}
 QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
@@ -49,7 +50,7 @@ def asked(port: int, raw: bytes = QUESTION) -> list[bytes]:
 
 def thrown(port: int, *messages: list[bytes]) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as channel:
-        channel.setsockopt(zmq.LINGER, 2000)
+        channel.setsockopt(zmq.LINGER, 10_000)
         channel.connect(f"tcp://127.0.0.1:{port}")
         for message in messages:
             channel.send_multipart(message)
@@ -86,8 +87,8 @@ def test_a_decode_engine_is_told_what_it_asks_for(port: int) -> None:
 )  # fmt: skip
 def test_what_is_no_question_is_dropped(port: int, message: list[bytes], caplog: Any) -> None:
     thrown(port, message, message)
-    assert asked(port)[0] == b"first"
-    assert "2 messages dropped" in caplog.text
+    # Another connection's messages have no order beside these.
+    eventually(lambda: asked(port)[0] == b"first" and "2 messages dropped" in caplog.text, "both are dropped")
 
 
 def test_a_large_message_is_not_received(port: int) -> None:

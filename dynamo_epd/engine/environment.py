@@ -21,7 +21,7 @@ def prepare(engine_args: Mapping[str, Any]) -> None:
     On a machine without a GPU: one thread a process (stages share the cores), a small KV cache, and no extra Worker
     process behind each engine, which would spin for a second after every step.
     """
-    os.environ.setdefault(NIXL_DELAY, "1000")
+    os.environ.setdefault(NIXL_DELAY, "2000")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if "DYNAMO_SUPERVISOR_PID" in os.environ:
         # vLLM leaves the sockets between its processes behind; in the supervisor's directory they go with the graph.

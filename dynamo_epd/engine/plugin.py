@@ -2,7 +2,7 @@
 """Runs inside every process of vLLM (entry point ``vllm.general_plugins``), before models load and NIXL starts.
 
 NIXL's Python class fixes its progress thread's delay at 0, and an idle engine then takes a whole core. With the delay
-that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes 1.5 % of one, and no transfer gets slower. Some model classes are
+that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes half a percent of one. Some model classes are
 replaced by those of `dynamo_epd.engine.models`. A vLLM that our stages did not start lacks the variable and is left
 alone.
 """
