@@ -36,7 +36,7 @@ from transformers import (
 
 from models import talks, world
 from models.talks import Talk
-from models.training import Run, device
+from models.training import Run, device, fuse
 from models.untrained import rename_tensors
 
 DIRECTORY = Path("models/tiny/llava")
@@ -51,7 +51,7 @@ TOWER_BATCH = 64
 RATE = 1e-3
 QUESTION_RATE = 7e-4
 LAST_STEPS = 2600
-HARD_STEPS = 1900
+HARD_STEPS = 3400
 LAST_RATE = 4e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
@@ -332,6 +332,7 @@ def main() -> None:
     made = processor()
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)
+    fuse([*model.model.vision_tower.encoder.layers, *model.model.language_model.layers])
     tower = train_tower(model.model.vision_tower, model.config.vision_config.hidden_size, pixels)
     examples = Examples(made.tokenizer, pixels)
     whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
