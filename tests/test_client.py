@@ -67,3 +67,26 @@ def test_outside_a_graph_a_dependency_is_falsy_and_unavailable() -> None:
         back.answer({})
     with pytest.raises(StageUnavailable):
         asyncio.run(back.ready(0.01))
+
+
+class RemoteWhoseWorkersDie:
+    """A double: the runtime's client, each of whose workers dies with what it takes, before it has said a word."""
+
+    def __init__(self) -> None:
+        self.died: list[int] = []
+
+    def instance_ids(self) -> list[int]:
+        return KNOWN
+
+    async def direct(self, payload: bytes, instance: int, **_: object) -> None:
+        self.died.append(instance)
+        raise Exception("disconnected")
+
+
+def test_a_call_that_ends_who_takes_it_does_not_end_all() -> None:
+    one = client()
+    one._met.update(KNOWN)  # one that was never met is asked twice: it may only just have come
+    remote = one.endpoints["answer"].remote = RemoteWhoseWorkersDie()
+    with pytest.raises(WorkerLost):
+        asyncio.run(one.endpoints["answer"]({"number": 1}).only())
+    assert len(set(remote.died)) == len(remote.died) == 3 < len(KNOWN)

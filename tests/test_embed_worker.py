@@ -81,14 +81,24 @@ def test_a_paraphrase_is_nearer_than_another_colour(client: openai.OpenAI) -> No
     assert caption @ same > caption @ other
 
 
+def batch_sizes(graph: Graph) -> tuple[float, float]:
+    """Batches that ran so far on both workers, and texts in them."""
+    both = [graph.metrics("EmbedWorker", index) for index in range(2)]
+    batches, texts = (sum(one.total(f"epd_embed_batch_size_{what}") for one in both) for what in ("count", "sum"))
+    return batches, texts
+
+
 def test_texts_of_many_clients_are_not_mixed_up(client: openai.OpenAI, graph: Graph) -> None:
     found = world.scenes(random.Random(6), held_out=True, pairs=0.5)
     texts = [next(found).caption for _ in range(96)]
+    sizes = batch_sizes(graph)
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda text: client.embeddings.create(model=MODEL, input=text), texts))
     np.testing.assert_allclose(np.array([one.data[0].embedding for one in replies]), plain(texts), atol=1e-5)
     ran = [graph.metrics("EmbedWorker", index).total("epd_stage_run_seconds_count") for index in range(2)]
     assert all(ran), "both workers were asked"
+    batches, embedded = (after - before for after, before in zip(batch_sizes(graph), sizes, strict=True))
+    assert embedded == 96 > batches, "what waits together is embedded together"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,10 @@ def refused(reply: httpx.Response, status: int, param: str | None = None) -> Non
     assert reply.json()["error"]["param"] == param
 
 
-def test_a_job_makes_the_pictures_that_a_request_would(http: httpx.Client, client: openai.OpenAI) -> None:
+def test_a_job_makes_the_pictures_that_a_request_would(
+    http: httpx.Client, client: openai.OpenAI, seeing: Graph
+) -> None:
+    stored_before = seeing.metrics("ImageWorker").total("epd_images_stored_total")
     reply = http.post("/v1/images/jobs", json={"prompt": STAR, "n": 2, "seed": 7})
     assert reply.status_code == 202
     accepted = reply.json()
@@ -63,6 +66,7 @@ def test_a_job_makes_the_pictures_that_a_request_would(http: httpx.Client, clien
     state = ended(http, accepted["id"])
     assert (state["status"], state["attempts"]) == ("completed", 1)
     assert [one["seed"] for one in state["data"]] == [7, 8]
+    assert seeing.metrics("ImageWorker").total("epd_images_stored_total") == stored_before + 2
     direct = client.images.generate(model="tiny-image", prompt=STAR, n=2, extra_body={"seed": 7})
     assert direct.data
     for stored, made in zip(state["data"], direct.data, strict=True):

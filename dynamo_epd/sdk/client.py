@@ -39,6 +39,8 @@ FIRST_CONTACT_SECONDS = 0.5
 FIRST_CONTACT_PAUSE = 0.05
 """The runtime enters an instance into discovery a moment before NATS routes to it. So an instance that has never
 answered is asked again for that long, after such pauses. Nobody had received the request."""
+PASSED_ON = 2
+"""How often one call goes on to another instance: what ends those that take it must not go round them all."""
 FIRST_LOOK = 1.0
 """Seconds that the first call of an endpoint waits for discovery to tell its instances."""
 LATE_SECONDS = 0.25
@@ -273,6 +275,7 @@ class Call:
             raise PayloadTooLarge(f"the request is too large for {service.name} ({len(payload)} bytes)")
         wanted, key, exclude = self._wanted
         tried = set(exclude)
+        passed_on = 0
         while True:
             self.instance = service._choose(self._endpoint.known(), wanted, key, tried)
             served = request_context.get()
@@ -284,10 +287,11 @@ class Call:
             except Exception as error:  # the runtime raises plain Exception and ValueError for every kind of loss
                 tried.add(self.instance)
                 others = [one for one in service._healthy(self._endpoint.known()) if one not in tried]
-                if wanted is not None or not others:
+                if wanted is not None or not others or passed_on == PASSED_ON:
                     raise self._lost(error) from error
-            # It never took the request (it is leaving, say), or stands still: another one can, and the caller need not
-            # know. Where it moves again it finds the request called off.
+            # It never took the request (it is leaving, say), stands still, or died with it in its hands: another one
+            # can take it, and the caller need not know. Where it moves again it finds the request called off.
+            passed_on += 1
             self._context.stop_generating()
             service._end(self.instance, lost=True, answered=False)
 
