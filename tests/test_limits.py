@@ -22,8 +22,9 @@ from dynamo_epd.http.auth import Callers, Keys, new_key
 from dynamo_epd.http.connection import BoundedConnection
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.http.rates import Rates
+from tests.serving import eventually
 
-BOUNDS = RequestBounds(body_bytes=100_000, body_seconds=1.0, idle_seconds=0.4, drain_seconds=1.0)
+BOUNDS = RequestBounds(body_bytes=100_000, bodies_bytes=150_000, body_seconds=1.0, idle_seconds=0.4, drain_seconds=1.0)
 
 
 def application(callers: Callers | None = None, rates: Rates | None = None) -> FastAPI:
@@ -205,6 +206,18 @@ def test_errors_carry_the_id_too(server: Running) -> None:
         reply = httpx.request(method, server.url + path, headers={"x-request-id": "mine"})
         assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine")
         assert "secret" not in reply.text and reply.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_what_many_send_at_once_is_bounded_too(server: Running) -> None:
+    body = bytes(80_000)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as answered_late:
+        answered_late.sendall(head(len(body)).replace(b"/echo", b"/wait") + body)
+        eventually(lambda: server.send(head(len(body)), body).startswith(b"HTTP/1.1 503 "), "the first is in hand")
+        said = server.send(head(len(body)), body)
+        refused(said, 503, "overloaded")
+        assert re.search(rb"(?im)^retry-after: \d+\r?$", said)
+        assert httpx.post(f"{server.url}/echo", content=body[:60_000]).status_code == 200
+    eventually(lambda: httpx.post(f"{server.url}/echo", content=body).status_code == 200, "the room is free again")
 
 
 def test_a_client_that_leaves_while_sending_reaches_no_route(server: Running) -> None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, PayloadTooLarge, RequestTimeout
+from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, Overloaded, PayloadTooLarge, RequestTimeout
 from dynamo_epd.http.auth import Callers
 from dynamo_epd.http.errors import answer_errors, error_response
 from dynamo_epd.http.rates import Rates
@@ -26,6 +26,8 @@ class RequestBounds:
     """How much of a request is taken, and how long its body may take to arrive."""
 
     body_bytes: int = 16 * 1024 * 1024
+    bodies_bytes: int = 1024 * 1024 * 1024
+    """Of all bodies together, from their first byte until their requests are answered. More is refused for now."""
     body_seconds: float = 30.0
     idle_seconds: float = 10.0
     """Between two pieces of a body."""
@@ -48,8 +50,8 @@ def guard(
 
 
 class RequestLimits:
-    """ASGI middleware, the outermost one: headers 431, key 401, rate 429, body 413, slow body 408, and
-    ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
+    """ASGI middleware, the outermost one: headers 431, key 401, rate 429, body 413, slow body 408, too much of all
+    bodies together 503, and ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
 
     The body is read here in full and handed on in one piece, so no route can forget a bound. The id is the client's
     if it is harmless, else a new one; routes find it as ``request.state.request_id``, and whose the request is as
@@ -67,6 +69,7 @@ class RequestLimits:
         self.bounds = bounds or RequestBounds()
         self.callers = callers or Callers(None, None)
         self.rates = rates or Rates()
+        self._bodies_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # nothing here speaks it, and none of what follows would hold for it
@@ -98,7 +101,7 @@ class RequestLimits:
                 )
                 if counts:
                     held.enter_context(self.rates.counted(state["tenant"], told))
-                body = await self._read(receive)
+                body = await self._read(receive, held)
             except EpdError as error:
                 held.close()
                 await self._refuse(error, receive, identify)
@@ -120,9 +123,15 @@ class RequestLimits:
                 if len(value) > 18 or int(value) > self.bounds.body_bytes:
                     raise self._too_large()
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, held: ExitStack) -> bytes | None:
+        """The body, whose bytes are counted until ``held`` is closed. None where the client left."""
         pieces: list[bytes] = []
         size = 0
+
+        def give_back() -> None:
+            self._bodies_bytes -= size
+
+        held.callback(give_back)
         try:
             async with asyncio.timeout(self.bounds.body_seconds):
                 while True:
@@ -132,8 +141,11 @@ class RequestLimits:
                         return None
                     piece = message.get("body", b"")
                     size += len(piece)
+                    self._bodies_bytes += len(piece)
                     if size > self.bounds.body_bytes:
                         raise self._too_large()
+                    if self._bodies_bytes > self.bounds.bodies_bytes:
+                        raise Overloaded("the bodies of other requests fill the room for them; try again later")
                     pieces.append(piece)
                     if not message.get("more_body", False):
                         return b"".join(pieces)
