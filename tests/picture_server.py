@@ -6,6 +6,8 @@ from __future__ import annotations
 import http.server
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -83,3 +85,13 @@ class Canary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listener.close()
+
+
+@contextmanager
+def silent() -> Iterator[tuple[socket.socket, str]]:
+    """A server that never answers, whose connections the test accepts, and the address of a picture on it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(60)
+        yield listener, f"http://127.0.0.1:{listener.getsockname()[1]}/never.png"

@@ -34,6 +34,18 @@ SYSTEM_PORTS = 24
 SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 
 
+_OF_A_STAGE = ("epd_arena_leases", "epd_arena_used_bytes", "epd_stage_queue_depth")
+HELD = {
+    "Frontend": ("epd_arena_leases", "epd_arena_used_bytes"),
+    "EncodeWorker": ("epd_arena_leases", "epd_stage_queue_depth"),  # its arena is its cache, and stays in use
+    "PrefillWorker": _OF_A_STAGE,
+    "DecodeWorker": _OF_A_STAGE,
+    "ImageWorker": _OF_A_STAGE,
+    "EmbedWorker": _OF_A_STAGE,
+}
+"""Metrics that tell what a worker holds for requests."""
+
+
 @contextlib.contextmanager
 def serve(graph: str, config: str, *overrides: str, model: Path | None = None, **environment: str) -> Iterator[Graph]:
     """A graph that is up. It is ended by Ctrl-C: exit status 0 and nothing left, or the test fails.
@@ -128,14 +140,13 @@ class Graph(Served):
         return total
 
     def busy(self) -> dict[str, float]:
-        """What is held for requests anywhere, by stage: leases, and requests that wait or run. Empty when at rest."""
+        """What is held for requests anywhere, by worker: leases, room in arenas, requests that wait or run. Empty when
+        at rest."""
         held: dict[str, float] = {}
-        for service in ("Frontend", "EncodeWorker", "PrefillWorker", "DecodeWorker"):
+        for service, names in HELD.items():
             for index in self.workers(service):
                 metrics = self.metrics(service, index)
-                for name in ("epd_arena_leases", "epd_stage_queue_depth"):
-                    if metrics.total(name):
-                        held[f"{service}-{index} {name}"] = metrics.total(name)
+                held |= {f"{service}-{index} {name}": total for name in names if (total := metrics.total(name))}
         return held
 
     def finish(self, signal_number: int = signal.SIGINT) -> None:

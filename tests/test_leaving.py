@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.picture_server import silent
 from tests.questions import ask, assert_same, chat, data_url, picture, user
 from tests.serving import Graph, at_rest, eventually
 
@@ -88,13 +89,9 @@ def test_at_any_moment_before_the_first_token(disagg: Graph) -> None:
 
 def test_while_a_picture_is_fetched(disagg: Graph) -> None:
     """The fetch ends too: its connection is closed long before it would time out."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        silent.settimeout(30)
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/never.png"
+    with silent() as (listener, url):
         client = Client(disagg, chat(user("What is this?", url)))
-        fetch, _ = silent.accept()
+        fetch, _ = listener.accept()
         with fetch:
             fetch.settimeout(3)
             while not fetch.recv(4096).endswith(b"\r\n\r\n"):

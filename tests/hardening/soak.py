@@ -32,8 +32,8 @@ import numpy as np
 import openai
 import psutil
 
-from tests.hardening.chaos import KINDS, QUESTIONS, STAGES, Load, Seen, client_of
-from tests.serving import Graph, at_rest, serve
+from tests.hardening.load import KINDS, QUESTIONS, STAGES, Load, Seen, alike, client_of, held_at_the_end, in_peace
+from tests.serving import Graph, serve
 from tests.toys.running import ROOT
 
 MIB = 2**20
@@ -44,8 +44,6 @@ WARM_UP = 0.25
 """Share of the run in which caches and pools fill: no slope is taken of it."""
 SAMPLES = ROOT / "build" / "soak.json"
 SHARED_MEMORY = "/dev/shm"
-ROUNDED = 0.002
-"""Two of the last place to which `KINDS` round numbers."""
 
 SMALL_CACHE = "--EncodeWorker.arena-bytes=4194304"
 """It is mapped at the start and touched little by little: full within the warm-up, it is turned over after it."""
@@ -72,16 +70,6 @@ class Fresh(threading.Thread):
             except (openai.OpenAIError, httpx.HTTPError) as error:
                 outcome = f"failed ({type(error).__name__}: {error})"[:160]
             self._seen.note("fresh", kind, outcome, began)
-
-
-def alike(first: str, second: str) -> bool:
-    """Whether two answers are the same; the numbers of a list were rounded, and may have been so to either side."""
-    if not (first.startswith("[") and second.startswith("[")):
-        return first == second
-    with suppress(ValueError):
-        pairs = list(zip(json.loads(first), json.loads(second), strict=True))
-        return all(abs(a - b) < ROUNDED if isinstance(a, float) else a == b for a, b in pairs)
-    return first == second
 
 
 @dataclass
@@ -190,8 +178,7 @@ def told(watch: Watch, warm_up: float, mib_per_hour: float, descriptors_per_hour
 
 def run(graph: Graph, minutes: float, seed: int, clients: int, bounds: tuple[float, float]) -> bool:
     """The whole run. Prints its report; returns whether every goal is met."""
-    calm = client_of(graph, retries=0)
-    expected = {(kind.name, number): kind.ask(calm, number) for kind in KINDS for number in range(QUESTIONS)}
+    expected = in_peace(graph)
     seen, workers, watch = Seen(), worker_names(graph), Watch(graph)
     load: list[Load | Fresh] = [Load(graph, expected, seen, False, f"{seed} {index}") for index in range(clients)]
     load.append(Fresh(graph, seen, seed))
@@ -221,11 +208,7 @@ def run(graph: Graph, minutes: float, seed: int, clients: int, bounds: tuple[flo
     right = all(outcome == "right" for _, outcome in seen.outcomes)
     same = worker_names(graph) == workers
     print("every worker is the same process as before" if same else f"workers: {workers}, then {worker_names(graph)}")
-    try:
-        at_rest(graph, 60)
-        held = ""
-    except AssertionError as error:
-        held = str(error)
+    held = held_at_the_end(graph)
     print(f"held at the end: {held or 'nothing'}")
     return flat and right and same and not held
 
