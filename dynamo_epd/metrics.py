@@ -136,6 +136,7 @@ class _ArenaCollector:
         yield self._counter("epd_digest_failures", "READs whose bytes were refused", stats.digest_failures)
         yield self._gauge("epd_arena_used_bytes", "Bytes of the arena in use", stats.bytes_used)
         yield self._gauge("epd_arena_leases", "Leases outstanding", stats.leases)
+        yield self._counter("epd_arena_leases_expired", "Leases that nobody gave back in time", stats.leases_expired)
         if self._cache:
             yield self._counter("epd_embedding_cache_hits", "Images found encoded", stats.hits)
             yield self._counter("epd_embedding_cache_misses", "Images that had to be encoded", stats.misses)

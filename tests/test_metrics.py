@@ -19,6 +19,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         digest_failures=1,
         bytes_used=64,
         leases=5,
+        leases_expired=6,
         hits=7,
         misses=8,
     )
@@ -45,6 +46,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         "epd_embedding_cache_misses_total": 8.0,
         "epd_embedding_cache_bytes": 64.0,
         "epd_arena_leases": 5.0,
+        "epd_arena_leases_expired_total": 6.0,
         "epd_transfer_failures_total": 2.0,
         "epd_digest_failures_total": 1.0,
         "nixl_transfer_bytes_total": 4096.0,
