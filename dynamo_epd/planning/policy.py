@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what one stage reports to the number of workers it should have: one pure function, no clock and no I/O.
+
+**How many are enough.** The offered load is Little's law, ``a = rate × run seconds`` (J. D. C. Little, 1961). A worker
+runs ``concurrency`` requests at once, so ``n`` workers are ``n × concurrency`` servers. Enough is the smallest ``n``
+that keeps utilisation at or below ``1 - headroom`` and the mean wait of Erlang's delay formula (A. K. Erlang, 1917)
+at or below ``queue_target``. If requests wait beyond what the target allows, what clears them within ``catch_up``
+seconds comes on top.
+
+**How it notices a burst.** The rate is that of the last minute. A shorter window counts instead when it holds more
+arrivals than chance allows: a Shewhart control chart on counts made normal, ``2 sqrt(k + 3/8)`` (F. J. Anscombe, 1948;
+the plain ``mean + 3 sqrt(mean)`` is crossed by chance every few minutes where few arrive). It then counts with one
+standard error taken off, so that a guess from few arrivals errs low and later ones mend it.
+
+**Why it does not flap.** A stage grows at once and shrinks late, as the Kubernetes HorizontalPodAutoscaler does: to the
+highest number wanted in the last ``cool_down`` seconds (its stabilisation window), and only if that number would still
+do with the load ``1 + tolerance`` times as high (its tolerance). It never shrinks while requests wait too long.
+
+**When the model is wrong.** Requests that wait longer than the target although there is a server for each of them mean
+that ``concurrency`` promises too much: one worker more then, and no other before the first was seen to help.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+
+WINDOWS = (2.0, 10.0)
+"""Seconds of the windows in which a burst is looked for."""
+LONG_WINDOW = 60.0
+SIGMAS = 4.0
+"""By chance such a count comes once in nine hours of looks a second apart. A chart's usual 3: every twelve minutes."""
+QUEUE_WINDOW = 10.0
+"""Seconds over which the measured queue time is a mean."""
+SETTLE = 20.0
+"""Seconds after a change in which measured queue times still tell of what was before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one stage is held to. Times in seconds. Raises ValueError for what cannot be."""
+
+    min: int = 1
+    max: int = 8
+    queue_target: float = 0.5
+    """Mean wait of a request in this stage."""
+    concurrency: int = 1
+    """Requests that one worker runs at once in the time that one of them takes: its batch, or 1."""
+    headroom: float = 0.3
+    """Share of the servers that is left free for what comes while another worker starts."""
+    cool_down: float = 300.0
+    tolerance: float = 0.1
+    catch_up: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("min", "max", "concurrency"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number")
+        if not 0 <= self.min <= self.max or self.max < 1:
+            raise ValueError(f"0 <= min <= max and 1 <= max must hold; min is {self.min}, max is {self.max}")
+        if self.concurrency < 1 or self.queue_target <= 0 or self.catch_up <= 0:
+            raise ValueError("concurrency, queue-target and catch-up must be above 0")
+        if not 0 <= self.headroom < 1 or self.cool_down < 0 or self.tolerance < 0:
+            raise ValueError("headroom must be from 0 to below 1, cool-down and tolerance not negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """One stage, all of its workers together. Counts and seconds are sums since the beginning and never fall."""
+
+    replicas: int
+    """Workers that there are or that start; one that drains does not count."""
+    ready: int
+    in_stage: float
+    """Requests that wait or run now."""
+    finished: float
+    run_seconds: float
+    queued: float
+    """Requests whose wait is over."""
+    queue_seconds: float
+
+    @property
+    def arrived(self) -> float:
+        return self.finished + self.in_stage
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What is remembered of a stage from one look to the next."""
+
+    looks: tuple[tuple[float, Observed], ...] = ()
+    """Of the last `LONG_WINDOW` seconds, and the last one before."""
+    wanted: tuple[tuple[float, int], ...] = ()
+    """(time, workers) wanted within the cool-down, without those that a later and higher one covers."""
+    run_seconds: float | None = None
+    """Mean of one request, from the last window in which any finished."""
+    needed: float | None = None
+    """When as many workers as there are were last wanted."""
+    changed: float = -math.inf
+    """When the number of workers was last seen to change, or the last of them to become ready."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """``cause``: the earliest time at which that could have been known which led to it."""
+
+    replicas: int
+    reason: str
+    cause: float
+
+
+def decide(state: State, observed: Observed, now: float, limits: Limits) -> tuple[State, Decision | None]:
+    """One look at a stage: what to remember, and the number of workers it should have if that is another one."""
+    before = state.looks[-1] if state.looks else None
+    state = _remember(state, observed, now)
+    load = _load(state)
+    seconds = state.run_seconds or 0.0
+    slots = observed.ready * limits.concurrency
+    waiting = max(0.0, observed.in_stage - slots)
+    queue = _mean_queue(state, now)
+    late = queue is not None and queue > limits.queue_target * (1 + limits.tolerance)
+
+    wanted = replicas_for(load, seconds, limits)
+    reason = f"{load:.2f} requests run at once"
+    if waiting and slots and waiting * seconds / slots > limits.queue_target:
+        extra = waiting * seconds / limits.catch_up
+        wanted = max(wanted, math.ceil((load / (1 - limits.headroom) + extra) / limits.concurrency))
+        reason += f", {waiting:g} wait"
+    settled = observed.replicas == observed.ready and now - state.changed >= SETTLE
+    if late and not waiting and settled and wanted <= observed.replicas:
+        wanted = observed.replicas + 1
+        reason = f"requests wait {queue:.2f} s, target {limits.queue_target:g} s"
+    wanted = min(max(wanted, limits.min), limits.max)
+
+    with_tolerance = replicas_for(load * (1 + limits.tolerance), seconds, limits)
+    keep = min(max(wanted, with_tolerance, limits.min), limits.max)
+    if late or waiting:
+        keep = max(keep, min(observed.replicas, limits.max))
+    state = _want(state, keep, observed, now, limits)
+
+    if wanted > observed.replicas:
+        return state, Decision(wanted, reason, now if before is None else before[0])
+    assert state.needed is not None
+    highest = max(count for _, count in state.wanted)
+    if highest < observed.replicas and now - state.needed >= limits.cool_down:
+        return state, Decision(highest, f"{reason} for {limits.cool_down:g} s", state.needed + limits.cool_down)
+    return state, None
+
+
+def replicas_for(load: float, run_seconds: float, limits: Limits) -> int:
+    """The smallest number of workers that keeps headroom and queue target under ``load`` (requests that run at once)."""
+    count = max(1, math.ceil(load / (1 - limits.headroom) / limits.concurrency - 1e-9))
+    while count < limits.max and mean_wait(load, count * limits.concurrency, run_seconds) > limits.queue_target:
+        count += 1
+    return count if load > 0 else 0
+
+
+def mean_wait(load: float, servers: int, run_seconds: float) -> float:
+    """Seconds that a request waits on average: Erlang's delay formula for M/M/c.
+
+    By the recursion of Erlang's loss formula, ``B(s) = a B(s-1) / (s + a B(s-1))``, and ``C = B / (1 - a/s (1 - B))``.
+    """
+    if load >= servers:
+        return math.inf
+    blocked = 1.0
+    for server in range(1, servers + 1):
+        blocked = load * blocked / (server + load * blocked)
+    delayed = blocked / (1 - load / servers * (1 - blocked))
+    return delayed * run_seconds / (servers - load)
+
+
+def _remember(state: State, observed: Observed, now: float) -> State:
+    looks = (*state.looks, (now, observed))
+    while len(looks) > 2 and looks[1][0] <= now - LONG_WINDOW:
+        looks = looks[1:]
+    first = looks[0][1]
+    finished = observed.finished - first.finished
+    seconds = (observed.run_seconds - first.run_seconds) / finished if finished > 0 else state.run_seconds
+    last = state.looks[-1][1] if state.looks else None
+    steady = last is not None and (last.replicas, last.ready) == (observed.replicas, observed.ready)
+    return dataclasses.replace(
+        state, looks=looks, run_seconds=seconds, changed=state.changed if steady else now, needed=state.needed
+    )
+
+
+def _back(state: State, now: float, seconds: float) -> tuple[float, Observed]:
+    """The last look that is at least ``seconds`` old, or the first there is."""
+    place = bisect.bisect_right(state.looks, now - seconds + 1e-6, key=lambda look: look[0])
+    return state.looks[max(0, place - 1)]
+
+
+def _load(state: State) -> float:
+    """Requests that would run at once if none waited: rate times run seconds."""
+    now, last = state.looks[-1]
+    if state.run_seconds is None:  # none has finished yet: those that are here are all that is known
+        return last.in_stage
+    then, first = _back(state, now, LONG_WINDOW)
+    long_rate = max(0.0, last.arrived - first.arrived) / (now - then) if now > then else 0.0
+    rate = long_rate
+    for window in WINDOWS:
+        then, first = _back(state, now, window)
+        arrived, mean = last.arrived - first.arrived, long_rate * (now - then)
+        if now > then and arrived > mean and 2 * (math.sqrt(arrived + 0.375) - math.sqrt(mean + 0.375)) > SIGMAS:
+            rate = max(rate, (arrived - math.sqrt(arrived)) / (now - then))
+    return rate * state.run_seconds
+
+
+def _mean_queue(state: State, now: float) -> float | None:
+    _, last = state.looks[-1]
+    _, first = _back(state, now, QUEUE_WINDOW)
+    ended = last.queued - first.queued
+    return (last.queue_seconds - first.queue_seconds) / ended if ended > 0 else None
+
+
+def _want(state: State, count: int, observed: Observed, now: float, limits: Limits) -> State:
+    """Keeps a falling series of (time, count): its first entry is the highest of the window."""
+    series = (*(one for one in state.wanted if one[1] > count), (now, count))
+    first = now if state.needed is None else state.needed
+    needed = max((time for time, wanted in series if wanted >= observed.replicas), default=first)
+    kept = tuple(one for one in series if one[0] > now - limits.cool_down or one[0] == now)
+    return dataclasses.replace(state, wanted=kept, needed=needed)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's decision: what it does with a load that it can see, and above all what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from dynamo_epd.planning.policy import Decision, Limits, Observed, State, decide, mean_wait, replicas_for
+
+
+class Stage:
+    """A stage that serves each request at once, for ``run`` seconds, and is looked at every second."""
+
+    def __init__(self, limits: Limits, *, replicas: int = 1, run: float = 1.0, seed: int = 1):
+        self.limits, self.replicas, self.run = limits, replicas, run
+        self.state, self.now, self.random = State(), 0.0, random.Random(seed)
+        self.finished = self.queue_seconds = 0.0
+        self.decisions: list[tuple[float, Decision]] = []
+
+    def look(self, *, act: bool = True, in_stage: float = 0.0) -> Decision | None:
+        observed = Observed(
+            self.replicas,
+            self.replicas,
+            in_stage,
+            self.finished,
+            self.finished * self.run,
+            self.finished,
+            self.queue_seconds,
+        )
+        self.state, decision = decide(self.state, observed, self.now, self.limits)
+        if decision is not None:
+            self.decisions.append((self.now, decision))
+            if act:
+                self.replicas = decision.replicas
+        return decision
+
+    def _poisson(self, mean: float) -> int:
+        count, left = 0, self.random.expovariate(1)
+        while left < mean:
+            count, left = count + 1, left + self.random.expovariate(1)
+        return count
+
+    def steady(self, rate: float, seconds: int, *, poisson: bool = False, queue: float = 0.0) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            done = self._poisson(rate) if poisson else rate
+            self.finished += done
+            self.queue_seconds += done * queue
+            self.look()
+
+
+def test_erlangs_delay_formula_at_known_points() -> None:
+    assert mean_wait(0.5, 1, 2.0) == pytest.approx(2.0)  # M/M/1: rho / (1 - rho) times the service time
+    assert mean_wait(2.0, 3, 1.0) == pytest.approx(4 / 9)  # Erlang C(3, 2) = 4/9, over 3 - 2
+    assert mean_wait(3.0, 3, 1.0) == math.inf
+
+
+def test_enough_keeps_headroom_and_queue_target_and_one_less_does_not() -> None:
+    limits = Limits(max=100, headroom=0.3, queue_target=0.05)
+    for load in (0.3, 1.0, 4.0, 20.0):
+        count = replicas_for(load, 1.0, limits)
+        assert load / count <= 0.7 + 1e-9 and mean_wait(load, count, 1.0) <= 0.05
+        assert load / (count - 1 or 1e-9) > 0.7 or mean_wait(load, count - 1, 1.0) > 0.05
+    assert replicas_for(20.0, 1.0, Limits(max=100, concurrency=8, headroom=0.3)) == 4
+    assert replicas_for(20.0, 1.0, limits) > 20 / 0.7  # the target asks for more than the headroom
+
+
+def test_a_stage_without_requests_stays_at_its_minimum() -> None:
+    stage = Stage(Limits(cool_down=30))
+    stage.steady(0, 200)
+    assert stage.decisions == []
+
+
+def test_a_burst_is_acted_on_at_the_second_look() -> None:
+    stage = Stage(Limits(max=40), replicas=5)
+    stage.steady(3, 120, poisson=True)
+    began, before = stage.now, stage.replicas
+    assert before <= 8
+    stage.decisions.clear()
+    stage.steady(15, 60, poisson=True)
+    first, decision = stage.decisions[0]
+    assert first - began <= 2 and decision.replicas > before
+    assert first - decision.cause <= 1
+    assert 21 <= stage.replicas <= 30  # 15 at once, with headroom, and not much more
+
+
+def test_it_shrinks_only_after_the_cool_down_and_says_since_when() -> None:
+    stage = Stage(Limits(max=40, cool_down=100), replicas=5)
+    stage.steady(3, 120)
+    stage.steady(12, 120)
+    high, ended = stage.replicas, stage.now
+    stage.steady(3, 95)
+    assert stage.replicas == high
+    stage.steady(3, 200)
+    shrunk = [(at, one) for at, one in stage.decisions if at > ended]
+    assert stage.replicas == 5
+    assert shrunk[0][0] >= ended + 100
+    assert all(at - one.cause <= 1 for at, one in shrunk)
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.1, 3.5, 7.0])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_steady_poisson_load_does_not_make_it_flap(rate: float, seed: int) -> None:
+    stage = Stage(Limits(max=40), replicas=replicas_for(rate, 1.0, Limits(max=40)) + 1, seed=seed)
+    stage.steady(rate, 3600, poisson=True)
+    grown = [one.replicas for _, one in stage.decisions]
+    turns = sum((b > a) != (c > b) for a, b, c in zip(grown, grown[1:], grown[2:], strict=False))
+    assert turns <= 6, stage.decisions  # an hour has twelve cool-downs
+
+
+def test_limits_hold() -> None:
+    stage = Stage(Limits(min=2, max=4, cool_down=10), replicas=3)
+    stage.steady(50, 100)
+    assert stage.replicas == 4
+    stage.steady(0, 200)
+    assert stage.replicas == 2
+
+
+def test_it_goes_to_none_only_where_that_is_allowed() -> None:
+    stage = Stage(Limits(min=0, cool_down=10), replicas=1)
+    stage.steady(1, 30)
+    assert stage.replicas > 0
+    stage.steady(0, 120)
+    assert stage.replicas == 0
+    stage.now += 1
+    assert stage.look(in_stage=1.0) is not None
+
+
+def test_a_backlog_counts_beside_the_rate() -> None:
+    stage = Stage(Limits(max=40, catch_up=10), replicas=5)
+    stage.steady(3, 120)
+    stage.now += 1
+    stage.finished -= 60  # they came within the same minute and are not served yet
+    stage.finished += 3
+    assert stage.look(in_stage=60.0) is not None
+    assert stage.replicas >= 3 + (60 - 5) / 10
+
+
+def test_it_grows_by_one_when_requests_wait_although_there_is_a_server_for_each() -> None:
+    """``concurrency`` promises 8 at once, and the worker takes them one by one."""
+    stage = Stage(Limits(concurrency=8, queue_target=0.5), replicas=1)
+    stage.steady(1, 60, queue=0.1)
+    assert stage.replicas == 1
+    stage.steady(1, 15, queue=2.0)
+    assert stage.replicas == 2
+    stage.steady(1, 5, queue=2.0)
+    assert stage.replicas == 2, "the first one has not been seen to help yet"
+    stage.steady(1, 20, queue=2.0)
+    assert stage.replicas == 3
+    stage.steady(1, 250, queue=0.6)
+    assert stage.replicas >= 3, "it does not shrink while the target is missed"
+
+
+def test_nothing_more_is_asked_for_while_workers_start() -> None:
+    limits, state = Limits(max=20), State()
+    asked = []
+    for second in range(30):
+        observed = Observed(6, 2, 2.0, 3.0 * second, 3.0 * second, 3.0 * second, 9.0 * second)
+        state, decision = decide(state, observed, float(second), limits)
+        asked.append(decision)
+    assert asked == [None] * 30
+
+
+def test_a_stage_whose_first_requests_have_not_finished_counts_those_that_are_there() -> None:
+    state, decision = decide(State(), Observed(1, 1, 3.0, 0, 0, 0, 0), 0.0, Limits())
+    assert decision is not None and decision.replicas >= 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min": 3, "max": 2},
+        {"max": 0, "min": 0},
+        {"concurrency": 0},
+        {"headroom": 1.0},
+        {"queue_target": 0},
+        {"min": 1.5},
+    ],
+)
+def test_limits_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        Limits(**wrong)  # type: ignore[arg-type]
