@@ -6,15 +6,21 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from collections.abc import Callable
 
 from dynamo_epd.sdk.config import ConfigError, split_overrides
+from dynamo_epd.sdk.deployment import DeploymentError
+from dynamo_epd.sdk.deployment.commands import add_parsers
 from dynamo_epd.sdk.graph import GraphError
 
-BAD_CONFIG = 2
+FAILED, BAD_CONFIG = 1, 2
+Overrides = list[tuple[str, str, str]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dynamo", description="Serves graphs of services.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dynamo", description="Serves, builds and deploys graphs of services.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
@@ -31,12 +37,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--working-dir", help="where the graph's modules are found (default: here)")
     serve.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the environment")
     serve.add_argument("-v", "--verbose", action="store_true", help="show everything that the workers print")
+    serve.set_defaults(run=_serve)
+    add_parsers(commands)
     _add_batch(
         commands.add_parser("batch", allow_abbrev=False, help="make pictures of a file of prompts, and judge them")
     )
     key = commands.add_parser("key", allow_abbrev=False, help="draw an API key, and show it once")
     key.add_argument("name", help="of the tenant who will use it")
-    commands.add_parser("env", help="versions and devices of this machine")
+    key.set_defaults(run=_key)
+    commands.add_parser("env", help="versions and devices of this machine").set_defaults(run=_env)
     return parser
 
 
@@ -61,36 +70,51 @@ def _add_batch(batch: argparse.ArgumentParser) -> None:
     batch.add_argument("--output-format", choices=("png", "webp", "jpeg"))
     batch.add_argument("--timeout", type=float, default=600.0, help="seconds for a prompt with all of its attempts")
     batch.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key: OPENAI_API_KEY")
+    batch.set_defaults(run=_batch)
+
+
+def _serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from dynamo_epd.sdk.serve import serve
+
+    return serve(arguments, overrides)
+
+
+def _batch(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from dynamo_epd.batch import run
+
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: a batch takes no configuration")
+    return run(arguments)
+
+
+def _key(arguments: argparse.Namespace, _: Overrides) -> int:
+    from dynamo_epd.http.auth import new_key
+
+    key, entry = new_key(arguments.name)
+    print(f"# The key of {arguments.name}, shown this once:\n{key}\n# Its line for the keys file:\n{entry}")
+    return 0
+
+
+def _env(_arguments: argparse.Namespace, _: Overrides) -> int:
+    from dynamo_epd.sdk.machine import describe
+
+    print(describe())
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 2 for a configuration that cannot be run."""
+    """Runs one command and returns its exit status: 2 for what cannot be run, 1 for what failed on the way."""
     try:
         rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(rest)
-        if arguments.command == "env":
-            from dynamo_epd.sdk.machine import describe
-
-            print(describe())
-            return 0
-        if arguments.command == "key":
-            from dynamo_epd.http.auth import new_key
-
-            key, entry = new_key(arguments.name)
-            print(f"# The key of {arguments.name}, shown this once:\n{key}\n# Its line for the keys file:\n{entry}")
-            return 0
-        if arguments.command == "batch":
-            from dynamo_epd.batch import run
-
-            if overrides:
-                raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: a batch takes no configuration")
-            return run(arguments)
-        from dynamo_epd.sdk.serve import serve
-
-        return serve(arguments, overrides)
+        run: Callable[[argparse.Namespace, Overrides], int] = arguments.run
+        return run(arguments, overrides)
     except (ConfigError, GraphError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_CONFIG
+    except DeploymentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except ImportError:
         traceback.print_exc()  # of the user's module: the place is what helps
         return BAD_CONFIG

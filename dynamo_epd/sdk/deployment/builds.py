@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo build``: a graph with its code, named after what is in it. The same source always gets the same tag.
+
+A build is a directory::
+
+    build.json    what the graph is: its services, links, endpoints; versions of the library and of the runtime
+    Dockerfile    images for machines with and without GPUs
+    code/         the graph's modules, as they lie below the working directory
+    library/      this library, where it is run from a checkout
+
+The tag is the hash of all of it, so nothing in it may depend on the machine or on the environment. Configurations are
+no part of it: one build is deployed with many.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dynamo_epd
+from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.deployment.images import dockerfile
+from dynamo_epd.sdk.graph import Graph, load_graph
+from dynamo_epd.sdk.nats_server import state_dir
+from dynamo_epd.sdk.service import DYNAMO_IMAGE, info_of
+
+BUILD_FILE = "build.json"
+CODE, LIBRARY = "code", "library"
+DIGITS = 8
+MAX_BYTES = 64 * 1024 * 1024
+"""Of code and the data beside it: weights are no part of a build."""
+_LIBRARY_FILES = (
+    "pyproject.toml",
+    "build_hook.py",
+    "dynamo_epd.pth",
+    "requirements-cpu.txt",
+    "README.md",
+    "LICENSE",
+)
+_LIBRARY_PACKAGES = ("dynamo_epd", "dynamo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One build in the store. ``facts`` is its build.json."""
+
+    name: str
+    digest: str
+    directory: Path
+    facts: dict[str, Any]
+
+    @property
+    def tag(self) -> str:
+        return f"{self.name}:{self.digest}"
+
+    @property
+    def code(self) -> Path:
+        return self.directory / CODE
+
+    def graph(self) -> Graph:
+        """The graph, loaded from the build's own code."""
+        return load_graph(self.facts["graph"], str(self.code))
+
+
+def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
+    """Builds the graph into the store, or finds that it is there.
+
+    Raises ConfigError for a graph whose code does not lie below ``working_dir`` or is too large, GraphError, and what
+    importing the user's module raises.
+    """
+    root = Path(working_dir).resolve()
+    graph = load_graph(spec, str(root))
+    spec, module = _below(spec, root)
+    code = modules_of(module, root)
+    content = {f"{CODE}/{path}": (root / path).read_bytes() for path in code}
+    content |= {f"{LIBRARY}/{path}": file.read_bytes() for path, file in library_files().items()}
+    if sum(map(len, content.values())) > MAX_BYTES:
+        large = max(content, key=lambda path: len(content[path]))
+        raise ConfigError(f"the code of {spec} has more than {MAX_BYTES >> 20} MiB; the largest file is {large}")
+    facts = describe(graph, spec)
+    content[BUILD_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
+    with_library = any(path.startswith(f"{LIBRARY}/") for path in content)
+    content["Dockerfile"] = dockerfile(with_library=with_library, version=facts["library"]).encode()
+    name, digest = facts["name"], hash_of(content)
+    directory = store() / name / digest
+    if directory.exists() and (force or hash_of(_read(directory)) != digest):
+        shutil.rmtree(directory)
+    if not directory.exists():
+        _write(directory, content)
+    return Build(name, digest, directory, facts)
+
+
+def find(tag: str) -> Build:
+    """The build of a tag. Raises ConfigError, with the nearest known tag, when there is none."""
+    name, _, digest = tag.rstrip(".").partition(":")
+    directory = store() / name / digest
+    if not name or not digest or "/" in tag or ".." in tag or not (directory / BUILD_FILE).is_file():
+        known = sorted(f"{file.parts[-3]}:{file.parts[-2]}" for file in store().glob(f"*/*/{BUILD_FILE}"))
+        near = difflib.get_close_matches(tag, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; `dynamo build` makes one"
+        raise ConfigError(f"no build {tag!r}{hint}")
+    return Build(name, digest, directory, json.loads((directory / BUILD_FILE).read_text()))
+
+
+def copy(build: Build, to: Path, *, force: bool) -> None:
+    """A copy of the build in ``to``. Raises ConfigError when something is there, unless ``force`` and a build."""
+    if to.exists() and any(to.iterdir() if to.is_dir() else [to]):
+        if not (to / BUILD_FILE).is_file():
+            raise ConfigError(f"{to}: is there, and is no build")
+        if not force:
+            raise ConfigError(f"{to}: holds a build already; --force replaces it")
+        shutil.rmtree(to)
+    shutil.copytree(build.directory, to, dirs_exist_ok=True)
+
+
+def store() -> Path:
+    """Where this user's builds are: ``$XDG_STATE_HOME/dynamo/builds``."""
+    return state_dir() / "builds"
+
+
+def hash_of(content: dict[str, bytes]) -> str:
+    """Eight hex digits of the SHA-256 over paths and contents."""
+    total = hashlib.sha256()
+    for path in sorted(content):
+        total.update(f"{path}\0{hashlib.sha256(content[path]).hexdigest()}\n".encode())
+    return total.hexdigest()[:DIGITS]
+
+
+def describe(graph: Graph, spec: str) -> dict[str, Any]:
+    """What build.json holds: all that the code says of the graph, nothing that the environment does."""
+    return {
+        "name": graph.root.__name__.lower().replace("_", "-"),
+        "graph": spec,
+        "root": graph.root.__name__,
+        "library": importlib.metadata.version("dynamo-epd"),
+        "runtime": importlib.metadata.version("ai-dynamo-runtime"),
+        "services": {name: _service(cls) for name, cls in graph.services.items()},
+        "links": sorted([caller.__name__, name, to.__name__] for (caller, name), to in graph.edges.items()),
+    }
+
+
+def _service(cls: type) -> dict[str, Any]:
+    info = info_of(cls)
+    found: dict[str, Any] = {
+        "workers": info.workers,
+        "resources": info.resources,
+        "endpoints": [mark.name for mark in info.marked("endpoint").values()],
+        "http": info.app is not None or bool(info.marked("api")),
+    }
+    if info.image is not None and info.image != DYNAMO_IMAGE:
+        found["image"] = info.image
+    if info.config is not None:
+        found["keys"] = [field.name.replace("_", "-") for field in dataclasses.fields(info.config)]
+    return found
+
+
+def _below(spec: str, root: Path) -> tuple[str, Path]:
+    """The spec as it will be found again in ``code/``, and the module's file."""
+    place, colon, attribute = spec.partition(":")
+    if place.endswith(".py"):
+        file = (root / place).resolve()
+        if not file.is_relative_to(root):
+            raise ConfigError(f"{place}: only what lies below the working directory can be built")
+        place = str(file.relative_to(root))
+    else:
+        found = _file_of(place, root)
+        if found is None:
+            raise ConfigError(f"{place}: only what lies below the working directory can be built")
+        file = found
+    return f"{place}{colon}{attribute}", file
+
+
+def modules_of(start: Path, root: Path) -> list[str]:
+    """The files that ``start`` needs of those below ``root``: the modules that it imports, also inside functions, the
+    packages that they are in, and the data that lies beside them. This library is left out. In order of their paths.
+
+    Modules whose names are put together while running are not found.
+    """
+    roots = [root] if start.parent == root else [root, start.parent]
+    found: set[Path] = set()
+    todo = [start]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in _imports(file, root):
+            if name.partition(".")[0] in _LIBRARY_PACKAGES:
+                continue
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):
+                places = (_file_of(".".join(parts[:length]), one) for one in roots)
+                todo += [place for place in places if place is not None]
+        package = file.parent / "__init__.py"
+        if package.is_file():
+            todo.append(package)
+    found |= {data for file in found if (file.parent / "__init__.py").is_file() for data in _beside(file.parent)}
+    return sorted(str(file.relative_to(root)) for file in found)
+
+
+def _file_of(module: str, root: Path) -> Path | None:
+    place = root.joinpath(*module.split("."))
+    return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
+
+
+def _imports(file: Path, root: Path) -> Iterator[str]:
+    package = list(file.parent.relative_to(root).parts)
+    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" if origin else alias.name for alias in node.names)
+
+
+def _beside(directory: Path) -> Iterator[Path]:
+    for path in directory.iterdir():
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith("."):
+            yield path
+
+
+def library_files() -> dict[str, Path]:
+    """This library's files, by where they stand in a checkout; none where it was installed from a wheel."""
+    root = Path(dynamo_epd.__file__).resolve().parent.parent
+    if not (root / "build_hook.py").is_file():
+        return {}
+    files = {name: root / name for name in _LIBRARY_FILES}
+    for package in _LIBRARY_PACKAGES:
+        for file in (root / package).rglob("*"):
+            if file.is_file() and file.suffix != ".pyc" and not any(part.startswith(".") for part in file.parts[-3:]):
+                files[str(file.relative_to(root))] = file
+    return files
+
+
+def _read(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def _write(directory: Path, content: dict[str, bytes]) -> None:
+    """All or nothing: whoever looks finds a whole build or none."""
+    directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".new-"))
+    try:
+        for path, data in content.items():
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            (beside / path).write_bytes(data)
+        try:
+            beside.rename(directory)
+        except OSError:
+            if not directory.is_dir():  # else another build of the same source was quicker
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

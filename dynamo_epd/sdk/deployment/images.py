@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A build as an image: the Dockerfile that is part of it, and docker or podman to make and push what it says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from dynamo_epd.sdk.deployment import DeploymentError
+
+REGISTRY = "DYNAMO_REGISTRY"
+"""Environment: where images of builds are pushed to and pulled from, as ``registry.example/team``."""
+BASE = "python:3.11.13-slim-bookworm"
+"""For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
+TORCH = "torch==2.13.0"
+DEVICES = ("cpu", "gpu")
+ANSWER_SECONDS = 20.0
+"""For a daemon to say that it is there."""
+
+_HEAD = f"""\
+# Images of this build: `docker build --target cpu .` or `--target gpu`.
+FROM {BASE} AS base
+RUN apt-get update \\
+ && apt-get install -y --no-install-recommends g++ libnuma1 \\
+ && rm -rf /var/lib/apt/lists/* \\
+ && useradd --uid 1000 --create-home dynamo
+# An index that offers torch without CUDA makes the CPU image smaller by some gigabytes.
+ARG PIP_EXTRA_INDEX_URL
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+WORKDIR /workspace
+
+"""
+_TAIL = """\
+COPY code /workspace
+USER 1000
+ENTRYPOINT ["dynamo"]
+"""
+
+
+class NoEngine(DeploymentError):
+    """Nothing here can make an image, or it failed to."""
+
+
+def dockerfile(*, with_library: bool, version: str) -> str:
+    """Two targets, ``cpu`` and ``gpu``. Without the library in the build it comes from the package index."""
+    if with_library:
+        # torch goes first, by itself: requirements-cpu.txt says why.
+        cpu = (
+            "COPY library/requirements-cpu.txt /library/\n"
+            f"RUN pip install {TORCH} && pip install --no-deps -r /library/requirements-cpu.txt\n"
+            "COPY library /library\n"
+            "RUN pip install --no-deps /library\n"
+        )
+        gpu = f"RUN pip install {TORCH}\nCOPY library /library\nRUN pip install '/library[gpu]'\n"
+    else:
+        cpu = f"RUN pip install {TORCH} && pip install dynamo-epd=={version}\n"
+        gpu = f"RUN pip install {TORCH} && pip install 'dynamo-epd[gpu]=={version}'\n"
+    nvidia = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility\n"
+    return f"{_HEAD}FROM base AS cpu\n{cpu}{_TAIL}\nFROM base AS gpu\n{nvidia}{gpu}{_TAIL}"
+
+
+def engine() -> str:
+    """docker or podman, whichever answers. Raises NoEngine."""
+    found = [name for name in ("docker", "podman") if shutil.which(name)]
+    for name in found:
+        try:
+            # `version` asks docker's daemon; podman has none and answers by itself.
+            ran = subprocess.run(
+                [name, "version"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=ANSWER_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if ran.returncode == 0:
+            return name
+    if found:
+        raise NoEngine(f"{' and '.join(found)} is installed, but no daemon answers: the image cannot be made here")
+    raise NoEngine("neither docker nor podman is installed: the image cannot be made here")
+
+
+def containerize(directory: Path, image: str, device: str) -> None:
+    """Makes ``image`` of the build in ``directory``. Raises NoEngine."""
+    _run([engine(), "build", "--target", device, "--tag", image, str(directory)], f"the image {image} was not made")
+
+
+def push(image: str) -> None:
+    """Raises NoEngine."""
+    _run([engine(), "push", image], f"{image} was not pushed")
+
+
+def _run(command: list[str], failed: str) -> None:
+    status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if status != 0:
+        raise NoEngine(f"{failed}: {command[0]} ended with exit status {status}")
+
+
+def name_of(tag: str) -> str:
+    """The image of a build: its tag, in the registry and path of ``DYNAMO_REGISTRY`` where that is set."""
+    registry = os.environ.get(REGISTRY, "").rstrip("/")
+    return f"{registry}/{tag}" if registry else tag
+
+
+def deployed(tag: str) -> str:
+    """What pods run: ``DYNAMO_IMAGE``, else the build's own image."""
+    return os.environ.get("DYNAMO_IMAGE") or name_of(tag)

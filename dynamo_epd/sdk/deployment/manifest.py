@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A build and a configuration as a ``DynamoGraphDeployment``: what Dynamo's operator makes pods, services and scaling
+adapters of.
+
+One component per service that runs. Ports, probes' paths and the environment that every pod gets are the operator's
+(deploy/operator/internal/dynamo/component_*.go and internal/consts/consts.go of ai-dynamo/dynamo): 8000 with /live and
+/health for the frontend, the runtime's own 9090 with the same two for the rest, ``DYN_NAMESPACE``,
+``DYN_NAMESPACE_WORKER_SUFFIX``, ``DYN_DISCOVERY_BACKEND=kubernetes``, ``NATS_SERVER``. The configuration goes along in
+``DYN_DEPLOYMENT_CONFIG``, which ``dynamo serve`` reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, Document, ServiceSettings
+from dynamo_epd.sdk.deployment.builds import Build
+from dynamo_epd.sdk.graph import Graph
+from dynamo_epd.sdk.operator import CONFIG
+from dynamo_epd.sdk.service import info_of
+
+GROUP = "nvidia.com"
+KIND = "DynamoGraphDeployment"
+PLURAL = "dynamographdeployments"
+VERSIONS = ("v1beta1", "v1alpha1")
+BUILD = "dynamo-epd/build"
+"""Annotation: the tag of what is deployed."""
+HTTP_PORT, SYSTEM_PORT = 8000, 9090
+MAX_COMPONENTS = 25
+MAX_LABEL = 63
+GRACE_SECONDS = 60
+"""For a pod to end: `dynamo serve` lets running requests finish for 30 s and ends what is left 20 s later."""
+SHARED_MEMORY, SHARED_MEMORY_WITH_GPU = "1Gi", "8Gi"
+TYPES = ("frontend", "worker", "prefill", "decode", "planner", "epp")
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What the command line adds. ``secrets``: variable → key of the Secret ``secrets_name``."""
+
+    image: str
+    """Of every service whose code names none."""
+    envs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    secrets_name: str = "dynamo-env-secrets"
+
+
+def check_name(name: str, services: list[str]) -> None:
+    """Raises ConfigError for a name that the operator could not make resources of (``name-service``)."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"-n {name}: must be lower-case letters, digits and '-', and begin with a letter")
+    longest = max(services, key=len)
+    if len(name) + 1 + len(longest) > MAX_LABEL:
+        raise ConfigError(f"-n {name}: with -{longest.lower()} it is longer than Kubernetes' {MAX_LABEL} characters")
+
+
+def render(
+    build: Build,
+    graph: Graph,
+    document: Document,
+    settings: Mapping[str, ServiceSettings],
+    *,
+    name: str,
+    namespace: str,
+    extras: Extras,
+    version: str = VERSIONS[0],
+) -> dict[str, Any]:
+    """The manifest. Raises ConfigError for what Kubernetes cannot be told.
+
+    ``settings`` are those that ``document`` resolves to; the document itself travels on, so that a pod resolves them
+    again from the same words.
+    """
+    running = [one for one in settings.values() if one.runs]
+    check_name(name, [one.name for one in running])
+    if len(running) > MAX_COMPONENTS:
+        raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
+    components = [_component(build, graph, one, extras.image) for one in running]
+    env = [
+        {"name": CONFIG, "value": json.dumps(carried(document), separators=(",", ":"), default=str)},
+        {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
+        *({"name": key, "value": value} for key, value in extras.envs.items()),
+        *(
+            {"name": key, "valueFrom": {"secretKeyRef": {"name": extras.secrets_name, "key": inner}}}
+            for key, inner in extras.secrets.items()
+        ),
+    ]
+    metadata = {
+        "name": name,
+        "namespace": namespace,
+        "labels": {"app.kubernetes.io/managed-by": "dynamo-epd"},
+        "annotations": {BUILD: build.tag},
+    }
+    manifest = {"apiVersion": f"{GROUP}/{version}", "kind": KIND, "metadata": metadata}
+    if version == "v1alpha1":
+        return manifest | {"spec": {"envs": env, "services": {one["name"]: _alpha(one) for one in components}}}
+    return manifest | {"spec": {"env": env, "components": components}}
+
+
+def carried(document: Document) -> dict[str, Any]:
+    """The configuration for the pods, without what the manifest says itself: there it can be changed."""
+    values = copy.deepcopy(document.values)
+    for section in values.values():
+        service_args = section.get(SERVICE_ARGS)
+        if isinstance(service_args, dict):
+            for key in ("workers", "envs"):
+                service_args.pop(key, None)
+            if not service_args:
+                del section[SERVICE_ARGS]
+    return {name: section for name, section in values.items() if section}
+
+
+def component_type(graph: Graph, settings: ServiceSettings) -> str:
+    """One of `TYPES`. What the code or the configuration says counts; there is no ``encode``, it is a worker."""
+    info = info_of(graph.services[settings.name])
+    said = settings.dynamo.get("component_type") or info.component_type
+    if said in TYPES:
+        return str(said)
+    if graph.services[settings.name] is graph.root and has_http(graph, settings.name):
+        return "frontend"
+    if settings.name == PLANNER:
+        return "planner"
+    return next((kind for kind in ("prefill", "decode") if settings.name.lower().startswith(kind)), "worker")
+
+
+def has_http(graph: Graph, name: str) -> bool:
+    info = info_of(graph.services[name])
+    return info.app is not None or bool(info.marked("api"))
+
+
+def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> dict[str, Any]:
+    kind = component_type(graph, one)
+    info = info_of(graph.services[one.name])
+    gpus = _gpus(one)
+    main: dict[str, Any] = {
+        "name": "main",
+        "image": build.facts["services"][one.name].get("image", image),
+        **_command(build, graph, one),
+    }
+    if one.envs:
+        main["env"] = [{"name": key, "value": value} for key, value in one.envs.items()]
+    resources = _resources(one, gpus)
+    if resources:
+        main["resources"] = resources
+    scheme = "HTTPS" if getattr(one.config, "tls", None) is not None else "HTTP"
+    main |= _probes(HTTP_PORT if kind == "frontend" else SYSTEM_PORT, scheme if kind == "frontend" else "HTTP")
+    template: dict[str, Any] = {
+        "spec": {"containers": [main], "terminationGracePeriodSeconds": GRACE_SECONDS},
+    }
+    if info.labels:
+        template["metadata"] = {"labels": dict(info.labels)}
+    found: dict[str, Any] = {
+        "name": one.name.replace("_", "-"),
+        "type": kind,
+        "replicas": one.workers,
+        "runtimeVersionOverride": build.facts["runtime"],
+        "sharedMemorySize": SHARED_MEMORY_WITH_GPU if gpus else SHARED_MEMORY,
+        "podTemplate": template,
+    }
+    if kind != "planner":
+        found["scalingAdapter"] = {}
+    return found
+
+
+def _command(build: Build, graph: Graph, one: ServiceSettings) -> dict[str, Any]:
+    """The service's own command: one worker of it, since a replica is a pod."""
+    overrides = info_of(graph.services[one.name]).kubernetes_overrides
+    for key in overrides:
+        if key not in ("entrypoint", "cmd"):
+            raise ConfigError(f"{one.name}: kubernetes_overrides takes entrypoint and cmd, not {key}")
+    arguments = ["serve", build.facts["graph"], "--service-name", one.name]
+    if has_http(graph, one.name):
+        arguments += ["--host", "0.0.0.0", "--port", str(HTTP_PORT)]
+    arguments += [f"--{one.name}.{SERVICE_ARGS}.workers=1"]
+    return {
+        "command": _words(overrides.get("entrypoint")) or ["dynamo"],
+        "args": _words(overrides.get("cmd")) or arguments,
+    }
+
+
+def _words(given: Any) -> list[str]:
+    if not given:
+        return []
+    return [given] if isinstance(given, str) else [str(word) for word in given]
+
+
+def _gpus(one: ServiceSettings) -> int:
+    """Whole cards: Kubernetes shares none out. The worker still keeps to the fraction that it was given.
+
+    A decorator's wish counts too: unlike `dynamo serve`, nobody here can see whether there are any.
+    """
+    try:
+        wanted = float(one.resources.get("gpu") or 0)
+    except ValueError as error:
+        raise ConfigError(f"{one.name}: resources.gpu {one.resources['gpu']!r} is not a number") from error
+    if wanted < 0:
+        raise ConfigError(f"{one.name}: resources.gpu is negative")
+    return math.ceil(wanted)
+
+
+def _resources(one: ServiceSettings, gpus: int) -> dict[str, Any]:
+    """Requests, and limits for what cannot be given back: a CPU limit would only make a worker stand still."""
+    requests: dict[str, str] = {key: str(one.resources[key]) for key in ("cpu", "memory") if key in one.resources}
+    limits: dict[str, str] = {key: value for key, value in requests.items() if key == "memory"}
+    if gpus:
+        requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = str(gpus)
+    return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
+
+
+def _probes(port: int, scheme: str) -> dict[str, Any]:
+    """As the operator's own, written out: an old one must not kill a worker after a single late answer."""
+
+    def get(path: str) -> dict[str, Any]:
+        return {"path": path, "port": port, "scheme": scheme}
+
+    return {
+        # Two hours: a large checkpoint from a slow disk.
+        "startupProbe": {"httpGet": get("/live"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 720},
+        "livenessProbe": {"httpGet": get("/live"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3},
+        "readinessProbe": {"httpGet": get("/health"), "periodSeconds": 10, "timeoutSeconds": 4, "failureThreshold": 3},
+    }
+
+
+def _alpha(component: dict[str, Any]) -> dict[str, Any]:
+    """A v1beta1 component in the words of v1alpha1, where it is the value of its name."""
+    template = component["podTemplate"]
+    main = dict(template["spec"]["containers"][0])
+    main.pop("name")
+    kind = component["type"]
+    found: dict[str, Any] = {
+        "componentType": "worker" if kind in ("prefill", "decode") else kind,
+        "replicas": component["replicas"],
+        "runtimeVersionOverride": component["runtimeVersionOverride"],
+        "sharedMemory": {"size": component["sharedMemorySize"]},
+        "livenessProbe": main.pop("livenessProbe"),
+        "readinessProbe": main.pop("readinessProbe"),
+    }
+    if kind in ("prefill", "decode"):
+        found["subComponentType"] = kind
+    if "scalingAdapter" in component:
+        found["scalingAdapter"] = {"enabled": True}
+    if "env" in main:
+        found["envs"] = main.pop("env")
+    if "resources" in main:
+        found["resources"] = {
+            side: {key.replace("nvidia.com/", ""): value for key, value in amounts.items()}
+            for side, amounts in main.pop("resources").items()
+        }
+    if "metadata" in template:
+        found["labels"] = template["metadata"]["labels"]
+    grace = template["spec"]["terminationGracePeriodSeconds"]
+    return found | {"extraPodSpec": {"mainContainer": main, "terminationGracePeriodSeconds": grace}}
+
+
+def check_environment(name: str) -> str:
+    """``name``, or ConfigError where a container takes no such variable."""
+    if not _ENVIRONMENT.fullmatch(name):
+        raise ConfigError(f"{name!r} is not the name of an environment variable")
+    return name
