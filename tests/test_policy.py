@@ -165,7 +165,7 @@ def test_nothing_more_is_asked_for_while_workers_start() -> None:
 
 
 def test_a_stage_whose_first_requests_have_not_finished_counts_those_that_are_there() -> None:
-    state, decision = decide(State(), Observed(1, 1, 3.0, 0, 0, 0, 0), 0.0, Limits())
+    _, decision = decide(State(), Observed(1, 1, 3.0, 0, 0, 0, 0), 0.0, Limits())
     assert decision is not None and decision.replicas >= 4
 
 

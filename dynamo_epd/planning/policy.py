@@ -149,7 +149,7 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
 
 
 def replicas_for(load: float, run_seconds: float, limits: Limits) -> int:
-    """The smallest number of workers that keeps headroom and queue target under ``load`` (requests that run at once)."""
+    """The smallest number of workers that keeps headroom and queue target under ``load``, requests at once."""
     count = max(1, math.ceil(load / (1 - limits.headroom) / limits.concurrency - 1e-9))
     while count < limits.max and mean_wait(load, count * limits.concurrency, run_seconds) > limits.queue_target:
         count += 1

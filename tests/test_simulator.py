@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The replay of traces: that it counts right, and what the planner's policy makes of the recorded trace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from typing import Any
+
+import msgspec
+import pytest
+
+from benchmarks.planner.replay import HERE, replay, summary
+from dynamo_epd.planning.policy import mean_wait
+from dynamo_epd.planning.simulator import Replay, Simulator, static_peak
+from dynamo_epd.planning.traces import Trace, arrivals, read_trace
+
+
+def small(**changed: Any) -> Trace:
+    """One stage, one kind, no day and no burst: 0.6 requests at once on average."""
+    fields: dict[str, Any] = {
+        "seed": 3,
+        "seconds": 6000,
+        "period_seconds": 6000,
+        "amplitude": 0.0,
+        "replica_start_seconds": 40,
+        "burst": {"from_seconds": 3000, "seconds": 300, "factor": 1, "kinds": ["ask"]},
+        "service_times": {"measured": False, "how": "a test's", "stages": {"Only": {"seconds": 0.5, "spread": 1.0}}},
+        "kinds": {"ask": {"route": ["Only"], "load": {"stage": "Only", "workers": 0.6}, "limit_seconds": 5}},
+        "limits": {"Only": {"max": 20, "queue_target": 0.5}},
+    }
+    return msgspec.convert(fields | changed, Trace)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Trace:
+    return read_trace(HERE / "trace.json")
+
+
+@pytest.fixture(scope="module")
+def replayed(recorded: Trace) -> tuple[Replay, Replay]:
+    return replay(recorded)
+
+
+def test_a_trace_is_the_same_every_time_and_its_rate_is_the_recorded_one(recorded: Trace) -> None:
+    first = list(itertools.islice(arrivals(recorded), 500))
+    assert first == list(itertools.islice(arrivals(recorded), 500))
+    assert [one.time for one in first] == sorted(one.time for one in first)
+    trace = small(amplitude=0.8)
+    half = Counter(one.time < 1500 or one.time > 4500 for one in arrivals(trace))
+    assert sum(half.values()) == pytest.approx(6000 * 0.6 / 0.5, rel=0.05)
+    assert half[False] > 2.5 * half[True]  # the day: (pi + 2 * 0.8) / (pi - 2 * 0.8) = 3.1
+
+
+def test_a_burst_is_of_its_kinds_alone_and_of_its_time() -> None:
+    trace = small(burst={"from_seconds": 3000, "seconds": 300, "factor": 5, "kinds": ["ask"]})
+    inside = sum(3000 <= one.time < 3300 for one in arrivals(trace))
+    before = sum(2700 <= one.time < 3000 for one in arrivals(trace))
+    assert 4 < inside / before < 6
+    assert trace.rate("ask", 2999) * 5 == pytest.approx(trace.rate("ask", 3000))
+
+
+@pytest.mark.parametrize(("workers", "load"), [(1, 0.6), (3, 2.1)])
+def test_waits_are_those_of_erlangs_formula(workers: int, load: float) -> None:
+    kinds = {"ask": {"route": ["Only"], "load": {"stage": "Only", "workers": load}, "limit_seconds": 5}}
+    done = Simulator(small(kinds=kinds, seconds=20000), {"Only": workers}).run()
+    waited = sum(done.seconds["ask"]) / len(done.seconds["ask"]) - 0.5
+    assert waited == pytest.approx(mean_wait(load, workers, 0.5), rel=0.15)  # a spread of 1 is the formula's own
+
+
+def test_every_request_ends_and_every_worker_is_paid_for() -> None:
+    trace = small()
+    done = Simulator(trace, {"Only": 2}).run()
+    assert done.finished["ask"] == sum(1 for _ in arrivals(trace))
+    assert done.replica_seconds["Only"] == pytest.approx(2 * 6000)
+    assert done.decisions == []
+
+
+def test_a_worker_takes_its_time_to_start_and_leaves_when_its_requests_have_ended() -> None:
+    stages = {"Only": {"seconds": 20.0, "spread": 0.1}}
+    times = {"measured": False, "how": "a test's", "stages": stages}
+    kinds = {"ask": {"route": ["Only"], "load": {"stage": "Only", "workers": 2.0}, "limit_seconds": 100}}
+    burst = {"from_seconds": 600, "seconds": 300, "factor": 8, "kinds": ["ask"]}
+    limits = {"Only": {"max": 40, "queue_target": 20.0, "cool_down": 60}}
+    trace = small(service_times=times, kinds=kinds, burst=burst, limits=limits, seconds=3000)
+    simulator = Simulator(trace)
+    done = simulator.run()
+    assert done.finished["ask"] == sum(1 for _ in arrivals(trace))
+    shrunk = [one for one in done.decisions if one.after < one.before]
+    assert shrunk, done.decisions
+    paid = sum(len_ for sample in done.samples.values() for len_, _ in sample.values())
+    assert done.replica_seconds["Only"] == pytest.approx(paid, rel=0.02)
+    # those that leave are there after the decision: they run what they have
+    assert any(done.samples[one.time + 1]["Only"][0] > one.after for one in shrunk)
+
+
+def test_the_planner_holds_the_attainment_of_static_peak_with_far_fewer_workers(
+    recorded: Trace, replayed: tuple[Replay, Replay]
+) -> None:
+    planned, static = replayed
+    assert static.attainment() > 0.999
+    assert planned.attainment() >= 0.99 * static.attainment()
+    for kind in recorded.kinds.keys() - set(recorded.burst.kinds):  # the burst of others is not theirs to suffer
+        assert planned.attainment(kind) >= 0.999 * static.attainment(kind), kind
+    assert planned.replica_seconds.total() <= 0.6 * static.replica_seconds.total()
+
+
+def test_each_decision_is_within_two_seconds_of_its_cause(recorded: Trace, replayed: tuple[Replay, Replay]) -> None:
+    planned, _ = replayed
+    assert planned.decisions
+    assert all(0 <= one.time - one.cause <= 2 for one in planned.decisions)
+    begin = recorded.burst.from_seconds  # nobody told the planner: this is when the rate really changes
+    first = next(one for one in planned.decisions if one.time > begin)
+    assert (first.stage, first.after > 2 * first.before) == ("ImageWorker", True)
+    assert first.time - begin <= 2
+
+
+def test_it_does_not_flap(replayed: tuple[Replay, Replay]) -> None:
+    planned, _ = replayed
+    for stage in ("EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker"):
+        ups = [one.after > one.before for one in planned.decisions if one.stage == stage]
+        assert sum(a != b for a, b in itertools.pairwise(ups)) <= 4, stage
+
+
+def test_what_is_published_is_what_the_replay_gives(recorded: Trace, replayed: tuple[Replay, Replay]) -> None:
+    published = json.loads((HERE / "results.json").read_text())
+    assert published == json.loads(json.dumps(summary(recorded, *replayed)))
+
+
+def test_static_peak_is_enough_for_the_highest_load(recorded: Trace) -> None:
+    for stage, count in static_peak(recorded).items():
+        assert recorded.peak_load(stage) / count <= 0.7 + 1e-9
+
+
+def test_a_trace_with_names_that_do_not_fit_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="limits must name every stage"):
+        small(limits={})
