@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery, States, StatesRequest
+from dynamo_epd import tracing
 from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import InvalidRequest, ModelNotFound
 from dynamo_epd.exchange import ArenaOwner
@@ -79,6 +80,8 @@ class EmbedWorker(ArenaOwner):
         queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
         self.metrics.queue.observe(queued)
         self.metrics.run.observe(ran)
+        tracing.generation("embeddings", {"model": self.name})
+        tracing.usage(sum(len(ids) for ids in items))
         vectors = [one.result.vector.numpy().tobytes() for one in done]
         yield Embedded(vectors, [len(ids) for ids in items], self.name, queued, ran)
 

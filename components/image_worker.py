@@ -28,6 +28,7 @@ from components.protocol import (
     ReleaseRequest,
     StatesRequest,
 )
+from dynamo_epd import tracing
 from dynamo_epd.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -140,6 +141,7 @@ class ImageWorker(ArenaOwner):
     @endpoint()
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
         """Progress after every step, partial pictures where they are asked for, and the picture."""
+        tracing.generation("generate_content", {"model": self.name, "seed": request.seed})
         wanted = self._wanted(request)
         if self.waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.waiting} pictures wait already; try again later")

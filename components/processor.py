@@ -48,6 +48,7 @@ from components.protocol import (
     WithdrawRequest,
 )
 from components.validation import Validation, ValidationConfig
+from dynamo_epd import tracing
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
@@ -139,6 +140,7 @@ class Processor:
     @endpoint()
     async def chat(self, request: HttpRequest) -> AsyncIterator[HttpReply]:
         """Answers ``POST /v1/chat/completions``."""
+        tracing.generation("chat", request.body)
         refuse_typed_placeholders(self.family, texts_of(request.body))
         async with Conversation(self, request) as conversation:
             async for reply in replies(await self.front.chat(request.body, conversation.answer)):
@@ -147,6 +149,7 @@ class Processor:
     @endpoint()
     async def complete(self, request: HttpRequest) -> AsyncIterator[HttpReply]:
         """Answers ``POST /v1/completions``."""
+        tracing.generation("text_completion", request.body)
         refuse_typed_placeholders(self.family, texts_of(request.body))
         self.front.refuse_token_ids(self.family.placeholders, request.body.get("prompt"))
         async with Conversation(self, request) as conversation:
@@ -227,6 +230,7 @@ class Conversation:
         self._deadline = asyncio.get_running_loop().time() + request.deadline - time.time()
         self._ahead: dict[int, asyncio.Task[Leased]] = {}
         self._ended: set[int] = set()
+        self._read = self._written = 0
         self.queue_seconds = 0.0
         """In the queues of all stages; of pictures encoded side by side the longest counts."""
 
@@ -236,6 +240,7 @@ class Conversation:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        tracing.usage(self._read, self._written)
         # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
         afterwards(self._release_unwanted(list(self._ahead.values())))
 
@@ -265,6 +270,8 @@ class Conversation:
                         (metrics.inter_token if streamed else metrics.first_token).observe(now - last)
                         last = now
                         streamed += delta.token_ids
+                        self._read = self._read or delta.prompt_tokens or 0
+                        self._written += len(delta.token_ids)
                         yield delta
                 return
             except Retryable as error:

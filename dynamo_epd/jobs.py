@@ -26,6 +26,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import ConsumerConfig, DiscardPolicy, KeyValueConfig, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError, BadRequestError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.images import WantedPicture
 from dynamo_epd.sdk.nats import connect_options
@@ -187,7 +188,9 @@ class JobQueue:
                 # Whoever accepted it may have died before it was in the queue: it is sent again, and is there once.
                 job = msgspec.structs.replace(job, pictures=state.pictures, created=state.created)
             try:
-                await self._stream.publish(self._name, msgspec.json.encode(job), headers={"Nats-Msg-Id": job.id})
+                headers = {"Nats-Msg-Id": job.id}
+                tracing.carry(headers)
+                await self._stream.publish(self._name, msgspec.json.encode(job), headers=headers)
             except APIError as error:
                 await self._states.purge(job.id)
                 if error.err_code == TOO_MANY:
@@ -254,7 +257,8 @@ class JobQueue:
                 await message.nak(self._config.retry_seconds)
                 return
             try:
-                await run(job)
+                with tracing.span("job", kind="consumer", carrier=message.headers or {}, **{"job.id": job.id}):
+                    await run(job)
             except (asyncio.CancelledError, Overloaded, StageUnavailable) as reason:
                 # Not the job's fault: this worker leaves, or something it needs is away for a while.
                 with contextlib.suppress(KeyWrongLastSequenceError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.collector import Collector
 from tests.reference import Reference, plain_engine
 from tests.serving import Graph, serve, untrained
 
@@ -29,7 +30,14 @@ def disagg(reference: Reference) -> Iterator[Graph]:
 
 
 @pytest.fixture(scope="session")
-def seeing() -> Iterator[Graph]:
-    """What `make serve` starts: content validation on the trained models."""
-    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml") as graph:
+def collector() -> Iterator[Collector]:
+    """Where the traces of `seeing` go."""
+    with Collector() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def seeing(collector: Collector) -> Iterator[Graph]:
+    """What `make serve` starts, content validation on the trained models, with traces."""
+    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", **collector.environment) as graph:
         yield graph

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import msgspec
 import psutil
 
+from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.sdk.nats import nats_url
@@ -122,6 +123,10 @@ class LanguageEngine:
             arguments["gpu_memory_utilization"] = ALONE_ON_A_CARD * float(fraction)
         if role == "decode":
             arguments["scheduler_cls"] = "dynamo_epd.engine.scheduler.FailOnPreemption"
+        if tracing.ON:
+            tracing.start()  # before vLLM starts one of its own, which would not say whose spans these are
+            arguments["otlp_traces_endpoint"] = tracing.endpoint()
+            os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = tracing.protocol()
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
         engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence)
@@ -283,7 +288,7 @@ class LanguageEngine:
         if not self.unfinished:
             self._heard = time.monotonic()
         try:
-            outputs = self._engine.generate(rendered, params, request_id)
+            outputs = self._engine.generate(rendered, params, request_id, trace_headers=tracing.carried())
             async for output in outputs:
                 self._heard = time.monotonic()
                 yield output

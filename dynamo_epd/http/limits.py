@@ -13,10 +13,12 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, Overloaded, PayloadTooLarge, RequestTimeout
 from dynamo_epd.http.auth import Callers
 from dynamo_epd.http.errors import answer_errors, error_response
 from dynamo_epd.http.rates import Rates
+from dynamo_epd.http.traced import Traced
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -47,11 +49,13 @@ def guard(
     """
     answer_errors(app)
     app.add_middleware(RequestLimits, bounds=bounds, callers=callers, rates=rates)
+    if tracing.ON:
+        app.add_middleware(Traced)
 
 
 class RequestLimits:
-    """ASGI middleware, the outermost one: headers 431, key 401, rate 429, body 413, slow body 408, too much of all
-    bodies together 503, and ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
+    """ASGI middleware, outside of all but a span: headers 431, key 401, rate 429, body 413, slow body 408, too much of
+    all bodies together 503, and ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
 
     The body is read here in full and handed on in one piece, so no route can forget a bound. The id is the client's
     if it is harmless, else a new one; routes find it as ``request.state.request_id``, and whose the request is as

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Literal, TypeVar
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import (
     InternalError,
     PayloadTooLarge,
@@ -280,6 +281,8 @@ class Call:
             self.instance = service._choose(self._endpoint.known(), wanted, key, tried)
             served = request_context.get()
             self._context = Context() if served is None else served.detached(Context().id())
+            if tracing.ON:
+                tracing.carry(self._context.metadata)
             service._begin(self.instance)
             try:
                 await self._send(payload, self.instance)

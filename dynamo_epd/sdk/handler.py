@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, Overloaded
 from dynamo_epd.sdk import wire
-from dynamo_epd.sdk.context import request_context
+from dynamo_epd.sdk.context import dynamo_context, request_context
 from dynamo_epd.sdk.endpoints import Mark
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class EndpointHandler:
 
     def __init__(self, function: Callable[..., Any], mark: Mark, in_flight: InFlight):
         self.name = mark.name
+        self._span = f"{dynamo_context.get('service_name', 'endpoint')}.{mark.name}"
         self._function = function
         self._limit = mark.max_in_flight
         self._running = 0
@@ -109,15 +111,16 @@ class EndpointHandler:
         arguments = ([request] if self._takes_request else []) + ([context] if self._takes_context else [])
         last: Any = wire.END
         try:
-            replies = self._function(*arguments)
-            if inspect.isawaitable(replies):
-                await frames.put(_frame(await replies, typed))
-            else:
-                try:
-                    async for item in replies:
-                        await frames.put(_frame(item, typed))
-                finally:
-                    await replies.aclose()
+            with tracing.span(self._span, kind="server", carrier=context.metadata.copy() if tracing.ON else None):
+                replies = self._function(*arguments)
+                if inspect.isawaitable(replies):
+                    await frames.put(_frame(await replies, typed))
+                else:
+                    try:
+                        async for item in replies:
+                            await frames.put(_frame(item, typed))
+                    finally:
+                        await replies.aclose()
         except EpdError as error:
             last = error.to_wire()
         except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import DigestMismatch, HandOffFailed, LeaseExpired, TransferTimeout
 from dynamo_epd.transfer.agent import Agent
 from dynamo_epd.transfer.allocator import ALIGNMENT
@@ -234,17 +235,19 @@ class Arena:
         pulls: list[Pull] = []
         self._reads_in_flight += 1
         self._quiet.clear()
+        lengths = [handle.length for handle in handles]
         try:
-            async with asyncio.timeout_at(deadline):
-                peers = [await self._peer_of(handle) for handle in handles]
-            reservation = await self._slots.reserve([handle.length for handle in handles], deadline - loop.time())
-            for slot, handle, peer in zip(reservation.slots, handles, peers, strict=True):
-                if peer is None:
-                    self._copy(handle, slot)
-                else:
-                    pulls.append(Pull(self._agent, self._peers, peer, handle, self._memory, slot.offset))
-            async with asyncio.timeout_at(deadline):
-                await self._finish(pulls)
+            with tracing.span("nixl.read", **{"nixl.handles": len(handles), "nixl.bytes": sum(lengths)}):
+                async with asyncio.timeout_at(deadline):
+                    peers = [await self._peer_of(handle) for handle in handles]
+                reservation = await self._slots.reserve(lengths, deadline - loop.time())
+                for slot, handle, peer in zip(reservation.slots, handles, peers, strict=True):
+                    if peer is None:
+                        self._copy(handle, slot)
+                    else:
+                        pulls.append(Pull(self._agent, self._peers, peer, handle, self._memory, slot.offset))
+                async with asyncio.timeout_at(deadline):
+                    await self._finish(pulls)
         except BaseException as error:
             self._transfer_failures += 1
             self._digest_failures += isinstance(error, DigestMismatch)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces: one request is one trace, over HTTP, the request plane, jobs, hand-offs and the engine, each with its span.
+
+On where OpenTelemetry's own variables name a collector: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``…_TRACES_ENDPOINT``) and
+``OTEL_EXPORTER_OTLP_PROTOCOL``, ``grpc`` or ``http/protobuf``; ``OTEL_TRACES_SAMPLER`` says how many are kept. Without
+a collector OpenTelemetry is not even imported. What crosses is W3C's ``traceparent``: in the head of an HTTP request,
+in the metadata of a call, in the headers of a job. Names are OpenTelemetry's for generative AI where it has one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+Kind = Literal["internal", "server", "consumer"]
+GRPC, HTTP = "grpc", "http/protobuf"
+
+
+class Span:
+    """What a block is told about; this one keeps nothing."""
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Adds attributes by name: strings, numbers, booleans or lists of these."""
+
+    def rename(self, name: str) -> None:
+        """A better name than the one it began with."""
+
+
+_SILENT = Span()
+
+
+class _Recorded(Span):
+    def __init__(self, span: Any):
+        self._span = span
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+
+    def rename(self, name: str) -> None:
+        self._span.update_name(name)
+
+
+def protocol() -> str:
+    """Of the exporter. Raises ValueError for one that is none of OpenTelemetry's two binary ones."""
+    own, general = (os.environ.get(f"OTEL_EXPORTER_OTLP_{what}PROTOCOL") for what in ("TRACES_", ""))
+    named = own or general or HTTP
+    if named not in (GRPC, HTTP):
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL {named!r} is neither {GRPC} nor {HTTP}")
+    return named
+
+
+def endpoint() -> str | None:
+    """Where spans go; None where nobody asked for them. Over HTTP the general address gets ``/v1/traces``."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    own, general = (os.environ.get(f"OTEL_EXPORTER_OTLP_{what}ENDPOINT") for what in ("TRACES_", ""))
+    if own or not general:
+        return own or None
+    return general if protocol() == GRPC else f"{general.rstrip('/')}/v1/traces"
+
+
+ON = endpoint() is not None
+
+
+@cache
+def start() -> Tracer:
+    """This process' tracer. vLLM's engine uses it too, if it is started first."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    from dynamo_epd.sdk.context import dynamo_context
+
+    exporter: Any
+    if protocol() == GRPC:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+        exporter = GrpcExporter()
+    else:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+        exporter = HttpExporter()
+    about = {
+        "service.namespace": dynamo_context.get("namespace", "dynamo"),
+        "service.name": dynamo_context.get("service_name", "dynamo"),
+        "service.instance.id": str(dynamo_context.get("instance_id", os.getpid())),
+    }
+    provider = TracerProvider(resource=Resource.create(about))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return provider.get_tracer("dynamo_epd")
+
+
+@contextmanager
+def span(
+    name: str, *, kind: Kind = "internal", carrier: Mapping[str, str] | None = None, **attributes: Any
+) -> Iterator[Span]:
+    """Around what is done. It belongs to the span around it, or to the one that ``carrier`` tells of.
+
+    Must be left in the task that entered it: not around a ``yield`` that another task resumes.
+    """
+    if not ON:
+        yield _SILENT
+        return
+    from opentelemetry.propagate import extract
+    from opentelemetry.trace import SpanKind
+
+    context = extract(carrier) if carrier is not None else None
+    kinds = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "consumer": SpanKind.CONSUMER}
+    with start().start_as_current_span(name, context=context, kind=kinds[kind]) as one:
+        recorded = _Recorded(one)
+        recorded.describe(attributes)
+        yield recorded
+
+
+def current() -> Span:
+    """The span of what is being done now, to be told more."""
+    if not ON:
+        return _SILENT
+    from opentelemetry.trace import get_current_span
+
+    return _Recorded(get_current_span())
+
+
+def generation(operation: str, body: Mapping[str, Any]) -> None:
+    """Tells the current span what an OpenAI body asks for. ``operation``: chat, text_completion, embeddings, …"""
+    if ON:
+        names = {"model": "model", "temperature": "temperature", "top_p": "top_p", "seed": "seed", "n": "choice.count"}
+        asked = {f"gen_ai.request.{name}": body.get(key) for key, name in names.items()}
+        tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+        about = {"gen_ai.operation.name": operation, "gen_ai.provider.name": "dynamo_epd"}
+        current().describe(about | asked | {"gen_ai.request.max_tokens": tokens})
+
+
+def usage(input_tokens: int, output_tokens: int | None = None) -> None:
+    """Tells the current span how many tokens there were."""
+    current().describe({"gen_ai.usage.input_tokens": input_tokens, "gen_ai.usage.output_tokens": output_tokens})
+
+
+def carry(carrier: MutableMapping[str, str]) -> None:
+    """Writes into ``carrier`` which span this is part of."""
+    if ON:
+        from opentelemetry.propagate import inject
+
+        inject(carrier)
+
+
+def carried() -> dict[str, str] | None:
+    """`carry` into a new mapping, as engines take it; None where there is no trace."""
+    if not ON:
+        return None
+    carrier: dict[str, str] = {}
+    carry(carrier)
+    return carrier
