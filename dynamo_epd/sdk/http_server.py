@@ -27,6 +27,7 @@ HOST = "DYNAMO_HTTP_HOST"
 PORT = "DYNAMO_HTTP_PORT"
 SHARED_PORT = "DYNAMO_HTTP_SHARED_PORT"
 """Set when several workers of one service share the port."""
+PROBES = ("/live", "/health")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,18 @@ def app_of(info: ServiceInfo, instance: Any) -> Any | None:
         )
     if info.app is None:
         app.add_exception_handler(EpdError, _refuse)
+    _answer_probes(app)
     return app
+
+
+def _answer_probes(app: Any) -> None:
+    """Kubernetes asks every frontend for these. The door is open only between the start hooks and the drain, so that
+    an answer says it all; an app that knows more brings its own.
+    """
+    known = {getattr(route, "path", None) for route in app.routes}
+    for path in PROBES:
+        if path not in known:
+            app.add_api_route(path, lambda: {"status": "ready"}, methods=["GET"], include_in_schema=False)
 
 
 def _answering(function: Any) -> Any:

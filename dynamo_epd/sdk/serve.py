@@ -21,6 +21,7 @@ from dynamo_epd.sdk.gpus import Share, TooFewGpus, gpus_for, visible_gpus
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.nats import SECRET, VARIABLES, split_credentials
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
+from dynamo_epd.sdk.operator import check_nats, configuration, placed
 from dynamo_epd.sdk.service import info_of
 
 DEFAULT_DRAIN = 30.0
@@ -66,10 +67,12 @@ def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str
     document = Document()
     if arguments.file:
         document.read(arguments.file)
+    else:
+        document.values = configuration()
     for service, key, text in overrides:
         document.override(service, key, text)
     graph = load_graph(arguments.graph, working_dir)
-    settings = resolve(graph, document)
+    settings = placed(resolve(graph, document))
     services = callers_first(graph)
     if arguments.service_name:
         graph.service(arguments.service_name)
@@ -167,6 +170,7 @@ def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) 
     if arguments.dry_run:
         print(json.dumps(plan.as_json(), indent=2))
         return 0
+    check_nats()
     from dynamo_epd.sdk.nats_server import LocalNats, discovery_dir
 
     nats = LocalNats(join=bool(arguments.service_name)) if "NATS_SERVER" not in os.environ else None

@@ -21,18 +21,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from dynamo_epd.sdk.client import client_for
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.context import dynamo_context
-from dynamo_epd.sdk.endpoints import Mark
 from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
 from dynamo_epd.sdk.nats import nats_url, server_info, split_credentials
 from dynamo_epd.sdk.notify import notify
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
+from dynamo_epd.sdk.operator import health_endpoints, outer_namespace
 from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
@@ -129,8 +130,11 @@ class Worker:
         clients = [client_for(self.service, attribute) for attribute in self.info.dependencies]
         for client in clients:
             client.locate(self.runtime)
-        names = [mark.name for mark in self.info.marked("endpoint").values()]
-        self._endpoints = [self._endpoint(name) for name in names or ["lifecycle"]]  # see `locate`: before any await
+        self._endpoints = [  # see `locate`: before any await
+            self.runtime.endpoint(endpoint_path(address, name))
+            for address in self._own_addresses()
+            for name in self._names() or ["lifecycle"]
+        ]
         dynamo_context["instance_id"] = self._endpoints[0].connection_id()
         for client in clients:
             await client.connect()
@@ -147,8 +151,16 @@ class Worker:
                     raise
                 await asyncio.sleep(0.5)
 
-    def _endpoint(self, name: str) -> Any:
-        return self.runtime.endpoint(endpoint_path(self.settings.address, name))
+    def _own_addresses(self) -> list[tuple[str, str]]:
+        """One; but what belongs to a generation of workers and is called by the root, which does not, has two."""
+        outer = outer_namespace()
+        called = any(caller is self.graph.root and to is self.service for (caller, _), to in self.graph.edges.items())
+        return [self.settings.address, *([(outer, self.settings.component)] if outer and called else [])]
+
+    def _names(self) -> list[str]:
+        """Of the endpoints: the service's own, then those that only /health asks for."""
+        own = [mark.name for mark in self.info.marked("endpoint").values()]
+        return own + [name for name in health_endpoints() if name not in own]
 
     async def _run_hooks(self, kind: str) -> None:
         names = list(self.info.marked(kind))
@@ -158,9 +170,13 @@ class Worker:
                 await result
 
     async def _serve(self) -> None:
-        for endpoint, (attribute, mark) in self._served():
-            handler = EndpointHandler(getattr(self.instance, attribute), mark, self.in_flight)
-            self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handler.handle, graceful_shutdown=True)))
+        handlers: list[Any] = [
+            EndpointHandler(getattr(self.instance, attribute), mark, self.in_flight).handle
+            for attribute, mark in self.info.marked("endpoint").items()
+        ]
+        handlers += [_up] * (len(self._names()) - len(handlers))
+        for endpoint, handle in zip(self._served(), itertools.cycle(handlers), strict=False):
+            self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handle, graceful_shutdown=True)))
         await self._until_registered()
         self._publish_metrics()
         ready: dict[str, str | int] = {"READY": 1, "X_INSTANCE": dynamo_context["instance_id"]}
@@ -168,8 +184,8 @@ class Worker:
         self.runtime.set_health_status(True)
         notify(STATUS="ready", **ready)
 
-    def _served(self) -> list[tuple[Any, tuple[str, Mark]]]:
-        return list(zip(self._endpoints, self.info.marked("endpoint").items(), strict=False))
+    def _served(self) -> list[Any]:
+        return self._endpoints if self._names() else []
 
     async def _open_http(self, ready: dict[str, str | int]) -> None:
         if self.info.app is None and not self.info.marked("api"):
@@ -182,11 +198,11 @@ class Worker:
         ready["X_URL"] = self._http.url
 
     async def _until_registered(self) -> None:
-        if not self._served():
-            return
+        if not self._served() or os.environ.get("DYN_DISCOVERY_BACKEND") == "kubernetes":
+            return  # Kubernetes shows a pod to the others once it is ready, and that is only now being said
         registered = self._registered_in_files
         if not self._discovers_by_file():
-            client = await self._served()[-1][0].client()
+            client = await self._served()[-1].client()
             registered = lambda: dynamo_context["instance_id"] in client.instance_ids()  # noqa: E731
         while not registered():
             self._raise_if_ended()
@@ -206,7 +222,7 @@ class Worker:
             await asyncio.sleep(REGISTRATION_CHECK)
             if not self._draining and not self._registered_in_files():
                 log.warning("this worker had dropped out of discovery and enters it again")
-                for endpoint, _ in self._served():
+                for endpoint in self._served():
                     await endpoint.register_endpoint_instance()
 
     def _raise_if_ended(self) -> None:
@@ -254,7 +270,7 @@ class Worker:
         self._draining = True
         notify(STOPPING=1, STATUS="draining")
         _end_after(self.drain_seconds + 15)
-        for endpoint, _ in self._served():
+        for endpoint in self._served():
             try:
                 await endpoint.unregister_endpoint_instance()
             except Exception as error:  # the runtime's: discovery is gone, and forgets us when our lease ends
@@ -275,6 +291,11 @@ class Worker:
         rest = [one for one in self._serving if not one.done()]
         if rest:
             await asyncio.wait(rest, timeout=2)
+
+
+async def _up(_request: Any, _context: Any) -> AsyncIterator[dict[str, str]]:
+    """An endpoint that is there to be counted."""
+    yield {"status": "ready"}
 
 
 def _depends_elsewhere() -> dict[str, tuple[str, str]]:
