@@ -10,17 +10,19 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dynamo_epd.sdk.config import ConfigError, Document, resolve
-from dynamo_epd.sdk.deployment import builds, images, manifest
+from dynamo_epd.sdk.deployment import DeploymentError, builds, images, manifest, status
 
 Overrides = list[tuple[str, str, str]]
 DEFAULT_TIMEOUT = 3600.0
 """Seconds: an image and a checkpoint may have to be fetched first."""
+POLL_SECONDS = 2.0
 
 
 def add_parsers(commands: Any) -> None:
@@ -45,6 +47,27 @@ def add_parsers(commands: Any) -> None:
         dest="deployment", required=True
     )
     _add_create(below.add_parser("create", allow_abbrev=False, help="as `dynamo deploy`"))
+    update = below.add_parser("update", allow_abbrev=False, help="change what was deployed, and nothing else")
+    update.epilog = (
+        "Without -f the configuration stays, overrides included; with it the file takes its place. Variables and "
+        "secrets stay beside new ones. What others have changed since stays as it is."
+    )
+    update.add_argument("name")
+    update.add_argument("tag", nargs="?", help="of another build (default: the one that is deployed)")
+    _add_rendered(update)
+    update.add_argument("--dry-run", action="store_true", help="print the manifest and change nothing")
+    _add_waiting(update)
+    update.set_defaults(run=_update)
+    get = below.add_parser("get", allow_abbrev=False, help="how a deployment is, and where it answers")
+    delete = below.add_parser("delete", allow_abbrev=False, help="end a deployment")
+    listing = below.add_parser("list", allow_abbrev=False, help="the deployments of the namespace")
+    for parser, run in ((get, _show), (delete, _delete), (listing, _list)):
+        if parser is not listing:
+            parser.add_argument("name")
+        if parser is not delete:
+            parser.add_argument("-o", "--output", choices=("json", "yaml"), help="the whole objects")
+        _add_target(parser)
+        parser.set_defaults(run=run)
 
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
@@ -133,40 +156,152 @@ def _create(arguments: argparse.Namespace, overrides: Overrides) -> int:
     document = Document()
     if arguments.file:
         document.read(arguments.file)
-    for service, key, text in overrides:
-        document.override(service, key, text)
-    made = _render(build, document, arguments, arguments.name or build.name, arguments.api_version)
+    order = manifest.Order(
+        build=build.tag,
+        image=_image(build),
+        configuration=document.values,
+        envs=_pairs("--env", arguments.envs),
+        secrets=_secrets(arguments),
+    )
+    name = arguments.name or build.name
+    # What is wrong with the order is said before any cluster is asked.
+    made = _render(order, build, document, overrides, name, arguments.namespace or "default", arguments.api_version)
     if arguments.dry_run:
         print(yaml.safe_dump(made, sort_keys=False), end="")
         return 0
-    raise NotImplementedError
+    from dynamo_epd.sdk.deployment.cluster import Cluster
+
+    cluster = Cluster(arguments.namespace)
+    made["metadata"]["namespace"] = cluster.namespace
+    cluster.create(made)
+    print(f"Created {name} of {build.tag} in namespace {cluster.namespace}.", flush=True)
+    return _wait(cluster, name, arguments)
+
+
+def _update(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    _say_endpoint(arguments.endpoint)
+    from dynamo_epd.sdk.deployment.cluster import Cluster, rendered
+
+    cluster = Cluster(arguments.namespace)
+    last = rendered(cluster.get(arguments.name))
+    before = manifest.Order.of(last)
+    build = builds.find(arguments.tag or before.build)
+    document = Document()
+    if arguments.file:
+        document.read(arguments.file)
+    else:
+        document.values = before.configuration
+    kept = build.tag == before.build and not os.environ.get(images.IMAGE)
+    order = manifest.Order(
+        build=build.tag,
+        image=before.image if kept else _image(build),
+        configuration=document.values,
+        envs=before.envs | _pairs("--env", arguments.envs),
+        secrets=before.secrets | _secrets(arguments),
+    )
+    version = str(last["apiVersion"]).rpartition("/")[2]
+    made = _render(order, build, document, overrides, arguments.name, cluster.namespace, version)
+    if arguments.dry_run:
+        print(yaml.safe_dump(made, sort_keys=False), end="")
+        return 0
+    if not cluster.update(made):
+        print(f"{arguments.name} is as it should be.")
+        return 0
+    print(f"Updated {arguments.name} in namespace {cluster.namespace}.", flush=True)
+    return _wait(cluster, arguments.name, arguments)
+
+
+def _show(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    _refuse_overrides(overrides, "`deployment get`")
+    _say_endpoint(arguments.endpoint)
+    from dynamo_epd.sdk.deployment.cluster import Cluster
+
+    cluster = Cluster(arguments.namespace)
+    live = cluster.get(arguments.name)
+    if arguments.output:
+        _print(live, arguments.output)
+    else:
+        print(status.describe(live, cluster.addresses(status.frontend_service(live))))
+    return 0
+
+
+def _list(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    _refuse_overrides(overrides, "`deployment list`")
+    _say_endpoint(arguments.endpoint)
+    from dynamo_epd.sdk.deployment.cluster import Cluster
+
+    found = Cluster(arguments.namespace).all()
+    if arguments.output:
+        _print(found, arguments.output)
+    else:
+        print(status.table(found))
+    return 0
+
+
+def _delete(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    _refuse_overrides(overrides, "`deployment delete`")
+    _say_endpoint(arguments.endpoint)
+    from dynamo_epd.sdk.deployment.cluster import Cluster
+
+    cluster = Cluster(arguments.namespace)
+    cluster.delete(arguments.name)
+    print(f"Deleted {arguments.name} from namespace {cluster.namespace}.")
+    return 0
+
+
+def _wait(cluster: Any, name: str, arguments: argparse.Namespace) -> int:
+    """Until the operator calls it ready. Raises DeploymentError when it fails, or the time is over."""
+    if not arguments.wait:
+        return 0
+    end = time.monotonic() + arguments.timeout
+    said = ""
+    try:
+        while True:
+            live = cluster.get(name)
+            state = status.state(live)
+            if state == status.READY:
+                print(status.describe(live, cluster.addresses(status.frontend_service(live))))
+                return 0
+            if state != said:
+                print(f"  {state}", file=sys.stderr, flush=True)
+                said = state
+            if status.failed(live):
+                raise DeploymentError(f"{name} failed: {state}")
+            if time.monotonic() > end:
+                raise DeploymentError(f"{name} is not ready after {arguments.timeout:g} s: {state}")
+            time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+    except KeyboardInterrupt:
+        _note(f"not waiting any more; `dynamo deployment get {name}` shows how it goes on")
+        return 130
 
 
 def _render(
-    build: builds.Build, document: Document, arguments: argparse.Namespace, name: str, version: str
+    order: manifest.Order,
+    build: builds.Build,
+    document: Document,
+    overrides: Overrides,
+    name: str,
+    namespace: str,
+    version: str,
 ) -> dict[str, Any]:
+    """The manifest; the overrides are put into the order's configuration."""
+    for service, key, text in overrides:
+        document.override(service, key, text)
     graph = build.graph()
     settings = resolve(graph, document)
-    extras = manifest.Extras(
-        image=images.deployed(build.tag),
-        envs=_pairs("--env", arguments.envs),
-        secrets=_pairs("--env-from-secret", arguments.secrets),
-        secrets_name=arguments.env_secrets_name,
-    )
     for one in settings.values():
-        wanted = one.resources.get("gpu")
-        if one.runs and wanted and float(wanted) != int(float(wanted)):
-            _note(f"{one.name} asks for {wanted} of a GPU; Kubernetes gives it a whole one")
-    return manifest.render(
-        build,
-        graph,
-        document,
-        settings,
-        name=name,
-        namespace=arguments.namespace or "default",
-        extras=extras,
-        version=version,
-    )
+        if one.runs and manifest.shares_a_gpu(one):
+            _note(f"{one.name} asks for {one.resources['gpu']} of a GPU; Kubernetes gives it a whole one")
+    return manifest.render(order, build, graph, settings, name=name, namespace=namespace, version=version)
+
+
+def _image(build: builds.Build) -> str:
+    image = images.deployed(build.tag)
+    if image == build.tag:
+        _note(
+            f"pods will run the image {image}; {images.REGISTRY} says where it is pushed, {images.IMAGE} names another"
+        )
+    return image
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
@@ -177,6 +312,11 @@ def _pairs(option: str, given: list[str]) -> dict[str, str]:
             raise ConfigError(f"{option} {text}: must be NAME={'VALUE' if option == '--env' else 'KEY'}")
         found[manifest.check_environment(name)] = value
     return found
+
+
+def _secrets(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    pairs = _pairs("--env-from-secret", arguments.secrets)
+    return {name: [arguments.env_secrets_name, key] for name, key in pairs.items()}
 
 
 def _say_endpoint(endpoint: str | None) -> None:

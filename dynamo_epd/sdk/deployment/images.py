@@ -12,6 +12,8 @@ from dynamo_epd.sdk.deployment import DeploymentError
 
 REGISTRY = "DYNAMO_REGISTRY"
 """Environment: where images of builds are pushed to and pulled from, as ``registry.example/team``."""
+IMAGE = "DYNAMO_IMAGE"
+"""Environment: an image that has the graph's code already; every pod runs it."""
 BASE = "python:3.11.13-slim-bookworm"
 """For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
 TORCH = "torch==2.13.0"
@@ -107,4 +109,4 @@ def name_of(tag: str) -> str:
 
 def deployed(tag: str) -> str:
     """What pods run: ``DYNAMO_IMAGE``, else the build's own image."""
-    return os.environ.get("DYNAMO_IMAGE") or name_of(tag)
+    return os.environ.get(IMAGE) or name_of(tag)

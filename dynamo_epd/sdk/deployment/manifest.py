@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, Document, ServiceSettings
+from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, ServiceSettings
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.graph import Graph
 from dynamo_epd.sdk.operator import CONFIG
@@ -31,6 +31,7 @@ PLURAL = "dynamographdeployments"
 VERSIONS = ("v1beta1", "v1alpha1")
 BUILD = "dynamo-epd/build"
 """Annotation: the tag of what is deployed."""
+ORDER = "dynamo-epd/order"
 HTTP_PORT, SYSTEM_PORT = 8000, 9090
 MAX_COMPONENTS = 25
 MAX_LABEL = 63
@@ -43,14 +44,23 @@ _ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Extras:
-    """What the command line adds. ``secrets``: variable → key of the Secret ``secrets_name``."""
+class Order:
+    """What the command line asked for. It goes along in an annotation, so that an update begins where this ended."""
 
+    build: str
+    """The tag."""
     image: str
     """Of every service whose code names none."""
-    envs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    secrets_name: str = "dynamo-env-secrets"
+    configuration: dict[str, Any]
+    """As the file and the overrides said it."""
+    envs: dict[str, str] = dataclasses.field(default_factory=dict)
+    secrets: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Variable → name and key of a Secret."""
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> Order:
+        """That of a rendered manifest."""
+        return cls(**json.loads(manifest["metadata"]["annotations"][ORDER]))
 
 
 def check_name(name: str, services: list[str]) -> None:
@@ -63,40 +73,38 @@ def check_name(name: str, services: list[str]) -> None:
 
 
 def render(
+    order: Order,
     build: Build,
     graph: Graph,
-    document: Document,
     settings: Mapping[str, ServiceSettings],
     *,
     name: str,
     namespace: str,
-    extras: Extras,
     version: str = VERSIONS[0],
 ) -> dict[str, Any]:
-    """The manifest. Raises ConfigError for what Kubernetes cannot be told.
+    """The manifest. ``settings`` are what the order's configuration resolves to.
 
-    ``settings`` are those that ``document`` resolves to; the document itself travels on, so that a pod resolves them
-    again from the same words.
+    Raises ConfigError for what Kubernetes cannot be told.
     """
     running = [one for one in settings.values() if one.runs]
     check_name(name, [one.name for one in running])
     if len(running) > MAX_COMPONENTS:
         raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
-    components = [_component(build, graph, one, extras.image) for one in running]
+    components = [_component(build, graph, one, order.image) for one in running]
     env = [
-        {"name": CONFIG, "value": json.dumps(carried(document), separators=(",", ":"), default=str)},
+        {"name": CONFIG, "value": _json(carried(order.configuration))},
         {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
-        *({"name": key, "value": value} for key, value in extras.envs.items()),
+        *({"name": key, "value": value} for key, value in order.envs.items()),
         *(
-            {"name": key, "valueFrom": {"secretKeyRef": {"name": extras.secrets_name, "key": inner}}}
-            for key, inner in extras.secrets.items()
+            {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": inner}}}
+            for key, (secret, inner) in order.secrets.items()
         ),
     ]
     metadata = {
         "name": name,
         "namespace": namespace,
         "labels": {"app.kubernetes.io/managed-by": "dynamo-epd"},
-        "annotations": {BUILD: build.tag},
+        "annotations": {BUILD: build.tag, ORDER: _json(dataclasses.asdict(order))},
     }
     manifest = {"apiVersion": f"{GROUP}/{version}", "kind": KIND, "metadata": metadata}
     if version == "v1alpha1":
@@ -104,9 +112,13 @@ def render(
     return manifest | {"spec": {"env": env, "components": components}}
 
 
-def carried(document: Document) -> dict[str, Any]:
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), default=str)
+
+
+def carried(configuration: dict[str, Any]) -> dict[str, Any]:
     """The configuration for the pods, without what the manifest says itself: there it can be changed."""
-    values = copy.deepcopy(document.values)
+    values = copy.deepcopy(configuration)
     for section in values.values():
         service_args = section.get(SERVICE_ARGS)
         if isinstance(service_args, dict):
@@ -191,18 +203,24 @@ def _words(given: Any) -> list[str]:
     return [given] if isinstance(given, str) else [str(word) for word in given]
 
 
-def _gpus(one: ServiceSettings) -> int:
-    """Whole cards: Kubernetes shares none out. The worker still keeps to the fraction that it was given.
-
-    A decorator's wish counts too: unlike `dynamo serve`, nobody here can see whether there are any.
-    """
+def _wished_gpus(one: ServiceSettings) -> float:
     try:
         wanted = float(one.resources.get("gpu") or 0)
     except ValueError as error:
         raise ConfigError(f"{one.name}: resources.gpu {one.resources['gpu']!r} is not a number") from error
     if wanted < 0:
         raise ConfigError(f"{one.name}: resources.gpu is negative")
-    return math.ceil(wanted)
+    return wanted
+
+
+def shares_a_gpu(one: ServiceSettings) -> bool:
+    """Whether a part of a card is asked for. Kubernetes shares none out."""
+    return not _wished_gpus(one).is_integer()
+
+
+def _gpus(one: ServiceSettings) -> int:
+    """Whole cards; a decorator's wish counts too: nobody here can see whether there are any."""
+    return math.ceil(_wished_gpus(one))
 
 
 def _resources(one: ServiceSettings, gpus: int) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The talk with the Kubernetes API about deployments. The only file that imports the `kubernetes` client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes.config
+import yaml
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+from urllib3.exceptions import HTTPError
+
+from dynamo_epd.sdk.deployment import DeploymentError
+from dynamo_epd.sdk.deployment.manifest import BUILD, GROUP, KIND, PLURAL, VERSIONS
+from dynamo_epd.sdk.deployment.merging import change, three_way
+
+LAST_APPLIED = "dynamo-epd/last-applied"
+"""Annotation: the manifest as it was last rendered. What differs from it in the cluster was changed by others."""
+SECONDS = 30.0
+"""For the API server to answer."""
+ATTEMPTS = 5
+"""At an update that others get ahead of."""
+_SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+
+class Cluster:
+    """The deployments in one namespace of the cluster that kubeconfig, or the pod that this runs in, names.
+
+    Every method raises DeploymentError, in one line: no cluster, no rights, no such namespace or name.
+    """
+
+    def __init__(self, namespace: str | None):
+        configuration = _configuration()
+        configuration.retries = False
+        self.namespace = namespace or _current_namespace()
+        self._host = configuration.host
+        api = client.ApiClient(configuration)
+        self._objects = client.CustomObjectsApi(api)
+        # The client calls a patch that is no list a strategic one, which custom objects do not have.
+        patching = client.ApiClient(configuration, "Content-Type", "application/merge-patch+json")
+        self._patches = client.CustomObjectsApi(patching)
+        self._network = client.NetworkingV1Api(api)
+
+    def create(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Makes the deployment of ``manifest``."""
+        name = manifest["metadata"]["name"]
+        with self._errors(name):
+            found: dict[str, Any] = self._objects.create_namespaced_custom_object(
+                GROUP,
+                _version(manifest),
+                self.namespace,
+                PLURAL,
+                _remembering(manifest),
+                field_validation="Strict",
+                _request_timeout=SECONDS,
+            )
+            return found
+
+    def get(self, name: str, version: str = VERSIONS[0]) -> dict[str, Any]:
+        with self._errors(name):
+            found: dict[str, Any] = self._objects.get_namespaced_custom_object(
+                GROUP, version, self.namespace, PLURAL, name, _request_timeout=SECONDS
+            )
+            return found
+
+    def all(self) -> list[dict[str, Any]]:
+        with self._errors(None):
+            found = self._objects.list_namespaced_custom_object(
+                GROUP, VERSIONS[0], self.namespace, PLURAL, _request_timeout=SECONDS
+            )
+            return list(found["items"])
+
+    def delete(self, name: str) -> None:
+        with self._errors(name):
+            self._objects.delete_namespaced_custom_object(
+                GROUP, VERSIONS[0], self.namespace, PLURAL, name, _request_timeout=SECONDS
+            )
+
+    def update(self, manifest: dict[str, Any]) -> bool:
+        """Brings the deployment from what was rendered last to ``manifest``; says whether there was anything to change.
+
+        A field that differs in the cluster from what was rendered last, and does not change between the two, is left
+        as it is: replicas that a scaling adapter holds, an annotation, an image set by hand.
+        """
+        name, version = manifest["metadata"]["name"], _version(manifest)
+        for attempt in range(ATTEMPTS):
+            live = self.get(name, version)
+            wanted = three_way(rendered(live), _remembering(manifest), live)
+            patch = change(live, wanted)
+            if not patch:
+                return False
+            # The server refuses the patch where somebody was quicker: lists travel whole.
+            patch.setdefault("metadata", {})["resourceVersion"] = live["metadata"]["resourceVersion"]
+            try:
+                self._patch(name, version, patch)
+                return True
+            except ApiException as error:
+                if error.status != 409 or attempt == ATTEMPTS - 1:
+                    raise DeploymentError(self._words(error, name)) from error
+        raise AssertionError
+
+    def _patch(self, name: str, version: str, patch: dict[str, Any]) -> None:
+        with self._errors(name, conflicts=False):
+            self._patches.patch_namespaced_custom_object(
+                GROUP,
+                version,
+                self.namespace,
+                PLURAL,
+                name,
+                patch,
+                field_validation="Strict",
+                _request_timeout=SECONDS,
+            )
+
+    def addresses(self, service: str) -> list[str]:
+        """URLs under which Ingresses show a service to the outside; none where these may not be read."""
+        try:
+            ingresses = self._network.list_namespaced_ingress(self.namespace, _request_timeout=SECONDS).items
+        except (ApiException, HTTPError):
+            return []
+        found: list[str] = []
+        for ingress in ingresses:
+            secure = {host for tls in ingress.spec.tls or [] for host in tls.hosts or []}
+            for rule in ingress.spec.rules or []:
+                for path in rule.http.paths if rule.http else []:
+                    if path.backend.service is not None and path.backend.service.name == service and rule.host:
+                        scheme = "https" if rule.host in secure else "http"
+                        found.append(f"{scheme}://{rule.host}{(path.path or '').rstrip('/')}")
+        return found
+
+    @contextlib.contextmanager
+    def _errors(self, name: str | None, *, conflicts: bool = True) -> Iterator[None]:
+        try:
+            yield
+        except ApiException as error:
+            if error.status == 409 and not conflicts:
+                raise
+            raise DeploymentError(self._words(error, name)) from error
+        except (HTTPError, OSError) as error:
+            raise DeploymentError(f"no cluster answers at {self._host}") from error
+
+    def _words(self, error: ApiException, name: str | None) -> str:
+        """One line of what the server said."""
+        try:
+            body = json.loads(error.body or "{}")
+        except ValueError:
+            body = {}
+        message = _one_line(str(body.get("message") or error.reason or ""))
+        if error.status == 401:
+            return f"the cluster at {self._host} does not know you: {message}"
+        if error.status == 403:
+            return f"no rights: {message}"
+        if error.status == 404 and "namespaces" in message:
+            return f"no namespace {self.namespace!r} in this cluster"
+        if error.status == 404 and name is not None and f'"{name}"' in message:
+            return f"no deployment {name!r} in namespace {self.namespace}"
+        if error.status == 404:
+            return f"this cluster knows no {KIND}: Dynamo's operator is not installed there"
+        if error.status == 409 and body.get("reason") == "AlreadyExists":
+            return f"{name!r} is taken in namespace {self.namespace}; `dynamo deployment update` changes it"
+        return f"the cluster refuses {name!r}: {message}" if name else f"the cluster refuses: {message}"
+
+
+def rendered(live: dict[str, Any]) -> dict[str, Any]:
+    """The manifest that a deployment was last given. Raises DeploymentError for one that is not ours."""
+    metadata = live["metadata"]
+    try:
+        found: dict[str, Any] = json.loads((metadata.get("annotations") or {})[LAST_APPLIED])
+        return found
+    except (KeyError, ValueError):
+        raise DeploymentError(f"{metadata['name']!r} was not made by `dynamo deploy`; use kubectl") from None
+
+
+def build_of(live: dict[str, Any]) -> str | None:
+    """The tag of the build that a deployment runs."""
+    found = (live["metadata"].get("annotations") or {}).get(BUILD)
+    return str(found) if found is not None else None
+
+
+def _remembering(manifest: dict[str, Any]) -> dict[str, Any]:
+    annotations = manifest["metadata"]["annotations"] | {
+        LAST_APPLIED: json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    }
+    return manifest | {"metadata": manifest["metadata"] | {"annotations": annotations}}
+
+
+def _version(manifest: dict[str, Any]) -> str:
+    return str(manifest["apiVersion"]).rpartition("/")[2]
+
+
+def _configuration() -> client.Configuration:
+    """As kubectl finds it: the kubeconfig, else the account of the pod that this runs in."""
+    found = client.Configuration()
+    try:
+        kubernetes.config.load_kube_config(client_configuration=found)
+    except (ConfigException, OSError, yaml.YAMLError) as error:
+        try:
+            kubernetes.config.load_incluster_config(client_configuration=found)
+        except ConfigException:
+            raise DeploymentError(f"no cluster: {_one_line(str(error))}") from error
+    return found
+
+
+def _current_namespace() -> str:
+    try:
+        _, active = kubernetes.config.list_kube_config_contexts()
+        return str(active["context"].get("namespace") or "default")
+    except (ConfigException, OSError):
+        pass
+    if os.path.exists(_SERVICE_ACCOUNT_NAMESPACE):
+        with open(_SERVICE_ACCOUNT_NAMESPACE) as file:
+            return file.read().strip()
+    return "default"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing an object that others change too: as ``kubectl apply``, by what was wanted last and what is wanted now.
+
+A list whose items all have a ``name`` is merged by it, as Kubernetes does with components, containers and variables
+(``x-kubernetes-list-map-keys: [name]``). Any other list is one value.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def three_way(last: Any, wanted: Any, live: Any) -> Any:
+    """``live`` with the changes from ``last`` to ``wanted``, and nothing else of the two."""
+    if last == wanted:
+        return copy.deepcopy(live)
+    if isinstance(wanted, dict) and isinstance(live, dict):
+        return _dicts(last if isinstance(last, dict) else {}, wanted, live)
+    if _named(wanted) and _named(live):
+        before, now, there = (
+            {item["name"]: item for item in one} for one in (last if _named(last) else [], wanted, live)
+        )
+        return list(_dicts(before, now, there).values())
+    return copy.deepcopy(wanted)
+
+
+def _dicts(last: dict[str, Any], wanted: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
+    found = copy.deepcopy(live)
+    for key, value in wanted.items():
+        if key in last and last[key] == value:
+            continue
+        found[key] = three_way(last.get(key), value, live[key]) if key in live else copy.deepcopy(value)
+    for key in last.keys() - wanted.keys():
+        found.pop(key, None)
+    return found
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "name" in one for one in value)
+
+
+def change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Merge Patch (RFC 7386) that makes ``after`` of ``before``; empty when they are the same."""
+    patch: dict[str, Any] = {key: None for key in before.keys() - after.keys()}
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            inner = change(old, value)
+            if inner:
+                patch[key] = inner
+        elif key not in before or old != value:
+            patch[key] = value
+    return patch
