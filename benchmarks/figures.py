@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of the report holds: samples of each arm, ratios pair by pair, and whether the goal is met."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+Sense = Literal["≤", "≥"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """One arm's figures, one for each repeat, in the order in which they were taken."""
+
+    arm: str
+    values: list[float]
+    unit: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        return f"{shown(self.median)} ({shown(min(self.values))} … {shown(max(self.values))}) {self.unit}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts."""
+
+    what: str
+    values: list[float]
+    sense: Sense
+    limit: float
+    unit: str = "times"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool:
+        return self.median <= self.limit if self.sense == "≤" else self.median >= self.limit
+
+    def __str__(self) -> str:
+        spread = f"{shown(min(self.values))} … {shown(max(self.values))}"
+        return f"{shown(self.median)} {self.unit} ({spread}); goal {self.sense} {shown(self.limit)} {self.unit}"
+
+
+@dataclasses.dataclass
+class Row:
+    """One row of the report. ``setting``: model, load and whatever else a reader needs to do it again."""
+
+    number: int
+    title: str
+    setting: str
+    samples: list[Samples] = dataclasses.field(default_factory=list)
+    goals: list[Goal] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What a reader of the figures must know: why a goal is missed, what was tried."""
+    void: str = ""
+    """Why nothing here counts: answers that differ, an arm that did not start."""
+
+    @property
+    def met(self) -> bool:
+        return not self.void and bool(self.goals) and all(goal.met for goal in self.goals)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"met": self.met}
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Pair by pair: what disturbs the machine for a while disturbs both sides of a pair. Raises ValueError for pairs
+    that do not match."""
+    return [one / other for one, other in zip(of, to, strict=True)]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """By nearest rank: a value that was measured. ``share`` lies in (0, 1]. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("there are no values")
+    ordered = sorted(values)
+    return ordered[math.ceil(len(ordered) * share) - 1]
+
+
+def shown(value: float) -> str:
+    """Three figures, without an exponent."""
+    if value == 0 or not value < float("inf"):
+        return f"{value:g}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 3: one embedding from an owner's memory to a reader's, from the handle in hand to the verified bytes.
+
+Beside it, taken in turn for each repeat: NIXL itself (memory registered once on both sides, no digest), Dynamo's own
+`dynamo.nixl_connect`, a plain copy, and the digest alone. The control message that brings the handle is not in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
+
+from benchmarks.figures import Goal, Row, Samples, ratios
+from benchmarks.owners import MIB, ROOM, Owner, content, owner
+
+NUMBER = 3
+TITLE = "embedding hand-off, digest checked"
+KIB = 1024
+SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB, "4 MiB": 4 * MIB, "32 MiB": 32 * MIB}
+SMALL, LARGE = ("4 KiB", "64 KiB"), ("4 MiB", "32 MiB")
+AT_ONCE = 16
+WARM_UP = 3
+BOUND = 30.0
+
+Take = Callable[[Owner, Any, int], Awaitable[float]]
+"""READs what was laid out; seconds."""
+
+
+async def measure(repeats: int) -> Row:
+    """The row. ``repeats``: of each size and arm, interleaved; at least 5."""
+    row = Row(NUMBER, TITLE, f"{repeats} repeats of each size, two processes on one host, milliseconds")
+    async with _arms() as arms:
+        for name, nbytes in SIZES.items():
+            seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+            for repeat in range(WARM_UP + repeats):
+                for arm, (source, take) in arms.items():
+                    took = await take(source, source.lay_out(nbytes) if source else None, nbytes)
+                    if repeat >= WARM_UP:
+                        seconds[arm].append(took)
+            row.samples += [Samples(f"{arm}, {name}", [1e3 * one for one in of], "ms") for arm, of in seconds.items()]
+            row.goals += _goals(name, seconds)
+        together, alone = await _at_once(arms["arena"][0], repeats)
+        row.samples.append(Samples(f"arena, {AT_ONCE} of 1 MiB at once, all", [1e3 * one for one in together], "ms"))
+        fair = ratios(together, [AT_ONCE * one for one in alone])
+        row.goals.append(Goal(f"{AT_ONCE} at once against {AT_ONCE} times one alone", fair, "≤", 2.0))
+        first = await _first()
+    row.samples.append(Samples("arena, 64 KiB, the first after start-up", [1e3 * first], "ms"))
+    return row
+
+
+def _goals(name: str, seconds: dict[str, list[float]]) -> Iterator[Goal]:
+    ours = seconds["arena"]
+    if name in SMALL:
+        yield Goal(f"{name}", [1e3 * one for one in ours], "≤", 0.3, "ms")
+        yield Goal(f"{name}: nixl_connect against it", ratios(seconds["nixl_connect"], ours), "≥", 30.0)
+    if name in LARGE:
+        yield Goal(f"{name} against NIXL itself", ratios(ours, seconds["nixl"]), "≤", 1.3)
+
+
+@asynccontextmanager
+async def _arms() -> Any:
+    """name → its owner (None where nobody else is needed) and how it is read."""
+    async with AsyncExitStack() as stack:
+        arena = stack.enter_context(owner("arena"))
+        nixl = stack.enter_context(owner("nixl"))
+        connector = stack.enter_context(owner("connector"))
+        yield {
+            "arena": (arena, await stack.enter_async_context(_arena_reader(arena))),
+            "nixl": (nixl, stack.enter_context(_nixl_reader(nixl))),
+            "nixl_connect": (connector, _connector_reader()),
+            "copy": (None, _copy),
+            "digest": (None, _digest),
+        }
+
+
+@asynccontextmanager
+async def _arena_reader(source: Owner) -> Any:
+    import msgspec
+
+    from dynamo_epd.transfer import Arena, Handle
+
+    async def resolve(name: str) -> bytes:
+        return base64.b64decode(source.card["card"])
+
+    arena = await Arena.open(ROOM, owner="reader", resolve=resolve)
+
+    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
+        handle = msgspec.convert(laid_out, Handle)
+        began = time.perf_counter()
+        async with arena.read([handle], timeout=BOUND) as (value,):
+            took = time.perf_counter() - began
+            _check(value, nbytes)
+        return took
+
+    try:
+        await arena.connect("owner")
+        yield take
+    finally:
+        await arena.close()
+
+
+@contextmanager
+def _nixl_reader(source: Owner) -> Iterator[Take]:
+    from dynamo_epd.transfer.agent import Agent
+    from dynamo_epd.transfer.memory import Memory
+
+    memory = Memory(ROOM)
+    agent = Agent("reader", memory.address, memory.nbytes)
+    peer = agent.add_peer(base64.b64decode(source.card["card"]))
+
+    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
+        began = time.perf_counter()
+        read = agent.read(peer, memory.address, laid_out["address"], nbytes, b"taken")
+        while not read.poll():
+            if time.perf_counter() - began > BOUND:
+                raise TimeoutError("NIXL did not end the READ")
+        took = time.perf_counter() - began
+        _check(memory.bytes_at(0, nbytes), nbytes)
+        return took
+
+    yield take
+    agent.remove_peer(peer)
+    agent.close()
+
+
+def _connector_reader() -> Take:
+    import torch
+
+    from dynamo import nixl_connect
+
+    connector = nixl_connect.Connector()
+
+    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
+        metadata = nixl_connect.RdmaMetadata.model_validate(laid_out["metadata"])
+        tensor = torch.empty(nbytes, dtype=torch.uint8)
+        began = time.perf_counter()
+        async with asyncio.timeout(BOUND):
+            with await connector.begin_read(metadata, nixl_connect.Descriptor(tensor)) as operation:
+                await operation.wait_for_completion()
+        took = time.perf_counter() - began
+        _check(memoryview(tensor.numpy()), nbytes)
+        return took
+
+    return take
+
+
+async def _copy(_: Owner, laid_out: Any, nbytes: int) -> float:
+    source, target = content(nbytes), bytearray(nbytes)
+    began = time.perf_counter()
+    target[:] = source
+    return time.perf_counter() - began
+
+
+async def _digest(_: Owner, laid_out: Any, nbytes: int) -> float:
+    from dynamo_epd.transfer.memory import digest_of
+
+    source = content(nbytes)
+    began = time.perf_counter()
+    digest_of(source)
+    return time.perf_counter() - began
+
+
+def _check(value: Any, nbytes: int) -> None:
+    """Raises ValueError for bytes that are not those that were laid out: the run is void."""
+    if hashlib.sha256(value).digest() != hashlib.sha256(content(nbytes)).digest():
+        raise ValueError("an arm handed on wrong bytes")
+
+
+async def _at_once(source: Owner, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds for all of `AT_ONCE` READs begun together, and for one alone, in turn."""
+    import msgspec
+
+    from dynamo_epd.transfer import Arena, Handle
+
+    async def resolve(name: str) -> bytes:
+        return base64.b64decode(source.card["card"])
+
+    async def take(count: int) -> float:
+        handles = [msgspec.convert(source.lay_out(MIB), Handle) for _ in range(count)]
+
+        async def one(handle: Handle) -> None:
+            async with arena.read([handle], timeout=BOUND):
+                pass
+
+        began = time.perf_counter()
+        await asyncio.gather(*(one(handle) for handle in handles))
+        return time.perf_counter() - began
+
+    arena = await Arena.open(ROOM, owner="crowd", resolve=resolve)
+    try:
+        await take(1)
+        pairs = [(await take(AT_ONCE), await take(1)) for _ in range(repeats)]
+    finally:
+        await arena.close()
+    return [together for together, _ in pairs], [alone for _, alone in pairs]
+
+
+async def _first() -> float:
+    """Seconds of the first READ of a reader that shook hands when it started."""
+    with owner("arena") as source:
+        async with _arena_reader(source) as take:
+            return float(await take(source, source.lay_out(64 * KIB), 64 * KIB))
