@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -100,15 +99,21 @@ def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
 
 
 def find(tag: str) -> Build:
-    """The build of a tag. Raises ConfigError, with the nearest known tag, when there is none."""
+    """The build of a tag. Raises ConfigError, with the newest of that name, when there is none."""
     name, _, digest = tag.rstrip(".").partition(":")
     directory = store() / name / digest
     if not name or not digest or "/" in tag or ".." in tag or not (directory / BUILD_FILE).is_file():
-        known = sorted(f"{file.parts[-3]}:{file.parts[-2]}" for file in store().glob(f"*/*/{BUILD_FILE}"))
-        near = difflib.get_close_matches(tag, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; `dynamo build` makes one"
-        raise ConfigError(f"no build {tag!r}{hint}")
+        raise ConfigError(f"no build {tag!r}; {_hint(name)}")
     return Build(name, digest, directory, json.loads((directory / BUILD_FILE).read_text()))
+
+
+def _hint(name: str) -> str:
+    found = sorted((store() / name).glob(f"*/{BUILD_FILE}") if name.isidentifier() else [], key=_written)
+    return f"did you mean {name}:{found[-1].parent.name}?" if found else "`dynamo build` makes one"
+
+
+def _written(file: Path) -> float:
+    return file.stat().st_mtime
 
 
 def copy(build: Build, to: Path, *, force: bool) -> None:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811 - `desk` is a fixture
+"""`dynamo build` and `dynamo get`: one tag for one source, all that a graph needs, images where they can be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynamo_epd.sdk.deployment import builds
+from tests.deploying import Desk, desk  # noqa: F401
+from tests.toys.running import ROOT, clean_environment
+
+
+def files_of(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_the_same_source_has_the_same_tag_wherever_it_lies(desk: Desk) -> None:
+    tag = desk.build()
+    elsewhere = desk.directory / "elsewhere"
+    shutil.copytree(desk.shop, elsewhere)
+    (elsewhere / "unrelated.py").write_text("changed = True\n")
+    (elsewhere / "config.yaml").write_text("Store: {shelves: 4}\n")
+    assert desk.build(where=elsewhere) == tag
+    assert [path.name for path in (desk.state / "dynamo" / "builds" / "door").iterdir()] == [tag.split(":")[1]]
+
+
+@pytest.mark.parametrize("changed", ["shop.py", "goods/words.py", "goods/label.txt", "goods/__init__.py"])
+def test_another_source_has_another_tag(desk: Desk, changed: str) -> None:
+    tag = desk.build()
+    with (desk.shop / changed).open("a") as file:
+        file.write("\n# more\n")
+    assert desk.build() != tag
+
+
+def test_a_build_holds_the_code_that_the_graph_needs_and_no_other(desk: Desk) -> None:
+    desk.patch.setattr(builds, "library_files", desk.library_files)
+    build = builds.find(desk.build())
+    assert files_of(build.code) == ["goods/__init__.py", "goods/label.txt", "goods/words.py", "shop.py"]
+    held = files_of(build.directory)
+    assert {"library/dynamo_epd/sdk/serve.py", "library/dynamo/sdk/__init__.py", "library/pyproject.toml"} <= set(held)
+    assert not [path for path in held if path.endswith(".pyc") or "/." in path]
+
+
+def test_a_module_that_is_a_file_is_found_again_by_its_path(desk: Desk) -> None:
+    (desk.shop / "my-shop.py").write_text("from goods.words import label\nfrom shop import Door\n")
+    tag = desk.build(graph="./my-shop.py:Door")
+    assert builds.find(tag).facts["graph"] == "my-shop.py:Door"
+    assert "shop.py" in files_of(builds.find(tag).code)
+    assert desk.run("build", f"{ROOT}/tests/toys/relay.py:Front", "--working-dir", str(desk.shop)) == 2
+    assert "only what lies below the working directory can be built" in desk.noted
+
+
+def test_get_shows_a_build(desk: Desk) -> None:
+    tag = desk.build()
+    assert desk.run("get", tag, "-o", "path") == 0
+    directory = Path(desk.said.strip())
+    assert (directory / "Dockerfile").is_file()
+    assert desk.run("get", tag, "-o", "json") == 0
+    facts = json.loads(desk.said)
+    assert facts["services"]["Store"]["endpoints"] == ["fetch"]
+    assert facts["services"]["Store"]["resources"] == {"cpu": "2", "memory": "4Gi", "gpu": 0.5}
+    assert "image" not in facts["services"]["Store"]  # DYNAMO_IMAGE is the environment's
+    assert facts["services"]["Till"]["image"] == "example/till:1.2.3"
+    assert ["Door", "store", "Store"] in facts["links"]
+    assert desk.run("get", tag) == 0
+    assert yaml.safe_load(desk.said) == facts
+
+
+@pytest.mark.parametrize("tag", ["door:00000000", "door", "../builds:x", "door:..", "nothing:12345678", ":", "door:"])
+def test_an_unknown_tag_is_said(desk: Desk, tag: str) -> None:
+    known = desk.build()
+    assert desk.run("get", tag) == 2
+    assert desk.noted.startswith(f"error: no build {tag!r}")
+    assert len(desk.noted.splitlines()) == 1
+    if tag == "door:00000000":
+        assert f"did you mean {known}?" in desk.noted
+
+
+def test_a_damaged_build_is_mended(desk: Desk) -> None:
+    build = builds.find(desk.build())
+    (build.code / "shop.py").write_text("")
+    (build.directory / "more").write_text("")
+    assert desk.build() == build.tag
+    assert (build.code / "shop.py").read_text() == (desk.shop / "shop.py").read_text()
+    assert not (build.directory / "more").exists()
+
+
+def test_a_copy_replaces_nothing_unasked(desk: Desk) -> None:
+    out = desk.directory / "out"
+    build = builds.find(desk.build("-o", str(out)))
+    assert files_of(out) == files_of(build.directory)
+    again = ("build", "shop:Door", "--working-dir", str(desk.shop), "-o")
+    assert desk.run(*again, str(out)) == 2
+    assert "holds a build already; --force replaces it" in desk.noted
+    (out / "stale").write_text("")
+    assert desk.run(*again, str(out), "-f") == 0
+    assert files_of(out) == files_of(build.directory)
+    assert desk.run(*again, str(desk.shop), "--force") == 2
+    assert "is there, and is no build" in desk.noted
+    assert (desk.shop / "shop.py").exists()
+
+
+def test_too_much_code_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builds, "MAX_BYTES", 1024 * 1024)
+    (desk.shop / "goods" / "weights.bin").write_bytes(bytes(1024 * 1024))
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop)) == 2
+    assert "the largest file is code/goods/weights.bin" in desk.noted
+
+
+def test_the_environment_changes_no_tag(tmp_path: Path) -> None:
+    """As a person runs it: decorators read the environment when they are imported."""
+    command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "build", "shop:Door", "--working-dir", "tests/toys/shop"]
+    tags = set()
+    for more in ({}, {"DYNAMO_IMAGE": "example/base:1", "DYN_NAMESPACE": "far"}):
+        environment = clean_environment() | {"XDG_STATE_HOME": str(tmp_path)} | more
+        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        tags.add(ran.stdout.splitlines()[-1])
+    assert len(tags) == 1
+
+
+def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk) -> None:
+    desk.patch.setattr(builds, "library_files", desk.library_files)
+    build = builds.find(desk.build())
+    lines = [line for line in (build.directory / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    stages: list[str] = []
+    for line in lines:
+        if line.startswith("FROM"):
+            _, base, _, stage = line.split()
+            assert base in stages or re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+", base), line
+            stages.append(stage)
+        if line.startswith("COPY"):
+            assert (build.directory / line.split()[1]).exists(), line
+        for word in shlex.split(line) if "pip install" in line else []:
+            assert "==" in word or not re.match(r"[a-z-]+[=<>~]", word), line
+    assert stages == ["base", "cpu", "gpu"]
+    assert lines.count('ENTRYPOINT ["dynamo"]') == lines.count("USER 1000") == 2
+
+
+def fake_engine(desk: Desk, name: str, script: str) -> Path:
+    """A double of docker or podman, alone on PATH: says what it was asked in the file that is returned."""
+    bin_directory, told = desk.directory / "bin", desk.directory / "told"
+    bin_directory.mkdir(exist_ok=True)
+    (bin_directory / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {told}\n{script}\n')
+    (bin_directory / name).chmod(0o755)
+    desk.patch.setenv("PATH", str(bin_directory))
+    return told
+
+
+@pytest.mark.parametrize("option", ["--containerize", "--push"])
+def test_without_an_engine_an_image_cannot_be_made(desk: Desk, option: str) -> None:
+    command = ("build", "shop:Door", "--working-dir", str(desk.shop), option)
+    desk.patch.setenv("PATH", str(desk.directory))
+    assert desk.run(*command) == 1
+    assert desk.noted == "error: neither docker nor podman is installed: the image cannot be made here\n"
+    assert "Successfully built" not in desk.said
+    fake_engine(desk, "docker", "exit 1")
+    assert desk.run(*command) == 1
+    assert desk.noted == "error: docker is installed, but no daemon answers: the image cannot be made here\n"
+
+
+def test_an_image_is_made_and_pushed_where_an_engine_answers(desk: Desk) -> None:
+    desk.patch.setenv("DYNAMO_REGISTRY", "registry.example/team")
+    fake_engine(desk, "docker", "exit 1")
+    told = fake_engine(desk, "podman", "exit 0")
+    build = builds.find(desk.build("--push"))
+    image = f"registry.example/team/{build.tag}"
+    asked = [line for line in told.read_text().splitlines() if not line.endswith("version")]
+    assert asked == [f"podman build --target gpu --tag {image} {build.directory}", f"podman push {image}"]
+    assert f"image: {image}" in desk.said
+    told.unlink()
+    desk.build("--containerize", "--device", "cpu")
+    assert "podman build --target cpu" in told.read_text()
+    assert "podman push" not in told.read_text()
+    fake_engine(desk, "podman", '[ "$1" = version ]')
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop), "--containerize") == 1
+    assert desk.noted == f"error: the image {image} was not made: podman ended with exit status 1\n"
+
+
+def test_wrong_graphs_are_said_in_one_line(desk: Desk) -> None:
+    for graph, words in (
+        ("shop:Nobody", "shop has no 'Nobody'"),
+        ("nowhere:Door", "no module 'nowhere'"),
+        ("json:JSONDecoder", "json:JSONDecoder is not a @service"),
+    ):
+        assert desk.run("build", graph, "--working-dir", str(desk.shop)) == 2
+        assert words in desk.noted
+        assert len(desk.noted.splitlines()) == 1
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop), "--Store.shelves=4") == 2
+    assert desk.noted == "error: --Store.shelves: a build takes no configuration\n"
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.directory / "none")) == 2
+
+
+def test_what_the_graphs_here_are_built_of(tmp_path: Path) -> None:
+    """The seed's own lines, in a shell."""
+    script = """
+    DYNAMO_TAG=$(dynamo build graphs.disagg:Frontend | grep "Successfully built" |  awk '{ print $NF }' | sed 's/\\.$//')
+    dynamo get $DYNAMO_TAG -o path
+    """  # noqa: E501
+    environment = clean_environment() | {
+        "XDG_STATE_HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    ran = subprocess.run(
+        ["bash", "-ec", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    code = files_of(Path(ran.stdout.strip()) / "code")
+    assert "graphs/disagg.py" in code
+    assert "components/protocol.py" in code
+    assert not [path for path in code if path.startswith(("tests/", "models/", "configs/", "dynamo_epd/"))]
