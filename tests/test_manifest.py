@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811 - `desk` is a fixture
+"""What Kubernetes is told of a graph, checked with the operator's own schemas, unknown keys refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dynamo_epd.sdk.config import ConfigError, Document, resolve, split_overrides
+from dynamo_epd.sdk.deployment import builds, manifest
+from dynamo_epd.sdk.deployment.builds import Build
+from dynamo_epd.sdk.graph import Graph, load_graph
+from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, placed
+from tests.deploying import Desk, desk  # noqa: F401
+from tests.kubernetes_server import CRDS, Refused, check, schema_of
+from tests.toys.running import ROOT
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+UPSTREAM = ROOT.parent / "shared" / "crds"
+
+
+def graph_of(config: str) -> tuple[Build, Graph]:
+    """The graph that a configuration is for, as a build that is nowhere: rendering reads its facts alone."""
+    kind = next(name for name in ("disagg", "agg", "cova") if name in config)
+    graph = load_graph(f"graphs.{kind}:Frontend", str(ROOT))
+    return Build("frontend", "12345678", ROOT, builds.describe(graph, f"graphs.{kind}:Frontend")), graph
+
+
+def read(config: str) -> Document:
+    document = Document()
+    document.read(ROOT / "configs" / config)
+    return document
+
+
+def rendered(config: str, version: str = "v1beta1", *overrides: str) -> dict[str, Any]:
+    build, graph = graph_of(config)
+    document = read(config)
+    for service, key, text in split_overrides(list(overrides))[1]:
+        document.override(service, key, text)
+    order = manifest.Order(build.tag, "frontend:12345678", document.values)
+    settings = resolve(graph, document)
+    return manifest.render(order, build, graph, settings, name="demo", namespace="ns", version=version)
+
+
+def components(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in made["spec"]["components"]}
+
+
+def main_of(component: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = component["podTemplate"]["spec"]["containers"][0]
+    return found
+
+
+@pytest.mark.parametrize("version", manifest.VERSIONS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_passes_the_schemas(config: str, version: str) -> None:
+    made = rendered(config, version, "--Planner.no-operation=false")
+    check("dynamographdeployments", made)
+    assert json.loads(json.dumps(made)) == made
+
+
+@pytest.mark.parametrize(
+    "place", [("spec",), ("spec", "components", 0), ("spec", "components", 0, "podTemplate", "spec")]
+)
+def test_the_check_refuses_what_the_schemas_do_not_know(place: tuple[Any, ...]) -> None:
+    made = rendered("disagg.yaml")
+    target: Any = made
+    for key in place:
+        target = target[key]
+    target["nodeSelektor"] = {}
+    with pytest.raises(Refused, match=r'unknown field "spec.*nodeSelektor"'):
+        check("dynamographdeployments", made)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one: one.update(type="encode"), "'encode' is not one of"),
+        (lambda one: one.update(replicas="2"), "'2' is not of type 'integer'"),
+        (lambda one: one.update(name="Encode_Worker"), "does not match"),
+        (lambda one: one.pop("runtimeVersionOverride"), "runtimeVersionOverride is required"),
+        (lambda one: main_of(one).pop("image"), "a container named main with an image is required"),
+    ],
+)
+def test_the_check_refuses_wrong_values(change: Any, words: str) -> None:
+    made = rendered("disagg.yaml")
+    change(components(made)["EncodeWorker"])
+    with pytest.raises(Refused, match=words):
+        check("dynamographdeployments", made)
+
+
+def test_the_schemas_are_upstreams() -> None:
+    if not UPSTREAM.is_dir():
+        pytest.skip("the operator's own files are not beside this repository")
+
+    def without_descriptions(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {
+                key: without_descriptions(value)
+                for key, value in node.items()
+                if not (key == "description" and isinstance(value, str))
+            }
+        return [without_descriptions(one) for one in node] if isinstance(node, list) else node
+
+    for name, held in json.loads(gzip.decompress(CRDS.read_bytes())).items():
+        text = (UPSTREAM / f"nvidia.com_{name}.yaml").read_text()
+        assert without_descriptions(yaml.load(text, Loader=yaml.CSafeLoader)) == held
+        assert schema_of(name, held["spec"]["versions"][-1]["name"]) is not None
+
+
+def test_one_component_a_service_that_runs() -> None:
+    found = components(rendered("disagg.yaml", "v1beta1", "--PrefillWorker.ServiceArgs.workers=3"))
+    kinds = {"Frontend": "frontend", "Processor": "worker", "EncodeWorker": "worker"}
+    assert {name: one["type"] for name, one in found.items()} == kinds | {
+        "PrefillWorker": "prefill",
+        "DecodeWorker": "decode",
+    }
+    assert {name: one["replicas"] for name, one in found.items()} == {**dict.fromkeys(found, 1), "PrefillWorker": 3}
+    assert all(one["scalingAdapter"] == {} for one in found.values())
+    gpus = {name: main_of(one).get("resources", {}).get("limits") for name, one in found.items()}
+    assert gpus["DecodeWorker"] == gpus["EncodeWorker"] == {"nvidia.com/gpu": "1"}
+    assert gpus["Frontend"] is gpus["Processor"] is None
+    assert found["DecodeWorker"]["sharedMemorySize"] == "8Gi"
+    planned = components(rendered("disagg.yaml", "v1beta1", "--Planner.no-operation=false"))
+    assert planned.keys() == {*found, "Planner"}
+    assert planned["Planner"]["type"] == "planner"
+    assert "scalingAdapter" not in planned["Planner"]
+
+
+def test_probes_stand_where_the_operator_probes() -> None:
+    for name, one in components(rendered("disagg.yaml")).items():
+        main = main_of(one)
+        port = 8000 if name == "Frontend" else 9090
+        for probe, path in (("startupProbe", "/live"), ("livenessProbe", "/live"), ("readinessProbe", "/health")):
+            assert main[probe]["httpGet"] == {"path": path, "port": port, "scheme": "HTTP"}
+        assert ("--port" in main["args"]) == (name == "Frontend")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pod_resolves_the_same_settings(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the manifest's variable and command line, as `dynamo serve` does there; but one worker."""
+    _, graph = graph_of(config)
+    here = resolve(graph, read(config))
+    made = rendered(config)
+    variable = next(one["value"] for one in made["spec"]["env"] if one["name"] == CONFIG)
+    for name, one in components(made).items():
+        document = Document()
+        document.values = configuration({CONFIG: variable})
+        for service, key, text in split_overrides(main_of(one)["args"])[1]:
+            document.override(service, key, text)
+        there = resolve(graph, document)
+        assert there[name].workers == 1
+        envs = {each["name"]: each["value"] for each in main_of(one).get("env", [])}
+        assert envs == here[name].envs
+        assert {key: (each.config, each.resources, each.resources_configured) for key, each in there.items()} == {
+            key: (each.config, each.resources, each.resources_configured) for key, each in here.items()
+        }
+
+
+def made_of(desk: Desk, *arguments: str) -> dict[str, Any]:
+    status = desk.run("deploy", desk.build(), "-n", "corner", "--dry-run", *arguments)
+    assert status == 0, desk.noted
+    made: dict[str, Any] = yaml.safe_load(desk.said)
+    check("dynamographdeployments", made)
+    return made
+
+
+def test_what_the_code_says_reaches_kubernetes(desk: Desk) -> None:
+    found = components(made_of(desk, "--Store.ServiceArgs.envs.PAINT=blue", "--Store.shelves=7"))
+    store, till = found["Store"], found["Till"]
+    assert main_of(store)["resources"] == {
+        "requests": {"cpu": "2", "memory": "4Gi", "nvidia.com/gpu": "1"},
+        "limits": {"memory": "4Gi", "nvidia.com/gpu": "1"},
+    }
+    assert "Store asks for 0.5 of a GPU; Kubernetes gives it a whole one" in desk.noted
+    assert store["podTemplate"]["metadata"]["labels"] == {"street": "main"}
+    assert main_of(store)["env"] == [{"name": "PAINT", "value": "blue"}]
+    assert main_of(store)["command"] == ["dynamo"]
+    assert main_of(store)["args"][:4] == ["serve", "shop:Door", "--service-name", "Store"]
+    assert (till["type"], main_of(till)["image"], main_of(till)["args"]) == ("prefill", "example/till:1.2.3", ["till"])
+
+
+def test_v1alpha1_says_the_same_in_its_own_words(desk: Desk) -> None:
+    made = made_of(desk, "--api-version", "v1alpha1", "--env", "A=1")
+    assert made["apiVersion"] == "nvidia.com/v1alpha1"
+    store, till = made["spec"]["services"]["Store"], made["spec"]["services"]["Till"]
+    assert store["resources"] == {
+        "requests": {"cpu": "2", "memory": "4Gi", "gpu": "1"},
+        "limits": {"memory": "4Gi", "gpu": "1"},
+    }
+    assert (store["componentType"], till["componentType"], till["subComponentType"]) == ("worker", "worker", "prefill")
+    assert store["envs"] == [{"name": "PAINT", "value": "red"}]
+    assert {"name": "A", "value": "1"} in made["spec"]["envs"]
+    assert store["extraPodSpec"]["mainContainer"]["args"][:2] == ["serve", "shop:Door"]
+
+
+def test_variables_and_secrets_reach_every_pod(desk: Desk) -> None:
+    made = made_of(desk, "--env", "A=1=2", "--env", "B=", "--env-from-secret", "HF_TOKEN=token")
+    env = {one.pop("name"): one for one in made["spec"]["env"]}
+    assert (env["A"], env["B"]) == ({"value": "1=2"}, {"value": ""})
+    assert env["HF_TOKEN"] == {"valueFrom": {"secretKeyRef": {"name": "dynamo-env-secrets", "key": "token"}}}
+    other = made_of(desk, "--env-from-secret", "HF_TOKEN=token", "--env-secrets-name", "mine")
+    assert other["spec"]["env"][-1]["valueFrom"]["secretKeyRef"]["name"] == "mine"
+
+
+def test_the_image_is_the_environments_or_the_builds(desk: Desk) -> None:
+    tag = desk.build()
+    images = []
+    for name, value in (("DYNAMO_REGISTRY", "registry.example/team/"), ("DYNAMO_IMAGE", "example/base:2")):
+        desk.patch.setenv(name, value)
+        images.append(main_of(components(made_of(desk))["Door"])["image"])
+    assert images == [f"registry.example/team/{tag}", "example/base:2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-n", "Corner"], "-n Corner: must be lower-case letters"),
+        (["-n", "c" * 60], "longer than Kubernetes' 63 characters"),
+        (["--env", "A"], "--env A: must be NAME=VALUE"),
+        (["--env", "A-B=1"], "'A-B' is not the name of an environment variable"),
+        (["--env-from-secret", "A"], "--env-from-secret A: must be NAME=KEY"),
+        (["--Store.shelfs=1"], "--Store.shelfs: unknown key of Store 'shelfs'; did you mean shelves?"),
+        (["--Shop.shelves=1"], "unknown service 'Shop'"),
+        (["--Store.ServiceArgs.resources.gpu=many"], "Store: resources.gpu 'many' is not a number"),
+        (["-f", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_a_wrong_order_is_said_in_one_line(desk: Desk, arguments: list[str], words: str) -> None:
+    assert desk.run("deploy", desk.build(), "--dry-run", *arguments) == 2
+    errors = [line for line in desk.noted.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert words in errors[0]
+
+
+def test_too_many_services_and_unknown_overrides_are_refused() -> None:
+    build, graph = graph_of("disagg.yaml")
+    settings = resolve(graph, read("disagg.yaml"))
+    order = manifest.Order(build.tag, "i", {})
+    many = {f"Service{index}": dataclasses.replace(settings["Frontend"], name=f"S{index}") for index in range(26)}
+    with pytest.raises(ConfigError, match="26 services run; a DynamoGraphDeployment takes 25"):
+        manifest.render(order, build, graph, many, name="a", namespace="b")
+
+
+def test_addresses_are_the_operators() -> None:
+    _, graph = graph_of("disagg.yaml")
+    settings = resolve(graph, read("disagg.yaml"))
+    pod = {"DYN_NAMESPACE": "ns-demo", "DYN_PARENT_DGD_K8S_NAME": "demo"}
+    worker = pod | {"DYN_NAMESPACE_WORKER_SUFFIX": "abc"}
+    assert placed(settings, {"DYN_NAMESPACE": "mine"}) == settings
+    assert {one.namespace for one in placed(settings, pod).values()} == {"ns-demo"}
+    assert {one.namespace for one in placed(settings, worker).values()} == {"ns-demo-abc"}
+    assert (outer_namespace(pod), outer_namespace(worker)) == (None, "ns-demo")
+    assert placed(settings, worker)["EncodeWorker"].component == settings["EncodeWorker"].component
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"Store": 3}'])
+def test_a_configuration_in_the_environment_may_be_wrong(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{CONFIG}: "):
+        configuration({CONFIG: text})
+
+
+def test_an_order_is_read_back_from_its_manifest() -> None:
+    made = rendered("cova.yaml")
+    order = manifest.Order.of(copy.deepcopy(made))
+    assert order.configuration == read("cova.yaml").values
+    assert made["metadata"]["annotations"][manifest.BUILD] == order.build == "frontend:12345678"
+    assert Path(order.image).name == "frontend:12345678"
