@@ -11,7 +11,7 @@ ARGS ?=
 LONG := tests/acceptance tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos soak models llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak bench models llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -54,6 +54,11 @@ chaos: setup
 # Keeps mixed load on the graph and shows whether any process grows: MINUTES=60 tells it from noise.
 soak: setup
 	@$(BIN)/python -m tests.hardening.soak --minutes $(MINUTES) --seed $(SEED)
+
+# This project beside what it replaces, in one run: a table, plots and build/bench/report/report.json.
+ROW ?=
+bench: setup
+	@$(BIN)/python -m benchmarks $(addprefix --row ,$(ROW)) $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

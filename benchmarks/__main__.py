@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: this project beside what it replaces, in one run on one machine.
+
+    python -m benchmarks                     # every row
+    python -m benchmarks --row 3 --row 1     # some of them
+
+Writes `report.md`, `report.json` and a plot a row. Exit status 0 when every goal of the rows that ran is met, 1 when
+one is not, 2 for what cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.arms import WORK
+from benchmarks.figures import Row
+from benchmarks.rows import answer, transfer
+
+REPEATS = {answer.NUMBER: 20, transfer.NUMBER: 30}
+
+
+def llava() -> Path:
+    """A LLaVA of half a million random parameters, as every arm can serve it."""
+    directory = (WORK / "llava").absolute()
+    if not (directory / "config.json").exists():
+        from models import untrained
+
+        untrained.write("llava", directory)
+    return directory
+
+
+ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
+    answer.NUMBER: lambda repeats: answer.measure(llava(), repeats),
+    transfer.NUMBER: transfer.measure,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--row", type=int, action="append", choices=sorted(ROWS), help="only this row")
+    parser.add_argument("--repeats", type=int, help="of every row, instead of its own number; 5 at least")
+    parser.add_argument("--output", type=Path, default=WORK / "report")
+    options = parser.parse_args(given)
+    if options.repeats is not None and options.repeats < 5:
+        parser.error("--repeats: 5 at least")
+    rows = []
+    for number in sorted(set(options.row or ROWS)):
+        began = time.monotonic()
+        rows.append(asyncio.run(ROWS[number](options.repeats or REPEATS[number])))
+        print(f"row {number}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        text = report.write(rows, shlex.join(["python", "-m", "benchmarks", *given]), options.output)
+    print(text)
+    return 0 if all(row.met for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured side by side: plain vLLM, Dynamo's own encode, prefill and decode workers, and our graphs.
+
+Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings: no Worker process, one thread, and
+for NIXL a progress thread that rests; so what settings win and what the design wins are told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from benchmarks.load import MODEL, chat, picture
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = Path("build/bench")
+STOCK = WORK / "stock"
+"""Where ``ai-dynamo`` is installed, apart: it registers plugins of pytest and vLLM."""
+STOCK_PIN = "ai-dynamo==1.6.1"
+START_SECONDS = 400.0
+STOP_SECONDS = 60.0
+MAX_MODEL_LEN = 2048
+
+ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+TUNED = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
+QUIET = {"VLLM_NO_USAGE_STATS": "1"}
+
+
+Started = tuple[list[str], dict[str, str]]
+"""A command, and what its environment has beside ours."""
+
+
+class Arm:
+    """``with`` starts its processes, one after the other, and ends them. `commands` are what a reader types."""
+
+    def __init__(self, name: str, started: list[Started], port: int, *, spins: bool = False):
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        self.seconds_to_answer = 0.0
+        """From the first command to the first answer about a picture."""
+        self.spins = spins
+        """Whether it takes whole cores while nobody asks it anything."""
+        self._started = started
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def commands(self) -> list[str]:
+        return [
+            " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
+            for command, environment in self._started
+        ]
+
+    def __enter__(self) -> Arm:
+        (WORK / "logs").mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        try:
+            for place, (command, environment) in enumerate(self._started):
+                with (WORK / "logs" / f"{self.name}-{place}.log").open("wb") as log:
+                    self._processes.append(
+                        subprocess.Popen(
+                            command,
+                            cwd=ROOT,
+                            env=_clean() | environment,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    )
+            self._until_it_answers()
+        except BaseException:
+            self.close()
+            raise
+        self.seconds_to_answer = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def pause(self) -> None:
+        """Stops all of its processes where they stand, if they would spin meanwhile."""
+        if self.spins:
+            self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets them go on."""
+        self._signal(signal.SIGCONT)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that it runs."""
+        found = [psutil.Process(process.pid) for process in self._processes]
+        return [*found, *(child for one in found for child in one.children(recursive=True))]
+
+    def close(self) -> None:
+        """Ends what was started here, the last first."""
+        self.resume()
+        for process in reversed(self._processes):
+            self._end(process)
+        self._processes.clear()
+
+    def _until_it_answers(self) -> None:
+        body = chat("Ready?", [picture(0)], tokens=1) | {"stream": False}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), head)
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            for place, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    log = WORK / "logs" / f"{self.name}-{place}.log"
+                    raise RuntimeError(f"{self.name}: a process ended:\n{log.read_text(errors='replace')[-2000:]}")
+            with suppress(OSError), urllib.request.urlopen(request, timeout=60) as reply:
+                reply.read()
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"{self.name} has not answered within {START_SECONDS:g} s")
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
+        process.wait()
+
+
+def agg(model: Path, *, tuned: bool) -> Arm:
+    """One ``vllm serve``."""
+    port = _free_port()
+    arguments = ["--model", str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
+    more = ["--distributed-executor-backend", "uni"] if tuned else []
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *ENGINE, *more]
+    name, environment = ("AGG-tuned", CPU | QUIET | TUNED) if tuned else ("AGG", CPU | QUIET)
+    return Arm(name, [(command, environment)], port, spins=not tuned)
+
+
+def stock(model: Path, *, tuned: bool) -> Arm:
+    """Dynamo's own frontend, encode, prefill and decode workers, over a NATS of their own."""
+    install_stock()
+    name = "STOCK-tuned" if tuned else "STOCK"
+    port, nats = _free_port(), _free_port()
+    place = (WORK / f"discovery-{name}-{port}").absolute()
+    shared = CPU | QUIET | (TUNED if tuned else {})
+    shared |= {"PYTHONPATH": str(STOCK.absolute()), "NATS_SERVER": f"nats://127.0.0.1:{nats}"}
+    shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_REQUEST_PLANE": "nats"}
+    shared |= {"DYN_EVENT_PLANE": "zmq"}
+    worker = [sys.executable, "-m", "dynamo.vllm", "--model", str(model), "--served-model-name", MODEL, *ENGINE]
+    worker += ["--enable-multimodal", *(["--distributed-executor-backend", "uni"] if tuned else [])]
+    embeds = ["--enable-mm-embeds", "--kv-transfer-config"]
+    roles = {
+        "encode": ["--disaggregation-mode", "encode"],
+        "prefill": [*embeds, _kv("kv_producer"), "--route-to-encoder", "--disaggregation-mode", "prefill"],
+        "decode": [*embeds, _kv("kv_consumer"), "--disaggregation-mode", "decode"],
+    }
+    server = str(Path(sys.executable).parent / "nats-server")
+    started: list[Started] = [([server, "-a", "127.0.0.1", "-p", str(nats)], {})]
+    frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    started.append((frontend, shared))
+    started += [
+        ([*worker, *more], shared | {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}) for more in roles.values()
+    ]
+    return Arm(name, started, port, spins=not tuned)
+
+
+def graph(name: str, spec: str, config: str, model: Path, *overrides: str) -> Arm:
+    """One of this project's graphs."""
+    port = _free_port()
+    command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", spec, "-f", config, "-p", str(port)]
+    command += [f"--Common.model={model}", f"--Common.served-model-name={MODEL}", *overrides]
+    return Arm(name, [(command, {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())})], port)
+
+
+def ours_agg(model: Path, *overrides: str) -> Arm:
+    return graph("OURS-agg", "graphs.agg:Frontend", "configs/tiny-agg.yaml", model, *overrides)
+
+
+def ours_disagg(model: Path, *overrides: str) -> Arm:
+    return graph("OURS-disagg", "graphs.disagg:Frontend", "configs/tiny-disagg.yaml", model, *overrides)
+
+
+def install_stock() -> None:
+    """Puts ``ai-dynamo`` where only its own arm sees it, once. Raises CalledProcessError where pip cannot have it."""
+    if not (STOCK / "dynamo" / "vllm").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(STOCK), STOCK_PIN]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+
+
+def _kv(role: str) -> str:
+    about: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+    return json.dumps(about)
+
+
+def _clean() -> dict[str, str]:
+    """This process' environment without what names a graph."""
+    prefixes = ("DYN_", "DYNAMO_", "VLLM_", "OTEL_", "NATS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
