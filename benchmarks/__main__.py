@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks import report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row
-from benchmarks.rows import answer, transfer
+from benchmarks.rows import added, answer, transfer
 
-REPEATS = {answer.NUMBER: 20, transfer.NUMBER: 30}
+REPEATS = {answer.NUMBER: 20, added.NUMBER: 10, transfer.NUMBER: 30}
 
 
 def llava() -> Path:
@@ -39,6 +39,7 @@ def llava() -> Path:
 
 ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
     answer.NUMBER: lambda repeats: answer.measure(llava(), repeats),
+    added.NUMBER: lambda repeats: added.measure(llava(), repeats),
     transfer.NUMBER: transfer.measure,
 }
 

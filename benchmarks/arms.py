@@ -47,13 +47,14 @@ Started = tuple[list[str], dict[str, str]]
 class Arm:
     """``with`` starts its processes, one after the other, and ends them. `commands` are what a reader types."""
 
-    def __init__(self, name: str, started: list[Started], port: int, *, spins: bool = False):
+    def __init__(self, name: str, started: list[Started], port: int, *, spins: bool = False, pictures: bool = True):
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.seconds_to_answer = 0.0
-        """From the first command to the first answer about a picture."""
+        """From the first command to the first answer, about a picture where it takes them."""
         self.spins = spins
         """Whether it takes whole cores while nobody asks it anything."""
+        self._pictures = pictures
         self._started = started
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -112,7 +113,7 @@ class Arm:
         self._processes.clear()
 
     def _until_it_answers(self) -> None:
-        body = chat("Ready?", [picture(0)], tokens=1) | {"stream": False}
+        body = chat("Ready?", [picture(0)] if self._pictures else [], tokens=1) | {"stream": False}
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), head)
         end = time.monotonic() + START_SECONDS
@@ -181,12 +182,12 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     return Arm(name, started, port, spins=not tuned)
 
 
-def graph(name: str, spec: str, config: str, model: Path, *overrides: str) -> Arm:
-    """One of this project's graphs."""
+def graph(name: str, spec: str, config: str, model: Path, *overrides: str, pictures: bool = True) -> Arm:
+    """One of this project's graphs. ``pictures``: whether it answers questions about them."""
     port = _free_port()
     command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", spec, "-f", config, "-p", str(port)]
     command += [f"--Common.model={model}", f"--Common.served-model-name={MODEL}", *overrides]
-    return Arm(name, [(command, {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())})], port)
+    return Arm(name, [(command, {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())})], port, pictures=pictures)
 
 
 def ours_agg(model: Path, *overrides: str) -> Arm:

@@ -190,7 +190,7 @@ def in_open_loop(*arguments: Any) -> Overload:
 def graph(tmp_path: Path) -> Iterator[Graph]:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
-    with serve("tests.toys.echoing:Frontend", str(config)) as served:
+    with serve("benchmarks.echoing:Frontend", str(config)) as served:
         yield served
 
 

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 2: what the graph adds to an engine's call, with an engine that answers at once: frontend, processor, NATS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.arms import WORK, graph
+from benchmarks.figures import Goal, Row, Samples, percentile
+from benchmarks.load import Told, ask, chat, session
+
+NUMBER = 2
+TITLE = "what the graph adds to an engine's call"
+WARM_UP = 50
+PER_REPEAT = 100
+"""Requests of which one repeat's percentiles are taken."""
+CONFIG = """
+Common: {dtype: float32, max-model-len: 2048}
+Frontend: {ui: false}
+Processor: {common-configs: [model, dtype, max-model-len, served-model-name]}
+EchoWorker: {common-configs: [model, dtype, max-model-len], slots: 64, token-seconds: 0.0}
+"""
+
+
+async def measure(model: Path, repeats: int) -> Row:
+    """One client; the engine says one token as soon as it is asked."""
+    row = Row(NUMBER, TITLE, f"{repeats} repeats of {PER_REPEAT} text questions, one client, one token at once")
+    config = (WORK / "echo.yaml").absolute()
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(CONFIG)
+    with graph("ECHO", "benchmarks.echoing:Frontend", str(config), model, pictures=False) as arm:
+        row.notes += [f"`{command}`" for command in arm.commands]
+        async with session() as client:
+
+            async def one(number: int) -> Told:
+                return await ask(client, arm.url, chat(f"question {number}", tokens=1))
+
+            told = [await one(number) for number in range(WARM_UP + repeats * PER_REPEAT)][WARM_UP:]
+    failed = [answer.failed for answer in told if answer.failed]
+    if failed:
+        row.void = f"{len(failed)} requests failed: {failed[0]}"
+        return row
+    groups = [[1e3 * answer.whole for answer in told[at : at + PER_REPEAT]] for at in range(0, len(told), PER_REPEAT)]
+    for share, name, limit in ((0.5, "p50", 2.0), (0.99, "p99", 5.0)):
+        values = [percentile(group, share) for group in groups]
+        row.samples.append(Samples(name, values, "ms"))
+        row.goals.append(Goal(name, values, "≤", limit, "ms"))
+    return row
