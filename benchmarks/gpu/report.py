@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was found, as one JSON object, as Markdown tables, and as values for the configurations."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from benchmarks.gpu.sweep import Run, Setup, Swept
+
+NOT_MEASURED = "No figures of a GPU have been recorded in this project yet."
+"""To be taken out by whoever records a table, as is the same sentence in `__main__`."""
+COLUMNS = ["mode", "batch", "items/s", "ms", "TFLOP/s", "of matmul", "GB/s", "of bandwidth", "nearer bound"]
+COLUMNS += ["peak GiB", "note"]
+ENOUGH = 0.97
+"""Of the best throughput: the smallest batch with this much is proposed. A larger one only makes waits longer."""
+WORTH = 1.05
+"""Times eager's throughput: less does not pay for minutes of compiling."""
+
+
+def as_json(swept: Sequence[Swept], setup: Setup, *, toy: bool, command: str) -> dict[str, Any]:
+    return {
+        "status": status(setup, toy=toy),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "device": device_name(setup.device),
+        "sizes": "toy" if toy else "real",
+        "dtype": setup.roofline.dtype,
+        "compile_mode": setup.compile_mode,
+        "repeats": setup.repeats,
+        "versions": versions(),
+        "matmul_flops_per_second": setup.roofline.flops,
+        "bandwidth_bytes_per_second": setup.roofline.bandwidth,
+        "models": [one.as_json() for one in swept],
+        "settings": [line for one in swept for line in settings(one)] if proposes(setup, toy=toy) else [],
+    }
+
+
+def markdown(swept: Sequence[Swept], setup: Setup, *, toy: bool) -> str:
+    lines = [
+        f"**{status(setup, toy=toy)}**",
+        "",
+        f"{device_name(setup.device)}; {setup.roofline.dtype}; compiled: {setup.compile_mode}; "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + f"; median of {setup.repeats}.",
+        f"Measured on it: {setup.roofline.flops / 1e12:.4g} TFLOP/s in matrix products, "
+        f"{setup.roofline.bandwidth / 1e9:.4g} GB/s in copies.",
+    ]
+    for one in swept:
+        work = one.tower.work
+        lines += [
+            "",
+            f"### {one.tower.title}",
+            "",
+            f"{one.parameters / 1e6:.6g} M parameters, {one.parameter_bytes / 1e9:.4g} GB; "
+            f"one item is a {one.tower.item}, {work.flops / 1e9:.6g} GFLOP.",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
+            *(_row(run) for run in one.runs),
+        ]
+    if proposes(setup, toy=toy):
+        lines += ["", "### Values for the configurations", ""]
+        lines += [f"- {line}" for one in swept for line in settings(one)]
+    return "\n".join(lines)
+
+
+def settings(swept: Swept) -> list[str]:
+    """What was found best, by the key it is for. Batches are eager ones: encode and embed workers compile nothing."""
+    tower = swept.tower
+    eager = [run for run in swept.runs if run.mode == "eager" and run.items_per_second]
+    compiled = [run for run in swept.runs if run.mode == "compiled" and run.items_per_second]
+    if tower.setting == "ImageWorker.compile":
+        alone = {run.mode: run.items_per_second for run in (*compiled, *eager) if run.batch == min(tower.batches)}
+        if len(alone) < 2:
+            return []
+        times = (alone["compiled"] or 0.0) / (alone["eager"] or 1.0)
+        return [f"`{tower.setting}: {str(times >= WORTH).lower()}` ({tower.configs}): {times:.3g} times eager"]
+    if not eager:
+        return []
+    best = max(run.items_per_second or 0.0 for run in eager)
+    run = next(run for run in eager if (run.items_per_second or 0.0) >= ENOUGH * best)
+    share = (run.items_per_second or 0.0) / best
+    return [f"`{tower.setting}: {run.batch * tower.unit}` ({tower.configs}): {share:.0%} of the best throughput"]
+
+
+def proposes(setup: Setup, *, toy: bool) -> bool:
+    """Whether settings for GPUs can be learned from this."""
+    return setup.device.type == "cuda" and not toy
+
+
+def status(setup: Setup, *, toy: bool) -> str:
+    if toy:
+        return f"Toy sizes: this shows that the benchmark runs, and nothing else. {NOT_MEASURED}"
+    if setup.device.type == "cuda":
+        return f"Real sizes on a GPU. {NOT_MEASURED} These may become the first."
+    return f"Real sizes on a CPU. {NOT_MEASURED}"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {capability}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {"transformers": transformers.__version__, "diffusers": diffusers.__version__}
+    return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
+
+
+def _row(run: Run) -> str:
+    cells = [run.mode, str(run.batch)]
+    if run.seconds is None:
+        cells += [""] * (len(COLUMNS) - 3) + [run.note.replace("|", "/")]
+        return f"| {' | '.join(cells)} |"
+    assert run.items_per_second and run.flops and run.bandwidth and run.bound
+    cells += [f"{run.items_per_second:.4g}", f"{1e3 * run.seconds[0]:.4g}"]
+    cells += [
+        f"{run.flops / 1e12:.4g}",
+        f"{run.of_matmul:.1%}",
+        f"{run.bandwidth / 1e9:.4g}",
+        f"{run.of_bandwidth:.1%}",
+    ]
+    cells += [run.bound, "" if run.peak_bytes is None else f"{run.peak_bytes / 2**30:.3g}"]
+    note = "" if run.compile_seconds is None else f"first call {run.compile_seconds:.3g} s"
+    cells.append(note + (f", {run.graph_breaks} graph breaks" if run.graph_breaks else ""))
+    return f"| {' | '.join(cells)} |"
