@@ -7,14 +7,17 @@ that keeps utilisation at or below ``1 - headroom`` and the mean wait of Erlang'
 at or below ``queue_target``. If requests wait beyond what the target allows, what clears them within ``catch_up``
 seconds comes on top.
 
-**How it notices a burst.** The rate is that of the last minute. A shorter window counts instead when it holds more
-arrivals than chance allows: a Shewhart control chart on counts made normal, ``2 sqrt(k + 3/8)`` (F. J. Anscombe, 1948;
-the plain ``mean + 3 sqrt(mean)`` is crossed by chance every few minutes where few arrive). It then counts with one
-standard error taken off, so that a guess from few arrivals errs low and later ones mend it.
+**How it notices a burst.** The rate is that of the last ``window`` seconds. A shorter time counts instead when it holds
+more arrivals than chance allows: a Shewhart control chart on counts made normal, ``2 sqrt(k + 3/8)`` (F. J. Anscombe,
+1948; the plain ``mean + 3 sqrt(mean)`` is crossed by chance every few minutes where few arrive). It then counts with
+one standard error taken off, so that a guess from few arrivals errs low and later ones mend it.
 
 **Why it does not flap.** A stage grows at once and shrinks late, as the Kubernetes HorizontalPodAutoscaler does: to the
 highest number wanted in the last ``cool_down`` seconds (its stabilisation window), and only if that number would still
 do with the load ``1 + tolerance`` times as high (its tolerance). It never shrinks while requests wait too long.
+
+**What it leaves alone.** A stage none of whose requests has finished: how long one takes is not known. A stage that was
+set to no worker: nobody is left there who could say that one is needed. For the same reason it never takes the last.
 
 **When the model is wrong.** Requests that wait longer than the target although there is a server for each of them mean
 that ``concurrency`` promises too much: one worker more then, and no other before the first was seen to help.
@@ -26,9 +29,8 @@ import bisect
 import dataclasses
 import math
 
-WINDOWS = (2.0, 10.0)
-"""Seconds of the windows in which a burst is looked for."""
-LONG_WINDOW = 60.0
+BURST_WINDOWS = (2.0, 10.0)
+"""Seconds in which a burst is looked for."""
 SIGMAS = 4.0
 """By chance such a count comes once in nine hours of looks a second apart. A chart's usual 3: every twelve minutes."""
 QUEUE_WINDOW = 10.0
@@ -42,6 +44,7 @@ class Limits:
     """What one stage is held to. Times in seconds. Raises ValueError for what cannot be."""
 
     min: int = 1
+    """0 allows none at all by hand; a planner keeps one."""
     max: int = 8
     queue_target: float = 0.5
     """Mean wait of a request in this stage."""
@@ -50,6 +53,8 @@ class Limits:
     headroom: float = 0.3
     """Share of the servers that is left free for what comes while another worker starts."""
     cool_down: float = 300.0
+    window: float = 60.0
+    """Over which arrivals and run times are means."""
     tolerance: float = 0.1
     catch_up: float = 30.0
 
@@ -59,8 +64,8 @@ class Limits:
                 raise ValueError(f"{name} must be a whole number")
         if not 0 <= self.min <= self.max or self.max < 1:
             raise ValueError(f"0 <= min <= max and 1 <= max must hold; min is {self.min}, max is {self.max}")
-        if self.concurrency < 1 or self.queue_target <= 0 or self.catch_up <= 0:
-            raise ValueError("concurrency, queue-target and catch-up must be above 0")
+        if self.concurrency < 1 or self.queue_target <= 0 or self.window <= 0 or self.catch_up <= 0:
+            raise ValueError("concurrency, queue-target, window and catch-up must be above 0")
         if not 0 <= self.headroom < 1 or self.cool_down < 0 or self.tolerance < 0:
             raise ValueError("headroom must be from 0 to below 1, cool-down and tolerance not negative")
 
@@ -90,7 +95,7 @@ class State:
     """What is remembered of a stage from one look to the next."""
 
     looks: tuple[tuple[float, Observed], ...] = ()
-    """Of the last `LONG_WINDOW` seconds, and the last one before."""
+    """Of the last ``window`` seconds, and the last one before."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, workers) wanted within the cool-down, without those that a later and higher one covers."""
     run_seconds: float | None = None
@@ -113,9 +118,12 @@ class Decision:
 def decide(state: State, observed: Observed, now: float, limits: Limits) -> tuple[State, Decision | None]:
     """One look at a stage: what to remember, and the number of workers it should have if that is another one."""
     before = state.looks[-1] if state.looks else None
-    state = _remember(state, observed, now)
-    load = _load(state)
+    state = _remember(state, observed, now, limits.window)
+    if observed.replicas == 0:
+        return state, None
+    least = max(1, limits.min)
     seconds = state.run_seconds or 0.0
+    load = _rate(state, limits.window) * seconds
     slots = observed.ready * limits.concurrency
     waiting = max(0.0, observed.in_stage - slots)
     queue = _mean_queue(state, now)
@@ -131,10 +139,10 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
     if late and not waiting and settled and wanted <= observed.replicas:
         wanted = observed.replicas + 1
         reason = f"requests wait {queue:.2f} s, target {limits.queue_target:g} s"
-    wanted = min(max(wanted, limits.min), limits.max)
+    wanted = min(max(wanted, least), limits.max)
 
     with_tolerance = replicas_for(load * (1 + limits.tolerance), seconds, limits)
-    keep = min(max(wanted, with_tolerance, limits.min), limits.max)
+    keep = min(max(wanted, with_tolerance, least), limits.max)
     if late or waiting:
         keep = max(keep, min(observed.replicas, limits.max))
     state = _want(state, keep, observed, now, limits)
@@ -153,7 +161,7 @@ def replicas_for(load: float, run_seconds: float, limits: Limits) -> int:
     count = max(1, math.ceil(load / (1 - limits.headroom) / limits.concurrency - 1e-9))
     while count < limits.max and mean_wait(load, count * limits.concurrency, run_seconds) > limits.queue_target:
         count += 1
-    return count if load > 0 else 0
+    return count
 
 
 def mean_wait(load: float, servers: int, run_seconds: float) -> float:
@@ -170,9 +178,9 @@ def mean_wait(load: float, servers: int, run_seconds: float) -> float:
     return delayed * run_seconds / (servers - load)
 
 
-def _remember(state: State, observed: Observed, now: float) -> State:
+def _remember(state: State, observed: Observed, now: float, window: float) -> State:
     looks = (*state.looks, (now, observed))
-    while len(looks) > 2 and looks[1][0] <= now - LONG_WINDOW:
+    while len(looks) > 2 and looks[1][0] <= now - window:
         looks = looks[1:]
     first = looks[0][1]
     finished = observed.finished - first.finished
@@ -190,20 +198,18 @@ def _back(state: State, now: float, seconds: float) -> tuple[float, Observed]:
     return state.looks[max(0, place - 1)]
 
 
-def _load(state: State) -> float:
-    """Requests that would run at once if none waited: rate times run seconds."""
+def _rate(state: State, long_window: float) -> float:
+    """Arrivals per second: of the whole window, or of a shorter time in which too many came to be chance."""
     now, last = state.looks[-1]
-    if state.run_seconds is None:  # none has finished yet: those that are here are all that is known
-        return last.in_stage
-    then, first = _back(state, now, LONG_WINDOW)
+    then, first = _back(state, now, long_window)
     long_rate = max(0.0, last.arrived - first.arrived) / (now - then) if now > then else 0.0
     rate = long_rate
-    for window in WINDOWS:
+    for window in BURST_WINDOWS:
         then, first = _back(state, now, window)
         arrived, mean = last.arrived - first.arrived, long_rate * (now - then)
         if now > then and arrived > mean and 2 * (math.sqrt(arrived + 0.375) - math.sqrt(mean + 0.375)) > SIGMAS:
             rate = max(rate, (arrived - math.sqrt(arrived)) / (now - then))
-    return rate * state.run_seconds
+    return rate
 
 
 def _mean_queue(state: State, now: float) -> float | None:

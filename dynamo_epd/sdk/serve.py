@@ -13,16 +13,20 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
+from dynamo_epd.sdk.config import PLANNER, ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.gpus import Share, TooFewGpus, gpus_for, visible_gpus
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.nats import SECRET, VARIABLES, split_credentials
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.operator import check_nats, configuration, placed
 from dynamo_epd.sdk.service import info_of
+
+if TYPE_CHECKING:
+    from dynamo_epd.sdk.scaling import SystemPorts
+    from dynamo_epd.sdk.supervisor import Slot
 
 DEFAULT_DRAIN = 30.0
 DEFAULT_START = 1800.0
@@ -39,6 +43,8 @@ class Plan:
     settings: dict[str, ServiceSettings]
     services: list[str]
     """The services that get processes here, callers before what they call."""
+    devices: list[str]
+    """The GPUs that there are for all of them."""
     shares: dict[str, Share]
     environment: dict[str, str]
     """What every worker gets on top of this process's environment."""
@@ -79,8 +85,9 @@ def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str
         services = [arguments.service_name]
     services = [name for name in services if settings[name].runs and settings[name].workers > 0]
     wanted = {name: settings[name] for name in services}
+    devices = visible_gpus()
     try:
-        shares = gpus_for(wanted, visible_gpus())
+        shares = gpus_for(wanted, devices)
     except TooFewGpus as error:
         # A configuration for other machines can be looked at on this one; it just cannot be served.
         if not arguments.dry_run:
@@ -92,6 +99,7 @@ def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str
         graph=graph,
         settings=settings,
         services=services,
+        devices=devices,
         shares=shares,
         environment=worker_environment(settings, _elsewhere(arguments.depends, graph), verbose=arguments.verbose),
         host=arguments.host,
@@ -147,7 +155,7 @@ def worker_environment(
         # A worker that was stopped (SIGSTOP) takes no request; its callers must not wait long to learn that.
         "DYN_NATS_REQUEST_TIMEOUT_SECS": "2",
         "DYN_SYSTEM_HOST": "127.0.0.1",
-        "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off,dynamo_runtime::storage=off",
+        "DYN_LOG": "info" if verbose else "error,request_span=off,_core=off,dynamo_runtime::storage=off,tower_http=off",
         "DYNAMO_LOG": "INFO" if verbose else "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -191,6 +199,8 @@ def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) 
 
 
 async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
+    from dynamo_epd.sdk.control import SOCKET, Control
+    from dynamo_epd.sdk.scaling import Scaling, SystemPorts
     from dynamo_epd.sdk.supervisor import GraphFailed, Slot, Supervisor
 
     drain = float(os.environ.get("DYNAMO_DRAIN_SECONDS", DEFAULT_DRAIN))
@@ -201,7 +211,13 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         verbose=verbose,
         show=_say,
         on_death=lambda slot: _forget(plan, slot.instance),
+        on_give_up=lambda slot: scaling.gave_up(slot),
     )
+    system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or -1)
+    # the planner reads every worker's metrics: without ports of the user's choice each gets a free one
+    with_ports = system_port > 0 or PLANNER in plan.services
+    ports = SystemPorts(system_port if system_port > 0 else None) if with_ports else None
+    scaling = Scaling(plan, supervisor, ports, _say)
     stop = asyncio.Event()
     signals = 0
 
@@ -218,15 +234,19 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     await supervisor.open()
+    control = Control(plan, supervisor.directory, scaling)
     try:
         if nats is not None and nats.owned:
             await supervisor.start(Slot(NATS_SLOT, 0, nats.command, dict(os.environ), waits_for_ready=False))
             supervisor._said_ready.add(NATS_SLOT)
             await nats.answering()
-        for slot in slots_of(plan):
+        for slot in slots_of(plan, ports):
+            if slot.service == PLANNER:
+                slot.environment[SOCKET] = str(control.path)
             await supervisor.start(slot)
         await _until(stop, supervisor.ready())
         if not stop.is_set():
+            await control.open()
             urls = [slot.url for slot in supervisor.slots.values() if slot.url]
             _say(urls[0] if urls else f"{plan.spec} is up")
             await _until(stop, supervisor.failed())
@@ -237,6 +257,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         await supervisor.stop()
         return failure.status
     finally:
+        control.close()
         supervisor.close()
 
 
@@ -261,35 +282,41 @@ async def _until(stop: asyncio.Event, work: Any) -> None:
                 await one
 
 
-def slots_of(plan: Plan) -> list[Any]:
-    """One slot per worker, with its own environment. The root service gets the port; other HTTP services a free one."""
+def slots_of(plan: Plan, ports: SystemPorts | None) -> list[Slot]:
+    """One slot per worker that the configuration asks for."""
+    workers = [(name, index) for name in plan.services for index in range(plan.settings[name].workers)]
+    return [
+        slot_for(
+            plan, name, index, plan.shares.get(f"{name}-{index}"), ports.take(f"{name}-{index}") if ports else None
+        )
+        for name, index in workers
+    ]
+
+
+def slot_for(plan: Plan, name: str, index: int, share: Share | None, system_port: int | None) -> Slot:
+    """A worker with its own environment. The root service gets the port; other HTTP services a free one."""
     from dynamo_epd.sdk.supervisor import Slot, python
 
-    slots: list[Slot] = []
-    with_http = [name for name in plan.services if _has_http(plan.graph.services[name])]
-    system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or -1)
-    for name in plan.services:
-        one = plan.settings[name]
-        for index in range(one.workers):
-            environment = dict(os.environ) | plan.environment | one.envs
-            if name in with_http:
-                environment["DYNAMO_HTTP_HOST"] = plan.host
-                environment["DYNAMO_HTTP_PORT"] = str(plan.port if name == with_http[0] else 0)
-                if one.workers > 1:
-                    environment["DYNAMO_HTTP_SHARED_PORT"] = "1"
-            if system_port > 0:
-                environment["DYN_SYSTEM_PORT"] = str(system_port + len(slots))
-            share = plan.shares.get(f"{name}-{index}")
-            if share is not None:
-                environment |= share.as_environment()
-            elif plan.shares:
-                environment["CUDA_VISIBLE_DEVICES"] = ""
-            command = python("dynamo_epd.sdk.worker", plan.spec, "--service-name", name, "--worker-index", str(index))
-            slots.append(Slot(name, index, [*command, "--working-dir", plan.working_dir], environment))
-    return slots
+    one = plan.settings[name]
+    environment = dict(os.environ) | plan.environment | one.envs
+    with_http = [service for service in plan.services if has_http(plan.graph.services[service])]
+    if name in with_http:
+        environment["DYNAMO_HTTP_HOST"] = plan.host
+        environment["DYNAMO_HTTP_PORT"] = str(plan.port if name == with_http[0] else 0)
+        if one.workers > 1:
+            environment["DYNAMO_HTTP_SHARED_PORT"] = "1"
+    if system_port is not None:
+        environment["DYN_SYSTEM_PORT"] = str(system_port)
+    if share is not None:
+        environment |= share.as_environment()
+    elif plan.shares:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = python("dynamo_epd.sdk.worker", plan.spec, "--service-name", name, "--worker-index", str(index))
+    return Slot(name, index, [*command, "--working-dir", plan.working_dir], environment)
 
 
-def _has_http(service: type) -> bool:
+def has_http(service: type) -> bool:
+    """Whether its workers listen for HTTP."""
     info = info_of(service)
     return info.app is not None or bool(info.marked("api"))
 

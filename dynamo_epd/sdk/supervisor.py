@@ -83,6 +83,10 @@ class Slot:
     deaths: int = 0
     started: float = 0.0
     ready_at: float = 0.0
+    added: bool = False
+    """Started while the graph was up: one that does not come up is taken back, and the graph goes on."""
+    ending: asyncio.Future[Any] | None = None
+    """Its end has been asked for: it drains, or is gone."""
     heard: float | None = None
     """When its event loop last said that it turns; None before it is ready and from its drain on."""
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
@@ -131,8 +135,9 @@ class Supervisor:
     """Runs slots until told to stop or until one keeps dying.
 
     ``order`` lists groups of services so that each stands before those it calls: groups are stopped one after another.
-    ``on_death`` is told of every slot whose process has ended. ``drain`` and ``start`` in seconds: a worker that is not
-    ready after ``start`` dumps its stacks and is started again.
+    ``on_death`` is told of every slot whose process has ended, ``on_give_up`` of one that was added and is taken back
+    because it does not come up. ``drain`` and ``start`` in seconds: a worker that is not ready after ``start`` dumps
+    its stacks and is started again.
     """
 
     def __init__(
@@ -144,16 +149,21 @@ class Supervisor:
         verbose: bool = False,
         show: Callable[[str], None] = print,
         on_death: Callable[[Slot], None] = lambda _: None,
+        on_give_up: Callable[[Slot], None] = lambda _: None,
     ):
         self.slots: dict[str, Slot] = {}
+        self.directory: Path
+        """For this user alone, and gone with the graph: sockets lie in it."""
         self._order = order
         self._drain = drain
         self._start_seconds = start
         self._verbose = verbose
         self._show = show
         self._on_death = on_death
+        self._on_give_up = on_give_up
         self._failure: asyncio.Future[Any]
-        self._stopping = False
+        self.stopping = False
+        """Read by those who would change the slots: it is too late for that."""
         self._notify: socket.socket
         self._pending: set[asyncio.Task[None]] = set()
         self._said_ready: set[str] = set()
@@ -165,17 +175,19 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._failure = asyncio.get_running_loop().create_future()
         _remove_leftovers()
-        self._directory = Path(tempfile.mkdtemp(prefix=f"dynamo-{os.getpid()}-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"dynamo-{os.getpid()}-"))
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._notify.bind(str(self._directory / "notify"))
+        self._notify.bind(str(self.directory / "notify"))
         asyncio.get_running_loop().add_reader(self._notify, self._read_notice)
         self._later(self._watch())
 
     async def start(self, slot: Slot) -> None:
-        """Starts the slot's process and keeps it from now on."""
+        """Starts the slot's process and keeps it from now on. Nothing is started once the graph is being stopped."""
+        if self.stopping:
+            return
         self.slots[slot.name] = slot
         environment = slot.environment | {
-            "NOTIFY_SOCKET": str(self._directory / "notify"),
+            "NOTIFY_SOCKET": str(self.directory / "notify"),
             "DYNAMO_SUPERVISOR_PID": str(os.getpid()),
         }
         slot.watcher = Watcher(
@@ -216,7 +228,7 @@ class Supervisor:
     def _ended(self, slot: Slot, pid: int, watch: int) -> None:
         asyncio.get_running_loop().remove_reader(watch)
         os.close(watch)
-        if not self._stopping and slot.watcher is not None:
+        if not self.stopping and slot.ending is None and slot.watcher is not None:
             slot.watcher.reap_process(pid)
 
     def _reaped(self, *, watcher: Watcher, process_pid: int, exit_code: int | None, **_: Any) -> bool:
@@ -226,7 +238,7 @@ class Supervisor:
         if slot is not None and slot.pid == process_pid:
             slot.pid, slot.ready = None, False
             self._on_death(slot)
-            if not self._stopping:
+            if not self.stopping and slot.ending is None:
                 self._after_death(slot, exit_code)
         return True
 
@@ -284,12 +296,22 @@ class Supervisor:
 
     async def _restart(self, slot: Slot, delay: float) -> None:
         await asyncio.sleep(delay)
-        if not self._stopping and slot.name in self.slots:
+        if not self.stopping and slot.ending is None:
             await self._spawn(slot)
 
     def _fail(self, slot: Slot, message: str, status: int = 1) -> None:
-        if not self._failure.done():
+        if slot.added and not slot.ever_ready:
+            if slot.ending is None:
+                self._later(self._give_up(slot, message))
+        elif not self._failure.done():
             self._failure.set_exception(GraphFailed(message, list(slot.tail), status))
+
+    async def _give_up(self, slot: Slot, message: str) -> None:
+        for line in [] if self._verbose else list(slot.tail)[-LAST_WORDS:]:
+            self._show(f"[{slot.name}] {line}")
+        self._show(f"{message}; it is taken back")
+        await self.remove(slot)
+        self._on_give_up(slot)
 
     def _read_notice(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -305,6 +327,8 @@ class Supervisor:
         if fields.get("READY") == "1":
             if slot.ever_ready:
                 self._show(f"{slot.name} is back")
+            elif slot.added:
+                self._show(f"{slot.name} ready")
             slot.ready = slot.ever_ready = True
             slot.ready_at = time.monotonic()
             slot.url, slot.instance = fields.get("X_URL"), fields.get("X_INSTANCE")
@@ -350,22 +374,25 @@ class Supervisor:
         """Waits for the graph to fail; raises GraphFailed then."""
         await asyncio.shield(self._failure)
 
-    async def scale(self, slots: list[Slot]) -> None:
-        """Starts more slots while the graph runs."""
-        for slot in slots:
-            await self.start(slot)
+    async def remove(self, slot: Slot) -> None:
+        """Drains and ends one worker, and forgets it: from now on it is not started again, however it ends."""
+        await self._stop(slot)
+        self.slots.pop(slot.name, None)
 
     async def stop_service(self, service: str) -> None:
         """Drains and ends every slot of one service."""
         await asyncio.gather(*(self._stop(slot) for slot in self._slots_of(service)))
 
     async def _stop(self, slot: Slot) -> None:
-        if slot.watcher is not None:
-            await slot.watcher.stop()
+        if slot.watcher is None:
+            return
+        if slot.ending is None:
+            slot.ending = asyncio.ensure_future(slot.watcher.stop())
+        await asyncio.shield(slot.ending)  # asked for twice, circus would wait for the process in this loop
 
     async def stop(self) -> None:
         """Callers first, then what they call, each within the drain bound."""
-        self._stopping = True
+        self.stopping = True
         for task in list(self._pending):
             task.cancel()
         for group in self._order:
@@ -373,7 +400,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """Ends every process group at once."""
-        self._stopping = True
+        self.stopping = True
         for slot in self.slots.values():
             if slot.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -388,7 +415,7 @@ class Supervisor:
                     os.waitpid(slot.pid, 0)
         asyncio.get_running_loop().remove_reader(self._notify)
         self._notify.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         if not self._failure.done():
             self._failure.cancel()
         elif not self._failure.cancelled():

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the planner learns who works, and asks for more or fewer: the supervisor's socket, or Kubernetes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dynamo_epd.sdk.control import SOCKET, ControlError, ask
+from dynamo_epd.sdk.operator import DEPLOYMENT
+
+GROUP, VERSION, ADAPTERS = "nvidia.com", "v1beta1", "dynamographdeploymentscalingadapters"
+DEPLOYMENT_NAMESPACE = "DYN_PARENT_DGD_K8S_NAMESPACE"
+DEPLOYMENT_LABEL = "nvidia.com/dynamo-graph-deployment-name"
+COMPONENT_LABEL = "nvidia.com/dynamo-component"
+SYSTEM_PORT = 9090
+"""Of every worker's container: the operator sets ``DYN_SYSTEM_PORT`` so."""
+REQUEST_SECONDS = 5.0
+
+
+class DoorClosed(Exception):
+    """The other side refuses, or is not there. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """``metrics``: the address of its metrics, or None where it has none (yet)."""
+
+    name: str
+    ready: bool
+    metrics: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Staffed:
+    """One service: the workers that it should have now, and those that there are, draining ones included."""
+
+    replicas: int
+    workers: tuple[Worker, ...]
+
+
+class Door(Protocol):
+    """Raises DoorClosed from both."""
+
+    async def services(self) -> dict[str, Staffed]: ...
+
+    async def scale(self, service: str, replicas: int, why: str) -> None: ...
+
+
+class SupervisorDoor:
+    """`dynamo serve` on this machine, by the socket that `dynamo scale` uses."""
+
+    def __init__(self, path: str | Path):
+        self._path = path
+
+    async def services(self) -> dict[str, Staffed]:
+        try:
+            answer = await ask(self._path, do="status")
+        except ControlError as error:
+            raise DoorClosed(str(error)) from error
+        return {
+            name: Staffed(
+                sum(not one["leaving"] for one in workers),
+                tuple(Worker(f"{name}-{one['index']}", one["ready"], one["metrics"]) for one in workers),
+            )
+            for name, workers in answer["services"].items()
+        }
+
+    async def scale(self, service: str, replicas: int, why: str) -> None:
+        try:
+            await ask(self._path, do="scale", service=service, workers=replicas, why=why)
+        except ControlError as error:
+            raise DoorClosed(str(error)) from error
+
+
+class KubernetesDoor:
+    """A DynamoGraphDeployment: one DynamoGraphDeploymentScalingAdapter per component that may be scaled.
+
+    The operator copies ``spec.replicas`` of an adapter into the deployment, so that autoscalers do not fight over it.
+    Services are named as the deployment's components are. Pods are found by the labels that the operator gives them.
+    """
+
+    def __init__(self, api_client: Any, namespace: str, deployment: str):
+        from kubernetes import client
+
+        self._custom = client.CustomObjectsApi(api_client)
+        self._core = client.CoreV1Api(api_client)
+        self._namespace, self._deployment = namespace, deployment
+        self._adapters: dict[str, str] = {}
+
+    async def services(self) -> dict[str, Staffed]:
+        listed = await self._call(self._custom.list_namespaced_custom_object, GROUP, VERSION, self._namespace, ADAPTERS)
+        ours = [one for one in listed["items"] if one["spec"]["dgdRef"]["name"] == self._deployment]
+        self._adapters = {one["spec"]["dgdRef"]["componentName"]: one["metadata"]["name"] for one in ours}
+        pods = await self._call(
+            self._core.list_namespaced_pod,
+            self._namespace,
+            label_selector=f"{DEPLOYMENT_LABEL}={self._deployment}",
+        )
+        return {
+            one["spec"]["dgdRef"]["componentName"]: Staffed(
+                one["spec"]["replicas"],
+                tuple(
+                    _worker(pod)
+                    for pod in pods.items
+                    if (pod.metadata.labels or {}).get(COMPONENT_LABEL) == one["spec"]["dgdRef"]["componentName"]
+                ),
+            )
+            for one in ours
+        }
+
+    async def scale(self, service: str, replicas: int, why: str) -> None:
+        if service not in self._adapters:
+            raise DoorClosed(f"{service} has no scaling adapter in {self._deployment}")
+        await self._call(
+            self._custom.patch_namespaced_custom_object,
+            GROUP,
+            VERSION,
+            self._namespace,
+            ADAPTERS,
+            self._adapters[service],
+            {"spec": {"replicas": replicas}},
+        )
+
+    async def _call(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return await asyncio.to_thread(function, *arguments, _request_timeout=REQUEST_SECONDS, **named)
+        except ApiException as error:
+            raise DoorClosed(f"Kubernetes: {error.status} {error.reason}") from error
+        except HTTPError as error:
+            raise DoorClosed("Kubernetes' API server cannot be reached") from error
+
+
+def _worker(pod: Any) -> Worker:
+    conditions = {one.type: one.status for one in pod.status.conditions or []}
+    staying = pod.metadata.deletion_timestamp is None
+    address = pod.status.pod_ip
+    host = f"[{address}]" if address and ":" in address else address
+    return Worker(
+        pod.metadata.name,
+        staying and conditions.get("Ready") == "True",
+        f"http://{host}:{SYSTEM_PORT}/metrics" if host else None,
+    )
+
+
+def door_of(environment: Mapping[str, str]) -> Door:
+    """Kubernetes in a pod of the operator's, else the supervisor. Raises DoorClosed where there is neither."""
+    if DEPLOYMENT in environment:
+        from kubernetes import client, config
+
+        try:
+            config.load_incluster_config()
+        except config.ConfigException as error:
+            raise DoorClosed(f"no access to Kubernetes: {error}") from error
+        namespace = environment.get(DEPLOYMENT_NAMESPACE, "default")
+        return KubernetesDoor(client.ApiClient(), namespace, environment[DEPLOYMENT])
+    if SOCKET in environment:
+        return SupervisorDoor(environment[SOCKET])
+    raise DoorClosed("neither dynamo serve nor Dynamo's operator runs this planner")

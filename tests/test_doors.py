@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's doors: Kubernetes over HTTP with its own client. The supervisor's is in test_planner.py, in a graph."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client, config
+
+from dynamo_epd.planning.doors import ADAPTERS, DoorClosed, KubernetesDoor, Staffed, SupervisorDoor, Worker, door_of
+from tests import kubernetes_server
+from tests.kubernetes_server import KubernetesServer
+
+GROUP = kubernetes_server.GROUP
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    # the version in which the operator stores them
+    kind = "DynamoGraphDeploymentScalingAdapter"
+    monkeypatch.setitem(kubernetes_server.RESOURCES, (GROUP, ADAPTERS), (kind, ["v1beta1"], []))
+    with KubernetesServer() as found:
+        yield found
+
+
+def door(server: KubernetesServer, tmp_path: Path, token: str = "admin") -> KubernetesDoor:
+    settings = config.new_client_from_config(str(server.kubeconfig(tmp_path / f"{token}.yaml", token)))
+    assert isinstance(settings, client.ApiClient)
+    return KubernetesDoor(settings, "default", "demo")
+
+
+def adapter(component: str, replicas: int, deployment: str = "demo") -> dict[str, Any]:
+    return {
+        "apiVersion": f"{GROUP}/v1beta1",
+        "kind": "DynamoGraphDeploymentScalingAdapter",
+        "metadata": {"name": f"{deployment}-{component.lower()}", "namespace": "default"},
+        "spec": {"dgdRef": {"name": deployment, "componentName": component}, "replicas": replicas},
+    }
+
+
+def pod(name: str, component: str, *, ready: bool, leaving: bool = False, address: str = "10.0.0.7") -> dict[str, Any]:
+    labels = {"nvidia.com/dynamo-graph-deployment-name": "demo", "nvidia.com/dynamo-component": component}
+    metadata: dict[str, Any] = {"name": name, "namespace": "default", "labels": labels}
+    if leaving:
+        metadata["deletionTimestamp"] = "2026-11-21T12:00:00Z"
+    conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "status": {"podIP": address, "conditions": conditions},
+    }
+
+
+def test_workers_are_the_deployments_pods_and_numbers_its_adapters(server: KubernetesServer, tmp_path: Path) -> None:
+    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
+    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 7, deployment="another"))
+    server.put("", "pods", pod("e-1", "EncodeWorker", ready=True))
+    server.put("", "pods", pod("e-2", "EncodeWorker", ready=False, address="fd00::8"))
+    server.put("", "pods", pod("e-3", "EncodeWorker", ready=True, leaving=True))
+    server.put("", "pods", pod("f-1", "Frontend", ready=True))
+    found = asyncio.run(door(server, tmp_path).services())
+    assert found == {
+        "EncodeWorker": Staffed(
+            2,
+            (
+                Worker("e-1", True, "http://10.0.0.7:9090/metrics"),
+                Worker("e-2", False, "http://[fd00::8]:9090/metrics"),
+                Worker("e-3", False, "http://10.0.0.7:9090/metrics"),
+            ),
+        )
+    }
+
+
+def test_it_patches_the_adapter_and_nothing_else_of_it(server: KubernetesServer, tmp_path: Path) -> None:
+    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
+
+    async def scale() -> dict[str, Staffed]:
+        kubernetes = door(server, tmp_path)
+        await kubernetes.services()
+        await kubernetes.scale("EncodeWorker", 5, "a test")
+        return await kubernetes.services()
+
+    assert asyncio.run(scale())["EncodeWorker"].replicas == 5
+    stored = server.objects[GROUP, ADAPTERS, "default", "demo-encodeworker"]
+    assert stored["spec"] == {"dgdRef": {"name": "demo", "componentName": "EncodeWorker"}, "replicas": 5}
+    assert [path.partition("?")[0] for verb, path, _ in server.requests if verb == "PATCH"] == [
+        f"/apis/{GROUP}/v1beta1/namespaces/default/{ADAPTERS}/demo-encodeworker"
+    ]
+
+
+def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: KubernetesServer, tmp_path: Path) -> None:
+    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
+
+    async def refused(kubernetes: KubernetesDoor, service: str) -> str:
+        await kubernetes.services()
+        with pytest.raises(DoorClosed) as closed:
+            await kubernetes.scale(service, 5, "a test")
+        return str(closed.value)
+
+    assert "Kubernetes: 403" in asyncio.run(refused(door(server, tmp_path, "reader"), "EncodeWorker"))
+    missing = asyncio.run(refused(door(server, tmp_path), "Frontend"))
+    assert missing == "Frontend has no scaling adapter in demo"
+    nowhere = client.Configuration()
+    nowhere.host, nowhere.retries = "http://127.0.0.1:1", False
+    with pytest.raises(DoorClosed, match="cannot be reached"):
+        asyncio.run(KubernetesDoor(client.ApiClient(nowhere), "default", "demo").services())
+
+
+def test_the_door_is_that_of_who_runs_the_planner() -> None:
+    assert isinstance(door_of({"DYNAMO_CONTROL": "/nowhere"}), SupervisorDoor)
+    with pytest.raises(DoorClosed, match="no access to Kubernetes"):
+        door_of({"DYN_PARENT_DGD_K8S_NAME": "demo", "DYNAMO_CONTROL": "/of the pod's own serve"})
+    with pytest.raises(DoorClosed, match="neither"):
+        door_of({})
+    with pytest.raises(DoorClosed, match="the graph does not answer"):
+        asyncio.run(SupervisorDoor("/nowhere").services())
