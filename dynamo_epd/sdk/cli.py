@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the environment")
     serve.add_argument("-v", "--verbose", action="store_true", help="show everything that the workers print")
     serve.set_defaults(run=_serve)
+    _add_scale(commands.add_parser("scale", allow_abbrev=False, help="change how many workers a running graph has"))
     add_parsers(commands)
     _add_batch(
         commands.add_parser("batch", allow_abbrev=False, help="make pictures of a file of prompts, and judge them")
@@ -47,6 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     key.set_defaults(run=_key)
     commands.add_parser("env", help="versions and devices of this machine").set_defaults(run=_env)
     return parser
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    scale.add_argument("graph", help="a graph that runs on this machine, named as `dynamo serve` was told")
+    scale.add_argument("workers", nargs="*", metavar="Service=N", help="how many there shall be; none: how many are")
+    scale.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="until it is so (default)")
+    scale.add_argument("--timeout", type=float, default=600.0, help="seconds to wait (default: %(default)g)")
+    scale.add_argument("--pid", type=int, help="of `dynamo serve`, where several run the same graph")
+    scale.set_defaults(run=_scale)
 
 
 def _add_batch(batch: argparse.ArgumentParser) -> None:
@@ -77,6 +87,14 @@ def _serve(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from dynamo_epd.sdk.serve import serve
 
     return serve(arguments, overrides)
+
+
+def _scale(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from dynamo_epd.sdk.control import scale
+
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: scaling takes no configuration")
+    return scale(arguments)
 
 
 def _batch(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running graph through its door: `dynamo scale` by hand, and what the socket takes and refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_epd.sdk.control import LINE_BYTES, ControlError, ask
+from tests.test_worker import eventually
+from tests.toys.running import ROOT, Served
+
+GRAPH = "tests/toys/scaled.py:Front"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def served(home: Path) -> Iterator[Served]:
+    with Served(home, GRAPH, "--Planner.stages.Calm.max=2", "--Calm.fail-from=1") as graph:
+        yield graph.wait_until_up()
+
+
+def scale(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dynamo_epd.sdk.cli", "scale", *arguments],
+        cwd=ROOT,
+        env=dict(os.environ) | {"XDG_STATE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def door(home: Path) -> Path:
+    (record,) = (home / "dynamo" / "graphs").glob("*.json")
+    return Path(json.loads(record.read_text())["socket"])
+
+
+def counts(home: Path) -> dict[str, int]:
+    services = asyncio.run(ask(door(home), do="status"))["services"]
+    return {name: sum(one["ready"] for one in workers) for name, workers in services.items()}
+
+
+class Callers:
+    """Threads that call without pause. ``answers``: what each call gave, as text."""
+
+    def __init__(self, graph: Served, number: int, seconds: float):
+        self.answers: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._call, args=(graph, seconds)) for _ in range(number)]
+
+    def _call(self, graph: Served, seconds: float) -> None:
+        while not self._stop.is_set():
+            self.answers.append(graph.post("call", {"seconds": seconds}))
+
+    @property
+    def lost(self) -> list[str]:
+        return [answer for answer in self.answers if '"workers"' not in answer]
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, home: Path) -> None:
+    with Callers(served, 4, 0.1) as callers:
+        ran = scale(home, GRAPH, "Busy=3")
+        assert (ran.returncode, ran.stdout) == (0, "Busy: 1 → 3 workers\nBusy: 3 ready\n"), ran.stderr
+        first = served.workers("Busy")
+        assert set(first) == {0, 1, 2}
+        assert served.workers("Calm").keys() == {0}
+        grown = len(callers.answers)
+        eventually(lambda: {_busy(one) for one in callers.answers[grown:]} == {0, 1, 2}, "work reaches all three")
+        ran = scale(home, GRAPH, "Busy=1")
+        assert (ran.returncode, ran.stdout) == (0, "Busy: 3 → 1 workers\nBusy: 1 ready\n"), ran.stderr
+        assert served.workers("Busy") == {0: first[0]}, "the highest go first"
+        shrunk = len(callers.answers)
+        eventually(lambda: len(callers.answers) > shrunk + 8, "more answers")
+        ran = scale(home, GRAPH, "Busy=2")
+        assert ran.returncode == 0 and set(served.workers("Busy")) == {0, 1}, "an index is used again"
+    assert callers.lost == []
+    assert "died" not in served.text
+    shown = [line for line in served.lines if "→" in line or "has left" in line]
+    assert shown[:2] == ["Busy: 1 → 3 workers (by hand)", "Busy: 3 → 1 workers (by hand)"]
+    assert sorted(shown[2:4]) == ["Busy-1 has left", "Busy-2 has left"]
+
+
+def _busy(answer: str) -> int:
+    return int(json.loads(answer)["workers"][0])
+
+
+def test_a_worker_that_does_not_come_up_is_taken_back_and_the_graph_goes_on(served: Served, home: Path) -> None:
+    ran = scale(home, GRAPH, "Calm=2")
+    assert ran.returncode == 1
+    assert ran.stdout == "Calm: 1 → 2 workers\nCalm: 1 ready\n"
+    served.wait_for(r"^Calm-1 keeps dying \(exit status 1\); it is taken back$")
+    served.wait_for(r"RuntimeError: no room for one more")
+    again = scale(home, GRAPH, "Calm=2")
+    assert again.returncode == 1 and "a worker of Calm did not come up; wait" in again.stderr
+    assert '"workers"' in served.post("call", {"seconds": 0.001})
+
+
+def test_without_numbers_it_says_how_many_there_are(served: Served, home: Path) -> None:
+    ran = scale(home, f"./{GRAPH}")
+    assert ran.returncode == 0
+    assert set(ran.stdout.splitlines()) == {f"{name}: {count} ready" for name, count in counts(home).items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("other:Graph", "Busy=2"), 2, f"error: no graph other:Graph runs for this user; running: {GRAPH}"),
+        ((GRAPH, "Busy"), 2, "error: Busy: must be Service=N"),
+        ((GRAPH, "Busy=2", "--Busy.fail-from=1"), 2, "error: --Busy.fail-from: scaling takes no configuration"),
+        ((GRAPH, "Bsy=2"), 1, "error: Bsy does not run here; there is Front, Calm, Busy"),
+        ((GRAPH, "Busy=0"), 1, "error: Busy keeps at least 1 of its workers"),
+        ((GRAPH, "Calm=3"), 1, "error: Calm may have at most 2 workers"),
+        ((GRAPH, "Front=2"), 1, "error: Front has its HTTP port for itself"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(
+    served: Served, home: Path, arguments: tuple[str, ...], status: int, message: str
+) -> None:
+    before = counts(home)
+    ran = scale(home, *arguments)
+    assert ran.returncode == status
+    assert ran.stderr.startswith(message) and ran.stderr.count("\n") == 1
+    assert counts(home) == before
+
+
+def test_no_graph_at_all_is_said(tmp_path: Path) -> None:
+    ran = scale(tmp_path, GRAPH, "Busy=2")
+    assert (ran.returncode, ran.stderr) == (2, f"error: no graph {GRAPH} runs for this user; running: none\n")
+
+
+def test_the_door_is_its_users_alone(served: Served, home: Path) -> None:
+    path = door(home)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"do": "scale", "service": "Busy"}\n',
+        b'{"do": "scale", "service": "Busy", "workers": true}\n',
+        b'{"do": "scale", "service": "Busy", "workers": "3"}\n',
+        b'{"do": "scale", "service": ["Busy"], "workers": 3}\n',
+        b'{"do": "stop"}\n',
+    ],
+)
+def test_what_is_no_question_is_refused(served: Served, home: Path, line: bytes) -> None:
+    answer = json.loads(_say(door(home), line))
+    assert answer.keys() == {"error"}
+    assert '"workers"' in served.post("call", {"seconds": 0.001})
+
+
+def test_a_line_without_end_is_not_read_on(served: Served, home: Path) -> None:
+    assert _say(door(home), b"x" * (4 * LINE_BYTES)) == b""
+    assert counts(home)["Front"] == 1
+
+
+def _say(path: Path, line: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(20)
+        caller.connect(str(path))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            caller.sendall(line)
+            return b"".join(iter(lambda: caller.recv(4096), b""))
+        return b""
+
+
+def test_a_graph_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="the graph does not answer"):
+        asyncio.run(ask(tmp_path / "nobody", do="status"))
+
+
+def test_it_ends_in_the_middle_of_a_grow_and_leaves_nothing(served: Served, home: Path) -> None:
+    path, answer = door(home), dict[str, Any]()
+    answer |= asyncio.run(ask(path, do="scale", service="Busy", workers=4))
+    assert answer["before"] == 2
+    assert served.stop() == 0
+    assert served.leftovers() == []
+    assert scale(home, GRAPH).returncode == 2
