@@ -160,6 +160,10 @@ def fake_engine(desk: Desk, name: str, script: str) -> Path:
 @pytest.mark.parametrize("option", ["--containerize", "--push"])
 def test_without_an_engine_an_image_cannot_be_made(desk: Desk, option: str) -> None:
     command = ("build", "shop:Door", "--working-dir", str(desk.shop), option)
+    if option == "--push":
+        assert desk.run(*command) == 2
+        assert desk.noted == "error: --push: DYNAMO_REGISTRY says where to, and is not set\n"
+        desk.patch.setenv("DYNAMO_REGISTRY", "registry.example")
     desk.patch.setenv("PATH", str(desk.directory))
     assert desk.run(*command) == 1
     assert desk.noted == "error: neither docker nor podman is installed: the image cannot be made here\n"

@@ -211,13 +211,33 @@ def test_variables_and_secrets_reach_every_pod(desk: Desk) -> None:
     assert other["spec"]["env"][-1]["valueFrom"]["secretKeyRef"]["name"] == "mine"
 
 
+def test_dollars_are_left_alone_by_kubernetes(desk: Desk) -> None:
+    made = made_of(desk, "--Store.gate=$(HOME)/$x", "--Store.ServiceArgs.envs.PAINT=$(HOME)")
+    assert made["spec"]["env"][0]["value"] == '{"Store":{"gate":"$$(HOME)/$$x"}}'
+    assert main_of(components(made)["Store"])["env"] == [{"name": "PAINT", "value": "$$(HOME)"}]
+
+
+def test_a_variable_is_there_once(desk: Desk) -> None:
+    made = made_of(desk, "--env", "A=1", "--env", "A=2", "--env", "DYN_SYSTEM_HOST=::", "--env-from-secret", "B=b")
+    assert [one["name"] for one in made["spec"]["env"]] == ["DYN_DEPLOYMENT_CONFIG", "DYN_SYSTEM_HOST", "A", "B"]
+    assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "2", None]
+
+
+def test_a_model_that_lies_here_is_pointed_out(desk: Desk) -> None:
+    (desk.directory / "models").mkdir()
+    desk.patch.chdir(desk.directory)
+    (desk.directory / "shop.yaml").write_text("Till: {model: models}\n")
+    made_of(desk, "-f", "shop.yaml")
+    assert "note: Till.model: models is a directory here and no part of the image" in desk.noted
+
+
 def test_the_image_is_the_environments_or_the_builds(desk: Desk) -> None:
     tag = desk.build()
     images = []
-    for name, value in (("DYNAMO_REGISTRY", "registry.example/team/"), ("DYNAMO_IMAGE", "example/base:2")):
+    for name, value in (("DYNAMO_IMAGE", "example/base:2"), ("DYNAMO_REGISTRY", "registry.example/team/")):
         desk.patch.setenv(name, value)
         images.append(main_of(components(made_of(desk))["Door"])["image"])
-    assert images == [f"registry.example/team/{tag}", "example/base:2"]
+    assert images == ["example/base:2", f"registry.example/team/{tag}"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import yaml
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION
 from urllib3.exceptions import HTTPError
 
 from dynamo_epd.sdk.deployment import DeploymentError
@@ -198,7 +199,7 @@ def _configuration() -> client.Configuration:
     """As kubectl finds it: the kubeconfig, else the account of the pod that this runs in."""
     found = client.Configuration()
     try:
-        kubernetes.config.load_kube_config(client_configuration=found)
+        kubernetes.config.load_kube_config(_kubeconfig(), client_configuration=found)
     except (ConfigException, OSError, yaml.YAMLError) as error:
         try:
             kubernetes.config.load_incluster_config(client_configuration=found)
@@ -207,9 +208,13 @@ def _configuration() -> client.Configuration:
     return found
 
 
+def _kubeconfig() -> str:
+    return os.environ.get("KUBECONFIG") or KUBE_CONFIG_DEFAULT_LOCATION
+
+
 def _current_namespace() -> str:
     try:
-        _, active = kubernetes.config.list_kube_config_contexts()
+        _, active = kubernetes.config.list_kube_config_contexts(_kubeconfig())
         return str(active["context"].get("namespace") or "default")
     except (ConfigException, OSError):
         pass

@@ -120,6 +120,8 @@ def _build(arguments: argparse.Namespace, overrides: Overrides) -> int:
     _refuse_overrides(overrides, "a build")
     if not Path(arguments.working_dir).is_dir():
         raise ConfigError(f"--working-dir {arguments.working_dir}: no such directory")
+    if arguments.push and not os.environ.get(images.REGISTRY):
+        raise ConfigError(f"--push: {images.REGISTRY} says where to, and is not set")
     built = builds.build(arguments.graph, arguments.working_dir, force=arguments.force)
     if arguments.output_dir is not None:
         builds.copy(built, arguments.output_dir, force=arguments.force)
@@ -145,17 +147,13 @@ def _get(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _print(value: Any, form: str) -> None:
-    print(json.dumps(value, indent=2) if form == "json" else yaml.safe_dump(value, sort_keys=False), end="")
-    if form == "json":
-        print()
+    print(json.dumps(value, indent=2) + "\n" if form == "json" else yaml.safe_dump(value, sort_keys=False), end="")
 
 
 def _create(arguments: argparse.Namespace, overrides: Overrides) -> int:
     build = builds.find(arguments.tag)
     _say_endpoint(arguments.endpoint)
-    document = Document()
-    if arguments.file:
-        document.read(arguments.file)
+    document = _document(arguments.file, {}, overrides)
     order = manifest.Order(
         build=build.tag,
         image=_image(build),
@@ -165,7 +163,7 @@ def _create(arguments: argparse.Namespace, overrides: Overrides) -> int:
     )
     name = arguments.name or build.name
     # What is wrong with the order is said before any cluster is asked.
-    made = _render(order, build, document, overrides, name, arguments.namespace or "default", arguments.api_version)
+    made = _render(order, build, document, name, arguments.namespace or "default", arguments.api_version)
     if arguments.dry_run:
         print(yaml.safe_dump(made, sort_keys=False), end="")
         return 0
@@ -186,12 +184,8 @@ def _update(arguments: argparse.Namespace, overrides: Overrides) -> int:
     last = rendered(cluster.get(arguments.name))
     before = manifest.Order.of(last)
     build = builds.find(arguments.tag or before.build)
-    document = Document()
-    if arguments.file:
-        document.read(arguments.file)
-    else:
-        document.values = before.configuration
-    kept = build.tag == before.build and not os.environ.get(images.IMAGE)
+    document = _document(arguments.file, before.configuration, overrides)
+    kept = build.tag == before.build and not (os.environ.get(images.IMAGE) or os.environ.get(images.REGISTRY))
     order = manifest.Order(
         build=build.tag,
         image=before.image if kept else _image(build),
@@ -200,7 +194,7 @@ def _update(arguments: argparse.Namespace, overrides: Overrides) -> int:
         secrets=before.secrets | _secrets(arguments),
     )
     version = str(last["apiVersion"]).rpartition("/")[2]
-    made = _render(order, build, document, overrides, arguments.name, cluster.namespace, version)
+    made = _render(order, build, document, arguments.name, cluster.namespace, version)
     if arguments.dry_run:
         print(yaml.safe_dump(made, sort_keys=False), end="")
         return 0
@@ -275,23 +269,31 @@ def _wait(cluster: Any, name: str, arguments: argparse.Namespace) -> int:
         return 130
 
 
-def _render(
-    order: manifest.Order,
-    build: builds.Build,
-    document: Document,
-    overrides: Overrides,
-    name: str,
-    namespace: str,
-    version: str,
-) -> dict[str, Any]:
-    """The manifest; the overrides are put into the order's configuration."""
+def _document(file: str | None, configuration: dict[str, Any], overrides: Overrides) -> Document:
+    """The file, or else ``configuration``, with the overrides in it."""
+    document = Document()
+    if file:
+        document.read(file)
+    else:
+        document.values = configuration
     for service, key, text in overrides:
         document.override(service, key, text)
+    return document
+
+
+def _render(
+    order: manifest.Order, build: builds.Build, document: Document, name: str, namespace: str, version: str
+) -> dict[str, Any]:
+    """The manifest, with notes on what will be otherwise than on this machine."""
     graph = build.graph()
     settings = resolve(graph, document)
     for one in settings.values():
         if one.runs and manifest.shares_a_gpu(one):
             _note(f"{one.name} asks for {one.resources['gpu']} of a GPU; Kubernetes gives it a whole one")
+    for part, section in document.values.items():
+        model = section.get("model")
+        if isinstance(model, str) and Path(model).is_dir():
+            _note(f"{part}.model: {model} is a directory here and no part of the image; pods look below /workspace")
     return manifest.render(order, build, graph, settings, name=name, namespace=namespace, version=version)
 
 

@@ -13,7 +13,7 @@ from dynamo_epd.sdk.deployment import DeploymentError
 REGISTRY = "DYNAMO_REGISTRY"
 """Environment: where images of builds are pushed to and pulled from, as ``registry.example/team``."""
 IMAGE = "DYNAMO_IMAGE"
-"""Environment: an image that has the graph's code already; every pod runs it."""
+"""Environment: an image that was made by other means and has the graph's code."""
 BASE = "python:3.11.13-slim-bookworm"
 """For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
 TORCH = "torch==2.13.0"
@@ -41,10 +41,6 @@ ENTRYPOINT ["dynamo"]
 """
 
 
-class NoEngine(DeploymentError):
-    """Nothing here can make an image, or it failed to."""
-
-
 def dockerfile(*, with_library: bool, version: str) -> str:
     """Two targets, ``cpu`` and ``gpu``. Without the library in the build it comes from the package index."""
     if with_library:
@@ -64,7 +60,7 @@ def dockerfile(*, with_library: bool, version: str) -> str:
 
 
 def engine() -> str:
-    """docker or podman, whichever answers. Raises NoEngine."""
+    """docker or podman, whichever answers. Raises DeploymentError."""
     found = [name for name in ("docker", "podman") if shutil.which(name)]
     for name in found:
         try:
@@ -81,24 +77,26 @@ def engine() -> str:
         if ran.returncode == 0:
             return name
     if found:
-        raise NoEngine(f"{' and '.join(found)} is installed, but no daemon answers: the image cannot be made here")
-    raise NoEngine("neither docker nor podman is installed: the image cannot be made here")
+        raise DeploymentError(
+            f"{' and '.join(found)} is installed, but no daemon answers: the image cannot be made here"
+        )
+    raise DeploymentError("neither docker nor podman is installed: the image cannot be made here")
 
 
 def containerize(directory: Path, image: str, device: str) -> None:
-    """Makes ``image`` of the build in ``directory``. Raises NoEngine."""
+    """Makes ``image`` of the build in ``directory``. Raises DeploymentError."""
     _run([engine(), "build", "--target", device, "--tag", image, str(directory)], f"the image {image} was not made")
 
 
 def push(image: str) -> None:
-    """Raises NoEngine."""
+    """Raises DeploymentError."""
     _run([engine(), "push", image], f"{image} was not pushed")
 
 
 def _run(command: list[str], failed: str) -> None:
     status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if status != 0:
-        raise NoEngine(f"{failed}: {command[0]} ended with exit status {status}")
+        raise DeploymentError(f"{failed}: {command[0]} ended with exit status {status}")
 
 
 def name_of(tag: str) -> str:
@@ -108,5 +106,5 @@ def name_of(tag: str) -> str:
 
 
 def deployed(tag: str) -> str:
-    """What pods run: ``DYNAMO_IMAGE``, else the build's own image."""
-    return os.environ.get(IMAGE) or name_of(tag)
+    """What pods run: the build's own image where it has a registry, else ``DYNAMO_IMAGE``, else the bare tag."""
+    return name_of(tag) if os.environ.get(REGISTRY) else os.environ.get(IMAGE) or tag

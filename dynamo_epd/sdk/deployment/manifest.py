@@ -67,7 +67,7 @@ def check_name(name: str, services: list[str]) -> None:
     """Raises ConfigError for a name that the operator could not make resources of (``name-service``)."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"-n {name}: must be lower-case letters, digits and '-', and begin with a letter")
-    longest = max(services, key=len)
+    longest = max(services, key=len, default="")
     if len(name) + 1 + len(longest) > MAX_LABEL:
         raise ConfigError(f"-n {name}: with -{longest.lower()} it is longer than Kubernetes' {MAX_LABEL} characters")
 
@@ -91,15 +91,14 @@ def render(
     if len(running) > MAX_COMPONENTS:
         raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
     components = [_component(build, graph, one, order.image) for one in running]
-    env = [
-        {"name": CONFIG, "value": _json(carried(order.configuration))},
-        {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
-        *({"name": key, "value": value} for key, value in order.envs.items()),
-        *(
-            {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": inner}}}
-            for key, (secret, inner) in order.secrets.items()
-        ),
-    ]
+    env: dict[str, dict[str, Any]] = {
+        CONFIG: {"value": _literal(_json(carried(order.configuration)))},
+        "DYN_SYSTEM_HOST": {"value": "0.0.0.0"},
+    }
+    env |= {key: {"value": value} for key, value in order.envs.items()}
+    for key, (secret, inner) in order.secrets.items():
+        env[key] = {"valueFrom": {"secretKeyRef": {"name": secret, "key": inner}}}
+    variables = [{"name": key} | value for key, value in env.items()]
     metadata = {
         "name": name,
         "namespace": namespace,
@@ -108,12 +107,17 @@ def render(
     }
     manifest = {"apiVersion": f"{GROUP}/{version}", "kind": KIND, "metadata": metadata}
     if version == "v1alpha1":
-        return manifest | {"spec": {"envs": env, "services": {one["name"]: _alpha(one) for one in components}}}
-    return manifest | {"spec": {"env": env, "components": components}}
+        return manifest | {"spec": {"envs": variables, "services": {one["name"]: _alpha(one) for one in components}}}
+    return manifest | {"spec": {"env": variables, "components": components}}
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), default=str)
+
+
+def _literal(text: str) -> str:
+    """For a variable's value: Kubernetes replaces ``$(NAME)`` in it, and makes one ``$`` of two."""
+    return text.replace("$", "$$")
 
 
 def carried(configuration: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
         **_command(build, graph, one),
     }
     if one.envs:
-        main["env"] = [{"name": key, "value": value} for key, value in one.envs.items()]
+        main["env"] = [{"name": key, "value": _literal(value)} for key, value in one.envs.items()]
     resources = _resources(one, gpus)
     if resources:
         main["resources"] = resources

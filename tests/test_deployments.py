@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811 - `desk` is a fixture
+"""`dynamo deploy` and `dynamo deployment` against an API server, with the real client, kubectl and runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dynamo_epd.sdk.deployment import builds, commands
+from dynamo_epd.sdk.deployment.merging import change, three_way
+from dynamo_epd.sdk.nats_server import nats_binary
+from tests.deploying import Desk, desk  # noqa: F401
+from tests.kubernetes_server import KubernetesServer, make_ready, merged
+from tests.test_worker import eventually
+from tests.toys.running import ROOT, clean_environment, free_port
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@pytest.fixture
+def cluster(desk: Desk) -> Iterator[KubernetesServer]:
+    with KubernetesServer() as server:
+        desk.patch.setenv("KUBECONFIG", str(server.kubeconfig(desk.directory / "kubeconfig")))
+        desk.patch.setattr(commands, "POLL_SECONDS", 0.05)
+        yield server
+
+
+def deploy(desk: Desk, *arguments: str) -> str:
+    tag = desk.build()
+    assert desk.run("deploy", tag, "-n", "corner", *arguments) == 0, desk.noted
+    return tag
+
+
+def component(cluster: KubernetesServer, name: str, deployment: str = "corner") -> dict[str, Any]:
+    stored = cluster.deployment(deployment)["spec"]["components"]
+    found: dict[str, Any] = next(one for one in stored if one["name"] == name)
+    return found
+
+
+def main_of(one: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = one["podTemplate"]["spec"]["containers"][0]
+    return found
+
+
+def test_the_life_of_a_deployment(desk: Desk, cluster: KubernetesServer) -> None:
+    tag = deploy(desk, "--Store.shelves=5")
+    assert desk.said.splitlines()[0] == f"Created corner of {tag} in namespace default."
+    assert "state:     ready" in desk.said
+    assert desk.run("deployment", "list") == 0
+    head, row = (line.split() for line in desk.said.splitlines())
+    assert (head, row[:3]) == (["NAME", "BUILD", "STATE", "AGE"], ["corner", tag, "ready"])
+    assert desk.run("deployment", "get", "corner") == 0
+    assert "Store (worker): 1 of 1 ready" in desk.said
+    assert "url:       http://corner-door.default.svc:8000 inside the cluster" in desk.said
+    assert desk.run("deployment", "get", "corner", "-o", "json") == 0
+    assert yaml.safe_load(desk.said)["metadata"]["uid"] == cluster.deployment("corner")["metadata"]["uid"]
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=4") == 0
+    assert desk.said.startswith("Updated corner in namespace default.\n")
+    assert "Store (worker): 4 of 4 ready" in desk.said
+    assert component(cluster, "Store")["replicas"] == 4
+    assert '"shelves":5' in cluster.deployment("corner")["spec"]["env"][0]["value"]
+    assert desk.run("deployment", "delete", "corner") == 0
+    assert desk.said == "Deleted corner from namespace default.\n"
+    assert cluster.objects == {}
+    assert desk.run("deployment", "list", "-o", "yaml") == 0
+    assert yaml.safe_load(desk.said) == []
+
+
+def test_deploy_and_deployment_create_are_the_same(desk: Desk, cluster: KubernetesServer) -> None:
+    tag = deploy(desk, "--no-wait")
+    assert desk.run("deployment", "create", tag, "-n", "other", "--no-wait", "-t", "kubernetes") == 0
+    one, other = cluster.deployment("corner"), cluster.deployment("other")
+    assert one["spec"] == other["spec"]
+
+
+def test_an_update_keeps_what_others_changed(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--env", "A=1", "--env-from-secret", "KEY=key")
+    stored = cluster.deployment("corner")
+    component(cluster, "Store")["replicas"] = 9  # as a scaling adapter does
+    main_of(component(cluster, "Door"))["image"] = "example/fixed:1.0.1"
+    main_of(component(cluster, "Door"))["env"] = [{"name": "DEBUG", "value": "1"}]
+    component(cluster, "Till")["podTemplate"]["metadata"] = {"annotations": {"theirs": "yes"}}
+    stored["spec"]["components"].append(
+        {
+            "name": "Extra",
+            "type": "worker",
+            "podTemplate": {"spec": {"containers": [{"name": "main", "image": "x:1.0.0"}]}},
+        }
+    )
+    stored["metadata"]["labels"]["theirs"] = "yes"
+    stored["spec"]["priorityClassName"] = "high"
+    cluster.touch(stored)
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=8", "--env", "B=2") == 0, desk.noted
+    assert component(cluster, "Store")["replicas"] == 9
+    assert main_of(component(cluster, "Door"))["image"] == "example/fixed:1.0.1"
+    assert main_of(component(cluster, "Door"))["env"] == [{"name": "DEBUG", "value": "1"}]
+    assert component(cluster, "Till")["podTemplate"]["metadata"]["annotations"] == {"theirs": "yes"}
+    assert component(cluster, "Extra")["type"] == "worker"
+    changed = cluster.deployment("corner")
+    assert changed["metadata"]["labels"]["theirs"] == "yes"
+    assert changed["spec"]["priorityClassName"] == "high"
+    env = {one["name"]: one for one in changed["spec"]["env"]}
+    assert '"shelves":8' in env["DYN_DEPLOYMENT_CONFIG"]["value"]
+    assert (env["A"]["value"], env["B"]["value"]) == ("1", "2")
+    assert env["KEY"]["valueFrom"]["secretKeyRef"]["key"] == "key"
+    patched = [kind for verb, _, kind in cluster.requests if verb == "PATCH"]
+    assert patched == ["application/merge-patch+json"]
+
+
+def test_an_update_that_another_gets_ahead_of_is_made_again(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk)
+    ahead = 2
+
+    def another(verb: str, _: str) -> None:
+        nonlocal ahead
+        if verb == "PATCH" and ahead:
+            ahead -= 1
+            stored = cluster.deployment("corner")
+            component(cluster, "Store")["replicas"] += 5
+            cluster.touch(stored)
+
+    cluster.before = another
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=8") == 0
+    assert component(cluster, "Store")["replicas"] == 11
+    assert '"shelves":8' in cluster.deployment("corner")["spec"]["env"][0]["value"]
+    ahead = 100
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=9") == 1
+    assert "the object has been modified" in desk.noted
+
+
+def test_an_update_without_a_change_sends_nothing(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--Store.shelves=5")
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=5") == 0
+    assert desk.said == "corner is as it should be.\n"
+    assert not [verb for verb, _, _ in cluster.requests if verb == "PATCH"]
+
+
+def test_an_update_to_another_build(desk: Desk, cluster: KubernetesServer) -> None:
+    before = deploy(desk, "--Store.shelves=5")
+    with (desk.shop / "shop.py").open("a") as file:
+        file.write("# newer\n")
+    after = desk.build()
+    assert desk.run("deployment", "update", "corner", after) == 0
+    assert main_of(component(cluster, "Store"))["image"] == after != before
+    assert '"shelves":5' in cluster.deployment("corner")["spec"]["env"][0]["value"]
+    desk.patch.setenv("DYNAMO_IMAGE", "example/all:3")
+    assert desk.run("deployment", "update", "corner") == 0
+    desk.patch.delenv("DYNAMO_IMAGE")
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=6") == 0
+    assert main_of(component(cluster, "Store"))["image"] == "example/all:3"
+    assert main_of(component(cluster, "Till"))["image"] == "example/till:1.2.3"
+    (desk.directory / "new.yaml").write_text("Store: {gate: x}\n")
+    assert desk.run("deployment", "update", "corner", "-f", str(desk.directory / "new.yaml")) == 0
+    assert cluster.deployment("corner")["spec"]["env"][0]["value"] == '{"Store":{"gate":"x"}}'
+
+
+def test_v1alpha1_can_be_updated_too(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--api-version", "v1alpha1")
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=3") == 0
+    stored = cluster.deployment("corner")
+    assert stored["apiVersion"] == "nvidia.com/v1alpha1"
+    assert stored["spec"]["services"]["Store"]["replicas"] == 3
+
+
+def test_the_planner_is_switched_on_by_the_seeds_own_words(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--Planner.no-operation=false")
+    assert component(cluster, "Planner")["type"] == "planner"
+    assert desk.run("deployment", "update", "corner", "--Planner.no-operation=true") == 0
+    assert [one["name"] for one in cluster.deployment("corner")["spec"]["components"]] == ["Door", "Store", "Till"]
+
+
+def test_the_namespace_is_said_or_the_environments_or_the_contexts(desk: Desk, cluster: KubernetesServer) -> None:
+    cluster.namespaces |= {"said", "context"}
+    desk.patch.setenv("KUBECONFIG", str(cluster.kubeconfig(desk.directory / "other", namespace="context")))
+    tag = deploy(desk)
+    desk.patch.setenv("KUBE_NS", "dynamo-cloud")
+    assert desk.run("deploy", tag, "-n", "corner") == 0
+    assert desk.run("deploy", tag, "-n", "corner", "--namespace", "said") == 0
+    assert sorted(key[2] for key in cluster.objects) == ["context", "dynamo-cloud", "said"]
+    assert all(stored["metadata"]["namespace"] == key[2] for key, stored in cluster.objects.items())
+
+
+def test_waiting(desk: Desk, cluster: KubernetesServer) -> None:
+    asked = 0
+
+    def slowly(deployment: dict[str, Any]) -> None:
+        make_ready(deployment)
+        deployment["status"]["conditions"][0] |= {"status": "False", "message": "pods are pending"}
+        deployment["status"]["components"]["Store"]["readyReplicas"] = 0
+
+    def later(verb: str, _: str) -> None:
+        nonlocal asked
+        asked += verb == "GET"
+        if asked == 4:
+            make_ready(cluster.deployment("corner"))
+
+    cluster.operator, cluster.before = slowly, later
+    tag = deploy(desk)
+    assert "  pods are pending (Store 0/1)\n" in desk.noted
+    assert "state:     ready" in desk.said
+    assert desk.run("deploy", tag, "-n", "late", "--timeout", "0.2") == 1
+    assert "error: late is not ready after 0.2 s: pods are pending (Store 0/1)" in desk.noted
+
+    def failing(deployment: dict[str, Any]) -> None:
+        slowly(deployment)
+        deployment["status"]["state"] = "failed"
+
+    cluster.operator = failing
+    assert desk.run("deploy", tag, "-n", "broken") == 1
+    assert "error: broken failed: pods are pending" in desk.noted
+    cluster.operator = lambda deployment: None
+    assert desk.run("deploy", tag, "-n", "unseen", "--timeout", "0.1") == 1
+    assert "the operator has not seen it yet" in desk.noted
+
+
+def test_an_ingress_shows_where_it_answers(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk)
+    backend = {"service": {"name": "corner-door", "port": {"number": 8000}}}
+    rule = {"host": "shop.example", "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}
+    cluster.put(
+        "networking.k8s.io",
+        "ingresses",
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "Ingress",
+            "metadata": {"name": "shop", "namespace": "default"},
+            "spec": {"rules": [rule], "tls": [{"hosts": ["shop.example"]}]},
+        },
+    )
+    assert desk.run("deployment", "get", "corner") == 0
+    assert "url:       https://shop.example\n" in desk.said
+
+
+def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: KubernetesServer) -> None:
+    tag = deploy(desk)
+    reader = str(cluster.kubeconfig(desk.directory / "reader", token="reader"))
+    stranger = str(cluster.kubeconfig(desk.directory / "stranger", token="nobody"))
+    broken = desk.directory / "broken"
+    broken.write_text("{")
+    theirs = cluster.deployment("corner") | {"metadata": {"name": "theirs", "namespace": "default"}}
+    cluster.put("nvidia.com", "dynamographdeployments", theirs)
+    here = os.environ["KUBECONFIG"]
+    for kubeconfig, arguments, status, words in (
+        (here, ["deploy", tag, "-n", "corner"], 1, "'corner' is taken in namespace default"),
+        (here, ["deploy", "door:00000000", "-n", "x"], 2, "no build 'door:00000000'"),
+        (here, ["deploy", tag, "-n", "x", "--Store.shelfs=1"], 2, "unknown key of Store 'shelfs'"),
+        (here, ["deploy", tag, "-n", "x", "--namespace", "nowhere"], 1, "no namespace 'nowhere' in this cluster"),
+        (here, ["deployment", "get", "nobody"], 1, "no deployment 'nobody' in namespace default"),
+        (here, ["deployment", "delete", "nobody"], 1, "no deployment 'nobody' in namespace default"),
+        (here, ["deployment", "update", "nobody"], 1, "no deployment 'nobody' in namespace default"),
+        (here, ["deployment", "update", "theirs"], 1, "'theirs' was not made by `dynamo deploy`"),
+        (here, ["deployment", "update", "corner", "--Store.shelfs=1"], 2, "unknown key of Store 'shelfs'"),
+        (here, ["deployment", "get", "corner", "--Store.shelves=1"], 2, "takes no configuration"),
+        (
+            reader,
+            ["deploy", tag, "-n", "x"],
+            1,
+            'no rights: dynamographdeployments.nvidia.com is forbidden: User "reader"',
+        ),
+        (reader, ["deployment", "update", "corner", "--Store.shelves=1"], 1, "no rights: "),
+        (reader, ["deployment", "delete", "corner"], 1, "no rights: "),
+        (stranger, ["deployment", "list"], 1, "does not know you: Unauthorized"),
+        (str(broken), ["deployment", "list"], 1, "no cluster: "),
+        (str(desk.directory / "none"), ["deploy", tag, "-n", "x"], 1, "no cluster: "),
+    ):
+        desk.patch.setenv("KUBECONFIG", kubeconfig)
+        assert desk.run(*arguments) == status, arguments
+        errors = [line for line in desk.noted.splitlines() if not line.startswith("note: ")]
+        assert len(errors) == 1, desk.noted
+        assert errors[0].startswith("error: ")
+        assert words in errors[0]
+    assert [key[3] for key in cluster.objects] == ["corner", "theirs"]
+
+
+def test_a_cluster_that_is_away_or_lacks_the_operator(desk: Desk) -> None:
+    tag = desk.build()
+    with KubernetesServer(knows_dynamo=False) as server:
+        desk.patch.setenv("KUBECONFIG", str(server.kubeconfig(desk.directory / "kubeconfig")))
+        for command in (["deploy", tag], ["deployment", "list"], ["deployment", "get", "x"]):
+            assert desk.run(*command) == 1
+            assert "knows no DynamoGraphDeployment: Dynamo's operator is not installed there" in desk.noted
+    assert desk.run("deployment", "list") == 1
+    assert desk.noted == f"error: no cluster answers at {server.url}\n"
+
+
+def test_the_api_store_is_gone_and_that_is_said(desk: Desk, cluster: KubernetesServer) -> None:
+    desk.patch.setenv("DYNAMO_CLOUD", "http://localhost:8080")
+    deploy(desk)
+    assert "note: http://localhost:8080: Dynamo has no api-store any more" in desk.noted
+    assert desk.run("deployment", "list", "-e", "http://elsewhere") == 0
+    assert desk.noted.startswith("note: http://elsewhere: ")
+    assert component(cluster, "Door")["type"] == "frontend"
+
+
+SEEDS_COMMANDS = """
+export KUBE_NS=dynamo-cloud
+export DYNAMO_CLOUD=http://localhost:8080  # If using port-forward
+DYNAMO_TAG=$(dynamo build graphs.disagg:Frontend | grep "Successfully built" |  awk '{ print $NF }' | sed 's/\\.$//')
+export DEPLOYMENT_NAME=multimodal-disagg
+dynamo deploy $DYNAMO_TAG -n $DEPLOYMENT_NAME -f ./configs/disagg.yaml --Planner.no-operation=false
+dynamo deployment get ${DEPLOYMENT_NAME}
+"""
+
+
+def test_the_seeds_commands_run_verbatim(desk: Desk, cluster: KubernetesServer) -> None:
+    environment = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-ec", SEEDS_COMMANDS]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "Created multimodal-disagg of frontend:" in ran.stdout
+    assert ran.stdout.count("http://multimodal-disagg-frontend.dynamo-cloud.svc:8000") == 2
+    stored = cluster.deployment("multimodal-disagg", "dynamo-cloud")["spec"]["components"]
+    assert [one["name"] for one in stored if one["type"] == "planner"] == ["Planner"]
+
+
+@needs_kubectl
+def test_kubectl_sees_and_applies_deployments(desk: Desk, cluster: KubernetesServer) -> None:
+    def kubectl(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120)
+
+    desk.patch.setenv("HOME", str(desk.directory))  # its cache of what the server knows
+    tag = deploy(desk)
+    listed = kubectl("get", "dgd", "-o", "name")
+    assert listed.stdout.split() == ["dynamographdeployment.nvidia.com/corner"], listed.stderr
+    assert desk.run("deploy", tag, "-n", "second", "--dry-run") == 0
+    wrong = kubectl("apply", "-f", "-", text=desk.said.replace("scalingAdapter", "scalingAdaptor"))
+    assert wrong.returncode != 0
+    assert 'unknown field "spec.components[0].scalingAdaptor"' in wrong.stderr
+    applied = kubectl("apply", "-f", "-", text=desk.said)
+    assert applied.returncode == 0, applied.stderr
+    assert cluster.deployment("second")["spec"] == cluster.deployment("corner")["spec"]
+
+
+def test_merging_three_ways() -> None:
+    last = {"a": 1, "b": 1, "gone": 1, "list": [{"name": "x", "v": 1}, {"name": "y", "v": 1}], "plain": [1]}
+    live = {
+        "a": 2,
+        "b": 2,
+        "gone": 3,
+        "list": [{"name": "y", "v": 5}, {"name": "z"}, {"name": "x", "v": 1}],
+        "plain": [2],
+    }
+    wanted = {"a": 1, "b": 3, "new": 1, "list": [{"name": "x", "v": 2}, {"name": "y", "v": 1}], "plain": [1]}
+    found = three_way(last, wanted, live)
+    assert found == {
+        "a": 2,
+        "b": 3,
+        "list": [{"name": "y", "v": 5}, {"name": "z"}, {"name": "x", "v": 2}],
+        "plain": [2],
+        "new": 1,
+    }
+    assert merged(live, change(live, found)) == found
+    dropped = three_way(last, wanted | {"list": [{"name": "x", "v": 1}]}, live)
+    assert dropped["list"] == [{"name": "z"}, {"name": "x", "v": 1}]
+    assert change(live, live) == {}
+    assert live["gone"] == 3
+
+
+@contextlib.contextmanager
+def nats(log: Path) -> Iterator[str]:
+    port = free_port()
+    with log.open("w") as file:
+        process = subprocess.Popen([nats_binary(), "-p", str(port), "-a", "127.0.0.1"], stdout=file, stderr=file)
+    try:
+        eventually(lambda: "Server is ready" in log.read_text(), "nats-server")
+        yield f"nats://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def low_port() -> int:
+    """A free one up to 32767: the runtime reads DYN_SYSTEM_PORT as a signed number of 16 bits."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Pod:
+    """A stand-in for the operator and the kubelet: the command of a manifest's component as a process, with the
+    variables that the operator adds to it (component_common.go, component_frontend.go, component_worker.go).
+    """
+
+    def __init__(self, stored: dict[str, Any], component: dict[str, Any], kubeconfig: str, nats: str, code: Path):
+        self.name = f"{stored['metadata']['name']}-{component['name'].lower()}-0"
+        self.main = main_of(component)
+        self.ports = {8000: free_port(), 9090: low_port()}
+        self.uid = f"uid-of-{self.name}"
+        namespace, parent = stored["metadata"]["namespace"], stored["metadata"]["name"]
+        added = {
+            "DYN_NAMESPACE": f"{namespace}-{parent}",
+            "DYN_COMPONENT": component["type"],
+            "DYN_PARENT_DGD_K8S_NAME": parent,
+            "DYN_PARENT_DGD_K8S_NAMESPACE": namespace,
+            "POD_NAME": self.name,
+            "POD_NAMESPACE": namespace,
+            "POD_UID": self.uid,
+            "DYN_DISCOVERY_BACKEND": "kubernetes",
+            "NATS_SERVER": nats,
+            "KUBECONFIG": kubeconfig,  # in a pod its account
+        }
+        if component["type"] == "frontend":
+            added |= {"DYNAMO_PORT": "8000", "DYN_HTTP_PORT": "8000", "DYN_NAMESPACE_PREFIX": f"{namespace}-{parent}"}
+        else:
+            added |= {
+                "DYN_SYSTEM_ENABLED": "true",
+                "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]',
+                "DYN_SYSTEM_PORT": str(self.ports[9090]),
+                "DYN_HEALTH_CHECK_ENABLED": "false",
+                "DYN_NAMESPACE_WORKER_SUFFIX": "0a1b2c3d",
+            }
+        own = [*stored["spec"]["env"], *self.main.get("env", [])]
+        environment = clean_environment() | added | {one["name"]: one["value"] for one in own}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        # One machine has one port 8000, and that may be another's.
+        arguments = [str(self.ports[8000]) if word == "8000" else word for word in self.main["args"]]
+        self._log = code / f"{self.name}.log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*self.main["command"], *arguments],
+                cwd=code,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def probe(self, kind: str) -> int:
+        """HTTP status, or 0 where nothing listens."""
+        get = self.main[f"{kind}Probe"]["httpGet"]
+        try:
+            url = f"{get['scheme'].lower()}://127.0.0.1:{self.ports[get['port']]}{get['path']}"
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+
+    def show(self, cluster: KubernetesServer) -> None:
+        """A ready pod's EndpointSlice, as a Service of the operator's makes Kubernetes write it."""
+        labels = {"nvidia.com/dynamo-discovery-backend": "kubernetes", "nvidia.com/dynamo-discovery-enabled": "true"}
+        target = {"kind": "Pod", "name": self.name, "namespace": "default", "uid": self.uid}
+        cluster.put(
+            "discovery.k8s.io",
+            "endpointslices",
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {"name": self.name, "namespace": "default", "labels": labels},
+                "addressType": "IPv4",
+                "ports": [{"name": "system", "port": 9090}],
+                "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}, "targetRef": target}],
+            },
+        )
+
+    def stop(self) -> int:
+        """As the kubelet: a SIGTERM to the first process."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def test_the_manifests_command_starts_its_service_and_answers_on_its_probes(
+    desk: Desk, cluster: KubernetesServer
+) -> None:
+    """With the operator's variables and its discovery: the runtime itself talks to the API server."""
+    gate = desk.directory / "gate"
+    build = builds.find(deploy(desk, f"--Store.gate={gate}"))
+    stored = cluster.deployment("corner")
+    with nats(desk.directory / "nats.log") as server:
+        kubeconfig = str(cluster.kubeconfig(desk.directory / "kubeconfig"))
+        door, store = (
+            Pod(stored, component(cluster, name), kubeconfig, server, build.code) for name in ("Door", "Store")
+        )
+        try:
+            # The runtime answers all of them alike: with what the startup probe waits for.
+            eventually(lambda: store.probe("startup") == 503, "the store is on its way", 120)
+            assert store.probe("readiness") == 503
+            gate.touch()
+            eventually(lambda: store.probe("startup") == 200, "the store is up", 60)
+            assert store.probe("liveness") == store.probe("readiness") == 200
+            store.show(cluster)
+            eventually(lambda: door.probe("readiness") == 200, "the door is ready", 120)
+            assert door.probe("liveness") == 200
+            eventually(lambda: buy(door) == {"goods": ["one lamp"]}, "the door finds the store", 60)
+            found = cluster.objects["nvidia.com", "dynamoworkermetadatas", "default", store.name]["spec"]["data"]
+            assert sorted(path.rpartition("/")[0] for path in found["endpoints"]) == [
+                "default-corner-0a1b2c3d/store/fetch",
+                "default-corner-0a1b2c3d/store/generate",
+                "default-corner/store/fetch",
+                "default-corner/store/generate",
+            ]
+        finally:
+            statuses = [pod.stop() for pod in (door, store)]
+            print(door.output, store.output)
+    assert statuses == [0, 0]
+
+
+def buy(door: Pod) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{door.ports[8000]}/buy", b'{"what": "lamp"}', {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return yaml.safe_load(reply.read())
+    except OSError as error:
+        return error
+
+
+def test_a_pod_without_nats_says_so(desk: Desk, cluster: KubernetesServer) -> None:
+    build = builds.find(deploy(desk))
+    stored = cluster.deployment("corner")
+    pod = Pod(stored, component(cluster, "Store"), os.environ["KUBECONFIG"], "", build.code)
+    assert pod.process.wait(120) == 2
+    assert pod.output.startswith("error: the operator gives no NATS_SERVER")
