@@ -128,6 +128,19 @@ def test_bfloat16_is_near() -> None:
     assert 0 < np.abs(rough - expected(plain("flux"), WANTED)).mean() < 3
 
 
+def test_no_step_attends_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = generator("pixart")._pipeline.transformer
+    forward, seen = denoiser.forward, []
+
+    def told(*given: Any, **named: Any) -> Any:
+        seen.append(named["encoder_hidden_states"].shape[1])
+        return forward(*given, **named)
+
+    monkeypatch.setattr(denoiser, "forward", told)
+    made = make(generator("pixart"), replace(WANTED, guidance_scale=1.0))
+    assert seen == [made.prompt_tokens] * 4
+
+
 # T5 elsewhere
 
 

@@ -106,6 +106,8 @@ def load(
         _slice_vae(pipeline)
     if switches.compile:
         _compile(pipeline)
+    else:  # which has one form for each shape, and would make one for each length of prompt
+        denoiser_of(pipeline).register_forward_pre_hook(_without_padding, with_kwargs=True)
     return pipeline
 
 
@@ -146,6 +148,18 @@ def _check_tokenizers(directory: str, index: Mapping[str, Any]) -> None:
 def denoiser_of(pipeline: Any) -> Any:
     """The transformer or UNet that is called at every step."""
     return pipeline.components.get("transformer") or pipeline.components.get("unet")
+
+
+def _without_padding(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Cuts off the text's padding where the denoiser is told of it: PixArt pads ten tokens to 300, and attends to none
+    of what it adds."""
+    states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+    if states is None or mask is None or mask.shape != states.shape[:2]:
+        return None
+    real = max(1, int(mask.sum(1).max()))
+    if mask[:, real:].any():
+        return None
+    return given, named | {"encoder_hidden_states": states[:, :real], "encoder_attention_mask": mask[:, :real]}
 
 
 def _load_lora(pipeline: Any, name: str, source: str) -> None:
