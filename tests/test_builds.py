@@ -203,6 +203,9 @@ def test_wrong_graphs_are_said_in_one_line(desk: Desk) -> None:
     assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop), "--Store.shelves=4") == 2
     assert desk.noted == "error: --Store.shelves: a build takes no configuration\n"
     assert desk.run("build", "shop:Door", "--working-dir", str(desk.directory / "none")) == 2
+    (desk.shop / "goods" / "words.py").write_text("def label(:\n")
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop)) == 2
+    assert desk.noted.startswith("error: goods/words.py: invalid syntax")
 
 
 def test_what_the_graphs_here_are_built_of(tmp_path: Path) -> None:

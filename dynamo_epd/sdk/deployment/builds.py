@@ -186,9 +186,9 @@ def _below(spec: str, root: Path) -> tuple[str, Path]:
 
 def modules_of(start: Path, root: Path) -> list[str]:
     """The files that ``start`` needs of those below ``root``: the modules that it imports, also inside functions, the
-    packages that they are in, and the data that lies beside them. This library is left out. In order of their paths.
+    packages that they are in, and the data that lies in these. This library is left out. In order of their paths.
 
-    Modules whose names are put together while running are not found.
+    Modules whose names are put together while running are not found. Raises ConfigError for what is no Python.
     """
     roots = [root] if start.parent == root else [root, start.parent]
     found: set[Path] = set()
@@ -219,7 +219,11 @@ def _file_of(module: str, root: Path) -> Path | None:
 
 def _imports(file: Path, root: Path) -> Iterator[str]:
     package = list(file.parent.relative_to(root).parts)
-    for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{file.relative_to(root)}: {error}") from error
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

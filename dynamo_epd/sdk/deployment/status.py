@@ -14,15 +14,15 @@ READY = "ready"
 def state(live: dict[str, Any]) -> str:
     """``ready``, or what is missing."""
     status = live.get("status") or {}
-    if status.get("observedGeneration", 0) < live["metadata"].get("generation", 0):
+    if not _seen(live):
         return "the operator has not seen it yet"
     condition = next((one for one in status.get("conditions") or [] if one["type"] == "Ready"), None)
     if condition is not None and condition["status"] == "True":
         return READY
     missing = [
-        f"{name} {one.get('readyReplicas', 0)}/{one['replicas']}"
+        f"{name} {_up(one)}/{one['replicas']}"
         for name, one in (status.get("components") or {}).items()
-        if one.get("readyReplicas", 0) < one["replicas"]
+        if _up(one) < one["replicas"]
     ]
     said = (condition or {}).get("message") or status.get("state") or "pending"
     return f"{said} ({', '.join(missing)})" if missing else str(said)
@@ -30,9 +30,19 @@ def state(live: dict[str, Any]) -> str:
 
 def failed(live: dict[str, Any]) -> bool:
     """Whether the operator has given up."""
+    return _seen(live) and live["status"].get("state") == "failed"
+
+
+def _seen(live: dict[str, Any]) -> bool:
+    """Whether the status is of what is wanted now. An operator that does not number it is believed."""
     status = live.get("status") or {}
-    seen = status.get("observedGeneration", 0) >= live["metadata"].get("generation", 0)
-    return seen and status.get("state") == "failed"
+    generation = live["metadata"].get("generation", 0)
+    return bool(status) and status.get("observedGeneration", generation) >= generation
+
+
+def _up(count: dict[str, Any]) -> int:
+    """Scaling groups have no count of what is ready, only of what is available."""
+    return int(count.get("readyReplicas", count.get("availableReplicas", 0)))
 
 
 def frontend_service(live: dict[str, Any]) -> str:
@@ -64,7 +74,7 @@ def describe(live: dict[str, Any], addresses: list[str]) -> str:
 
 
 def _ready(count: dict[str, Any], component: dict[str, Any]) -> str:
-    return f"{count.get('readyReplicas', 0)} of {count.get('replicas', component.get('replicas', 1))} ready"
+    return f"{_up(count)} of {count.get('replicas', component.get('replicas', 1))} ready"
 
 
 def table(found: list[dict[str, Any]]) -> str:
