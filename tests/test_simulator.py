@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.planner.measure import written
 from benchmarks.planner.replay import HERE, replay, summary
 from dynamo_epd.planning.policy import mean_wait
 from dynamo_epd.planning.simulator import Replay, Simulator, static_peak
@@ -131,6 +132,18 @@ def test_what_is_published_is_what_the_replay_gives(recorded: Trace, replayed: t
 def test_static_peak_is_enough_for_the_highest_load(recorded: Trace) -> None:
     for stage, count in static_peak(recorded).items():
         assert recorded.peak_load(stage) / count <= 0.7 + 1e-9
+
+
+def test_service_times_that_are_measured_anew_leave_the_load_as_it_was(recorded: Trace) -> None:
+    halved = {stage: one.seconds / 2 for stage, one in recorded.service_times.stages.items()}
+    table = msgspec.to_builtins(recorded)
+    trace = msgspec.convert(written(table, halved, "a test's"), Trace)
+    assert trace.service_times.measured
+    assert trace.mean_rate("picture") == pytest.approx(2 * recorded.mean_rate("picture"))
+    for stage in recorded.limits:
+        assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0))
+    with pytest.raises(ValueError, match="nothing ran in ImageWorker"):
+        written(table, {stage: 1.0 for stage in halved if stage != "ImageWorker"}, "a test's")
 
 
 def test_a_trace_with_names_that_do_not_fit_is_refused() -> None:
