@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import pytest
 
 from dynamo_epd.sdk.control import LINE_BYTES, ControlError, ask
 from tests.test_worker import eventually
+from tests.toys.calling import Callers, busy_worker, door
+from tests.toys.calling import ready as counts
 from tests.toys.running import ROOT, Served
 
 GRAPH = "tests/toys/scaled.py:Front"
@@ -46,52 +47,16 @@ def scale(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def door(home: Path) -> Path:
-    (record,) = (home / "dynamo" / "graphs").glob("*.json")
-    return Path(json.loads(record.read_text())["socket"])
-
-
-def counts(home: Path) -> dict[str, int]:
-    services = asyncio.run(ask(door(home), do="status"))["services"]
-    return {name: sum(one["ready"] for one in workers) for name, workers in services.items()}
-
-
-class Callers:
-    """Threads that call without pause. ``answers``: what each call gave, as text."""
-
-    def __init__(self, graph: Served, number: int, seconds: float):
-        self.answers: list[str] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._call, args=(graph, seconds)) for _ in range(number)]
-
-    def _call(self, graph: Served, seconds: float) -> None:
-        while not self._stop.is_set():
-            self.answers.append(graph.post("call", {"seconds": seconds}))
-
-    @property
-    def lost(self) -> list[str]:
-        return [answer for answer in self.answers if '"workers"' not in answer]
-
-    def __enter__(self) -> Callers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
-
-
 def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, home: Path) -> None:
-    with Callers(served, 4, 0.1) as callers:
+    with Callers(served, seconds=0.1) as callers:
+        callers.number(4)
         ran = scale(home, GRAPH, "Busy=3")
         assert (ran.returncode, ran.stdout) == (0, "Busy: 1 → 3 workers\nBusy: 3 ready\n"), ran.stderr
         first = served.workers("Busy")
         assert set(first) == {0, 1, 2}
         assert served.workers("Calm").keys() == {0}
         grown = len(callers.answers)
-        eventually(lambda: {_busy(one) for one in callers.answers[grown:]} == {0, 1, 2}, "work reaches all three")
+        eventually(lambda: {busy_worker(one) for one in callers.answers[grown:]} == {0, 1, 2}, "work reaches all three")
         ran = scale(home, GRAPH, "Busy=1")
         assert (ran.returncode, ran.stdout) == (0, "Busy: 3 → 1 workers\nBusy: 1 ready\n"), ran.stderr
         assert served.workers("Busy") == {0: first[0]}, "the highest go first"
@@ -104,10 +69,6 @@ def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, h
     shown = [line for line in served.lines if "→" in line or "has left" in line]
     assert shown[:2] == ["Busy: 1 → 3 workers (by hand)", "Busy: 3 → 1 workers (by hand)"]
     assert sorted(shown[2:4]) == ["Busy-1 has left", "Busy-2 has left"]
-
-
-def _busy(answer: str) -> int:
-    return int(json.loads(answer)["workers"][0])
 
 
 def test_a_worker_that_does_not_come_up_is_taken_back_and_the_graph_goes_on(served: Served, home: Path) -> None:

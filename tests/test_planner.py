@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +13,9 @@ import pytest
 from components.planner import CONCURRENCY, Planner, PlannerConfig
 from dynamo_epd.planning.policy import Limits
 from dynamo_epd.sdk.config import ConfigError, Document, resolve
-from dynamo_epd.sdk.control import ask
 from dynamo_epd.sdk.graph import build_graph
-from tests.test_control import door
 from tests.test_worker import eventually
+from tests.toys.calling import Callers, busy_worker, ready
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/scaled.py:Front"
@@ -29,34 +26,6 @@ SETTINGS = (
     "--Planner.stages.Busy={max: 4, cool-down: 5, window: 8, queue-target: 0.5}",
     "--Planner.stages.Calm={max: 4, cool-down: 5, window: 8, queue-target: 0.5}",
 )
-
-
-class Callers:
-    """Clients that ask, think as long as a request runs, and ask again."""
-
-    def __init__(self, graph: Served):
-        self._graph = graph
-        self._stops: list[threading.Event] = []
-        self._threads: list[threading.Thread] = []
-        self.answers: list[str] = []
-
-    def number(self, count: int) -> None:
-        while len(self._stops) > count:
-            self._stops.pop().set()
-        while len(self._stops) < count:
-            stop = threading.Event()
-            self._stops.append(stop)
-            self._threads.append(threading.Thread(target=self._call, args=(stop,)))
-            self._threads[-1].start()
-
-    def _call(self, stop: threading.Event) -> None:
-        while not stop.wait(WORK):
-            self.answers.append(self._graph.post("call", {"seconds": WORK}))
-
-    def close(self) -> None:
-        self.number(0)
-        for thread in self._threads:
-            thread.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +39,8 @@ def served(home: Path) -> Iterator[Served]:
         yield graph.wait_until_up()
 
 
-def ready(home: Path) -> dict[str, int]:
-    services = asyncio.run(ask(door(home), do="status"))["services"]
-    return {name: sum(one["ready"] for one in workers) for name, workers in services.items()}
-
-
 def test_a_load_that_doubles_and_halves_moves_the_stage_that_is_short_and_no_other(served: Served, home: Path) -> None:
-    callers = Callers(served)
-    try:
+    with Callers(served, seconds=WORK, think=WORK) as callers:
         callers.number(1)
         eventually(lambda: len(callers.answers) >= 10, "a steady load", 60)
         assert ready(home)["Busy"] == 1, served.text
@@ -87,16 +50,14 @@ def test_a_load_that_doubles_and_halves_moves_the_stage_that_is_short_and_no_oth
         eventually(lambda: ready(home)["Busy"] >= 2, "the stage that is short has grown", 60)
         grown = len(callers.answers)
         eventually(lambda: len(callers.answers) > grown + 20, "answers of more workers than one", 60)
-        assert any('"workers":[1,' in one for one in callers.answers[grown:])
+        assert {busy_worker(one) for one in callers.answers[grown:]} > {0}
         for halved in (2, 1):
             callers.number(halved)
             time.sleep(1)
         eventually(lambda: len(served.workers("Busy")) == 1, "it has shrunk again", 240)
         answered = len(callers.answers)
         eventually(lambda: len(callers.answers) > answered + 3, "answers of the one that is left", 60)
-    finally:
-        callers.close()
-    assert [one for one in callers.answers if '"workers"' not in one] == []
+    assert callers.lost == []
     changes = [match for line in served.lines if (match := re.match(r"(\w+): (\d+) → (\d+) workers \((.+)\)$", line))]
     assert {one[1] for one in changes} == {"Busy"}, served.text
     assert int(changes[-1][3]) == 1
