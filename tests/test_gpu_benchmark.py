@@ -188,7 +188,9 @@ def test_what_cannot_be_compiled_has_failed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_model_is_gone_when_its_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, built, there = tower("clip"), [], []
+    one = tower("clip")
+    built: list[weakref.ref[torch.nn.Module]] = []
+    there: list[bool] = []
 
     def remembered() -> torch.nn.Module:
         model = one.build()
