@@ -182,7 +182,7 @@ def test_planner_keys_are_known_to_graphs_without_a_planner(tmp_path: Path) -> N
     assert set(settle(tmp_path, "", "--Planner.no-operation=true")) == {"Old", "Worker"}
 
 
-def test_the_planner_starts_no_process_and_its_policy_is_refused() -> None:
+def test_the_planner_starts_a_process_only_where_it_is_switched_on() -> None:
     from components.planner import Planner
 
     quiet = resolve(build_graph(Planner, "nobody"), Document())["Planner"]
@@ -190,5 +190,4 @@ def test_the_planner_starts_no_process_and_its_policy_is_refused() -> None:
     assert not quiet.runs
     document = Document()
     document.override("Planner", "no-operation", "false")
-    with pytest.raises(ConfigError, match="not part of this version"):
-        resolve(build_graph(Planner, "nobody"), document)
+    assert resolve(build_graph(Planner, "nobody"), document)["Planner"].runs

@@ -251,6 +251,13 @@ def test_a_wrong_configuration_names_its_place(tmp_path: Path, text: str, messag
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(("port", "message"), [("32767", "take the ports to 32768"), ("high", "must be a number")])
+def test_a_system_port_that_no_worker_could_read_is_refused(port: str, message: str) -> None:
+    ran = dynamo("serve", RELAY, "--Back.ServiceArgs.workers=0", "--dry-run", DYN_SYSTEM_PORT=port)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+
+
 def test_an_import_error_in_the_users_module_shows(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import not_installed_anywhere\n")
     ran = dynamo("serve", "mine:Front", "--working-dir", str(tmp_path))

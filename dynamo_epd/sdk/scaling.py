@@ -18,13 +18,13 @@ from typing import Any
 
 from dynamo_epd.sdk.config import PLANNER, ConfigError
 from dynamo_epd.sdk.gpus import Share
-from dynamo_epd.sdk.serve import Plan, has_http, slot_for
+from dynamo_epd.sdk.serve import MOST_SYSTEM_PORT, Plan, has_http, slot_for
 from dynamo_epd.sdk.supervisor import Slot, Supervisor
 
 MAX_WORKERS = 64
 """Of one service on one machine, where the configuration sets no lower bound."""
-FREE_PORTS = 20000, 32768
-"""Runtime 1.6 reads ``DYN_SYSTEM_PORT`` as a signed 16-bit number; above, Linux gives ports to clients anyway."""
+FREE_PORTS = 20000, MOST_SYSTEM_PORT + 1
+"""Above, Linux gives ports to clients anyway."""
 AFTER_FAILURE_SECONDS = 60.0
 """A service one of whose added workers did not come up gets no other one for so long."""
 

@@ -32,6 +32,8 @@ DEFAULT_DRAIN = 30.0
 DEFAULT_START = 1800.0
 """Seconds that a worker may take to become ready: a large checkpoint from a slow disk takes many minutes."""
 NATS_SLOT = "nats"
+MOST_SYSTEM_PORT = 32767
+"""Runtime 1.6 reads ``DYN_SYSTEM_PORT`` as a signed 16-bit number, and dies of a larger one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str
         services = [arguments.service_name]
     services = [name for name in services if settings[name].runs and settings[name].workers > 0]
     wanted = {name: settings[name] for name in services}
+    _check_system_port(sum(one.workers for one in wanted.values()))
     devices = visible_gpus()
     try:
         shares = gpus_for(wanted, devices)
@@ -143,6 +146,20 @@ def _elsewhere(given: list[str], graph: Graph) -> dict[str, str]:
             raise ConfigError(f"--depends {text}: must be Service=namespace/component of a service of this graph")
         found[service] = address
     return found
+
+
+def _check_system_port(workers: int) -> None:
+    """Raises ConfigError for a first port from which not every worker's could be read."""
+    first = os.environ.get("DYN_SYSTEM_PORT", "")
+    try:
+        last = int(first or -1) + workers - 1
+    except ValueError as error:
+        raise ConfigError(f"DYN_SYSTEM_PORT={first}: must be a number") from error
+    if last > MOST_SYSTEM_PORT:
+        raise ConfigError(
+            f"DYN_SYSTEM_PORT={first}: {workers} workers take the ports to {last}; the runtime reads none above "
+            f"{MOST_SYSTEM_PORT}"
+        )
 
 
 def worker_environment(
