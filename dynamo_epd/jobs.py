@@ -257,7 +257,7 @@ class JobQueue:
                 await message.nak(self._config.retry_seconds)
                 return
             try:
-                with tracing.span("job", kind="consumer", carrier=message.headers or {}, **{"job.id": job.id}):
+                with tracing.span("job", {"job.id": job.id}, kind="consumer", carrier=message.headers or {}):
                     await run(job)
             except (asyncio.CancelledError, Overloaded, StageUnavailable) as reason:
                 # Not the job's fault: this worker leaves, or something it needs is away for a while.

@@ -100,7 +100,11 @@ def start() -> Tracer:
 
 @contextmanager
 def span(
-    name: str, *, kind: Kind = "internal", carrier: Mapping[str, str] | None = None, **attributes: Any
+    name: str,
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    kind: Kind = "internal",
+    carrier: Mapping[str, str] | None = None,
 ) -> Iterator[Span]:
     """Around what is done. It belongs to the span around it, or to the one that ``carrier`` tells of.
 
@@ -116,7 +120,7 @@ def span(
     kinds = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "consumer": SpanKind.CONSUMER}
     with start().start_as_current_span(name, context=context, kind=kinds[kind]) as one:
         recorded = _Recorded(one)
-        recorded.describe(attributes)
+        recorded.describe(attributes or {})
         yield recorded
 
 

@@ -50,7 +50,7 @@ class Collector:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, Any]:
         return {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",

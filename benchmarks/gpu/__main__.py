@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype,
         options.repeats,
         sides=(256, 512) if small else (4096, 8192, 16384),
-        copied=2**27 if small else 2**31,
+        copied=2**26 if small else 2**31,
     )
     compile_mode = options.compile or (sweep.CAPTURE if options.toy else "default")
     setup = sweep.Setup(device, dtype, found, options.repeats, compile_mode)

@@ -2,14 +2,13 @@
 """What a device can do, measured: the rate of matrix products and the bandwidth of its memory.
 
 Data sheets state both for a clock that a card does not hold under load, so a model is compared with what the same card
-did a minute before.
+did a minute before. The fastest repeat counts: it is a ceiling, and a slow one says what else the machine was doing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -57,7 +56,7 @@ def measure(device: torch.device, dtype: torch.dtype, repeats: int, *, sides: tu
     flops = max(_matmul_rate(side, device, dtype, repeats) for side in sides)
     source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    bandwidth = 2 * copied / median(seconds(lambda: target.copy_(source), device, repeats))
+    bandwidth = 2 * copied / min(seconds(lambda: target.copy_(source), device, repeats))
     return Roofline(flops, bandwidth, str(dtype).removeprefix("torch."))
 
 
@@ -66,4 +65,4 @@ def _matmul_rate(side: int, device: torch.device, dtype: torch.dtype, repeats: i
     left = torch.randn(side, side, device=device, dtype=dtype)
     right = torch.randn(side, side, device=device, dtype=dtype)
     out = torch.empty_like(left)
-    return 2 * side**3 / median(seconds(lambda: torch.mm(left, right, out=out), device, repeats))
+    return 2 * side**3 / min(seconds(lambda: torch.mm(left, right, out=out), device, repeats))

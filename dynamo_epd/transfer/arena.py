@@ -238,7 +238,7 @@ class Arena:
         self._quiet.clear()
         lengths = [handle.length for handle in handles]
         try:
-            with tracing.span("nixl.read", **{"nixl.handles": len(handles), "nixl.bytes": sum(lengths)}):
+            with tracing.span("nixl.read", {"nixl.handles": len(handles), "nixl.bytes": sum(lengths)}):
                 async with asyncio.timeout_at(deadline):
                     peers = [await self._peer_of(handle) for handle in handles]
                 reservation = await self._slots.reserve(lengths, deadline - loop.time())
