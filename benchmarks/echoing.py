@@ -72,7 +72,7 @@ class EchoWorker(DecodeWorker):
 
         self.engine: Any = EchoEngine(self.config.slots, self.config.token_seconds)
         metrics = Metrics(dynamo_context["namespace"], "EchoWorker", "echo")
-        self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
+        self.metrics = metrics.stage()
         await self.open_arena(self.config.arena_bytes)
 
 

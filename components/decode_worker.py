@@ -49,14 +49,14 @@ class DecodeWorker(ArenaOwner):
         role: Role = "decode" if "PrefillWorker" in dynamo_context["graph"].services else "both"
         self.engine = await LanguageEngine.start(self.config.engine_args, role, self.config.engine_silence)
         metrics = Metrics(dynamo_context["namespace"], "DecodeWorker", self.config.engine_args["model"])
-        self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
+        self.metrics = metrics.stage()
         await self.open_arena(self.config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
 
     @endpoint()
     async def generate(self, request: DecodeRequest) -> AsyncIterator[Delta]:
         """One answer. Leaving early aborts it in the engine."""
-        with self.metrics.running():
+        with self.metrics.visit() as visit:
             async with AsyncExitStack() as held:
                 images = await held.enter_async_context(
                     self.prompt_images(request.images, self.config.transfer_timeout)
@@ -74,7 +74,7 @@ class DecodeWorker(ArenaOwner):
                         # The engine has its own copy by the first token: the arena's room is for the next prompt.
                         await held.aclose()
                         if delta.queue_seconds is not None:
-                            self.metrics.queue.observe(delta.queue_seconds)
+                            visit.waited = delta.queue_seconds
                         yield delta
 
     @endpoint()

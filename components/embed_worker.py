@@ -54,7 +54,7 @@ class EmbedWorker(ArenaOwner):
             TextEncoder, config.model, dtype=config.dtype, max_tokens=config.max_tokens
         )
         metrics = Metrics(dynamo_context["namespace"], "EmbedWorker", config.model)
-        self.metrics = metrics.stage(lambda: float(len(self.batcher)))
+        self.metrics = metrics.stage()
         self.batcher = Batcher(
             self.encoder.encode,
             most=config.batch_tokens,
@@ -76,10 +76,10 @@ class EmbedWorker(ArenaOwner):
             self.encoder.tokenize(text, f"input[{index}]" if several else "input")
             for index, text in enumerate(request.texts)
         ]
-        done = await asyncio.gather(*(self.batcher.submit(ids) for ids in items))
-        queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
-        self.metrics.queue.observe(queued)
-        self.metrics.run.observe(ran)
+        with self.metrics.visit() as visit:
+            done = await asyncio.gather(*(self.batcher.submit(ids) for ids in items))
+            queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
+            visit.waited = queued
         tracing.generation("embeddings", {"model": self.name})
         tracing.usage(sum(len(ids) for ids in items))
         vectors = [one.result.vector.numpy().tobytes() for one in done]
@@ -93,9 +93,9 @@ class EmbedWorker(ArenaOwner):
             raise InvalidRequest(f"a prompt has from 1 to {self.config.batch_tokens} tokens")
         real = request.ids[: request.real]
         rows = [real] if request.masked else [request.ids, real]
-        done = await asyncio.gather(*(self.batcher.submit(row) for row in rows))
-        self.metrics.queue.observe(done[0].queue_seconds)
-        self.metrics.run.observe(done[0].run_seconds)
+        with self.metrics.visit() as visit:
+            done = await asyncio.gather(*(self.batcher.submit(row) for row in rows))
+            visit.waited = max(one.queue_seconds for one in done)
         handle = await self.offer(done[0].result.states.contiguous(), self.config.lease_seconds)
         yield States(handle, done[-1].result.vector.numpy().tobytes())
 

@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -65,7 +64,7 @@ class EncodeWorker(ArenaOwner):
         await asyncio.to_thread(self._warm_up)
         self.revision = revision_of(self.config.engine_args)
         metrics = Metrics(dynamo_context["namespace"], "EncodeWorker", self.config.engine_args["model"])
-        self.metrics = metrics.stage(lambda: float(len(self.batcher)))
+        self.metrics = metrics.stage()
         self.batcher: Batcher[Any, Any] = Batcher(
             self.encoder.embed,
             most=self.config.max_batch,
@@ -81,13 +80,13 @@ class EncodeWorker(ArenaOwner):
     @endpoint()
     async def encode(self, request: EncodeRequest) -> AsyncIterator[Encoded]:
         """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
-        arrived = perf_counter()
-        data = await self._data(request.picture)
-        uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
-        entry, queued = self.arena.lookup(uuid), 0.0
-        if entry is None:
-            entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
-        self.metrics.run.observe(perf_counter() - arrived)
+        with self.metrics.visit() as visit:
+            data = await self._data(request.picture)
+            uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
+            entry, queued = self.arena.lookup(uuid), 0.0
+            if entry is None:
+                entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
+            visit.waited = queued
         handle = self.arena.lease(entry, self.config.lease_seconds)
         if self.give(request.request_id, handle):
             yield Encoded(handle, uuid, self.metadata[entry], queued)
@@ -115,7 +114,6 @@ class EncodeWorker(ArenaOwner):
         """The embedding in the arena, and the seconds that it waited for its batch."""
         item = await asyncio.to_thread(self._process, data)
         ran = await self.batcher.submit(item)
-        self.metrics.queue.observe(ran.queue_seconds)
         embedding = ran.result
         size = embedding.numel() * embedding.element_size()
         with await self.arena.reserve([size], timeout=self.config.lease_seconds) as (slot,):

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from dynamo_epd.diffusion.generator import Made, Wanted
     from dynamo_epd.diffusion.text_encoder import Conditioning, Row
     from dynamo_epd.jobs import Job
+    from dynamo_epd.metrics import Visit
 
 LEASE_SECONDS = 60.0
 """Of pixels, where the request names no deadline."""
@@ -111,7 +112,7 @@ class ImageWorker(ArenaOwner):
         self.loop = asyncio.get_running_loop()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="denoise")
         metrics = Metrics(dynamo_context["namespace"], "ImageWorker", config.model)
-        self.metrics = metrics.stage(lambda: float(self.waiting))
+        self.metrics = metrics.stage()
         self.steps = metrics.denoise_steps()
         self.images = metrics.images()
         await self.open_arena(config.arena_bytes)
@@ -152,8 +153,9 @@ class ImageWorker(ArenaOwner):
         self.waiting += 1
         making = _Making(self, wanted, request)
         try:
-            async for event in making.events():
-                yield event
+            with self.metrics.visit() as visit:
+                async for event in making.events(visit):
+                    yield event
         finally:
             making.stop.set()
             self.waiting -= 1
@@ -250,9 +252,9 @@ class _Making:
         self._last = 0.0
         self.stop = threading.Event()
 
-    async def events(self) -> AsyncIterator[Generated]:
+    async def events(self, visit: Visit) -> AsyncIterator[Generated]:
         worker, wanted, arrived = self._worker, self._wanted, perf_counter()
-        began = arrived
+        began: float | None = None
 
         def work() -> Made:
             nonlocal began
@@ -274,9 +276,9 @@ class _Making:
         finally:
             self.stop.set()
             task.cancel()
+            visit.waited = (began or perf_counter()) - arrived
+        assert began is not None
         queued, ran = began - arrived, perf_counter() - began
-        worker.metrics.queue.observe(queued)
-        worker.metrics.run.observe(ran)
         worker.images.inc()
         handle = stored = None
         if self._request.keep:

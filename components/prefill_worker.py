@@ -47,19 +47,19 @@ class PrefillWorker(ArenaOwner):
 
         self.engine = await LanguageEngine.start(self.config.engine_args, "prefill", self.config.engine_silence)
         metrics = Metrics(dynamo_context["namespace"], "PrefillWorker", self.config.engine_args["model"])
-        self.metrics = metrics.stage(lambda: float(self.engine.unfinished))
+        self.metrics = metrics.stage()
         await self.open_arena(self.config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
 
     @endpoint()
     async def prefill(self, request: PrefillRequest) -> AsyncIterator[PrefillReply]:
         """Replies once, when the KV cache of the whole prompt is there."""
-        with self.metrics.running():
+        with self.metrics.visit() as visit:
             async with self.prompt_images(request.images, self.config.transfer_timeout) as images:
                 filled = await self.engine.prefill(
                     request.request_id, request.token_ids, images, cache_salt=request.cache_salt
                 )
-        self.metrics.queue.observe(filled.queue_seconds)
+            visit.waited = filled.queue_seconds
         self.given.give(request.request_id, filled.kv)  # a KV cache that nobody takes ends with its lease
         yield PrefillReply(filled.kv, filled.token_ids, filled.queue_seconds)
 

@@ -44,13 +44,12 @@ class Metrics:
             self._histogram("epd_inter_token_latency_seconds", "Seconds between two deltas of an answer"),
         )
 
-    def stage(self, waiting: Callable[[], float]) -> StageMetrics:
-        """For any stage: how many wait, how long they waited, how long they ran."""
-        depth = Gauge("epd_stage_queue_depth", "Requests that wait or run in this stage", LABELS).labels(*self._labels)
-        depth.set_function(waiting)
+    def stage(self) -> StageMetrics:
+        """For any stage: how many are in it, how long they waited, how long they ran."""
         return StageMetrics(
-            queue=self._histogram("epd_stage_queue_seconds", "Seconds a request waited in this stage"),
-            run=self._histogram("epd_stage_run_seconds", "Seconds a request ran in this stage"),
+            Gauge("epd_stage_queue_depth", "Requests that wait or run in this stage", LABELS).labels(*self._labels),
+            self._histogram("epd_stage_queue_seconds", "Seconds a request waited in this stage"),
+            self._histogram("epd_stage_run_seconds", "Seconds a request was in this stage and did not wait"),
         )
 
     def batch_size(self) -> Any:
@@ -100,19 +99,30 @@ class TokenMetrics:
         self.inter_token = inter_token
 
 
+class Visit:
+    """One request in a stage."""
+
+    waited = 0.0
+    """Seconds in which the stage did nothing for it, once they are known."""
+
+
 class StageMetrics:
-    def __init__(self, queue: Any, run: Any):
-        self.queue = queue
-        self.run = run
+    def __init__(self, depth: Any, queue: Any, run: Any):
+        self._depth = depth
+        self._queue = queue
+        self._run = run
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Times the block as one run."""
-        started = perf_counter()
+    def visit(self) -> Iterator[Visit]:
+        """Around all that the stage does for one request."""
+        visit, began = Visit(), perf_counter()
+        self._depth.inc()
         try:
-            yield
+            yield visit
         finally:
-            self.run.observe(perf_counter() - started)
+            self._depth.dec()
+            self._queue.observe(visit.waited)
+            self._run.observe(max(0.0, perf_counter() - began - visit.waited))
 
 
 class _ArenaCollector:

@@ -29,6 +29,12 @@ def disagg(reference: Reference) -> Iterator[Graph]:
         yield graph
 
 
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles in this process, although a stage that was tried in it has switched that off."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+
+
 @pytest.fixture(scope="session")
 def collector() -> Iterator[Collector]:
     """Where the traces of `seeing` go."""

@@ -25,6 +25,8 @@ from benchmarks.gpu.sweep import Run, Setup, Swept
 from benchmarks.gpu.towers import Tower
 from tests.toys.running import ROOT
 
+pytestmark = pytest.mark.usefixtures("compiling")
+
 CPU = torch.device("cpu")
 SETUP = Setup(CPU, torch.float32, roofline.Roofline(1e12, 1e11, "float32"), 3, sweep.CAPTURE)
 NAMES = ["clip", "qwen", "t5", "flux"]

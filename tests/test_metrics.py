@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 from prometheus_client import generate_latest
@@ -10,7 +11,7 @@ from dynamo_epd.metrics import Metrics
 
 def test_every_metric_is_there_under_its_name_and_labels():
     metrics = Metrics("space", "Stage", "model")
-    requests, tokens, stage = metrics.requests(), metrics.tokens(), metrics.stage(lambda: 3.0)
+    requests, tokens, stage = metrics.requests(), metrics.tokens(), metrics.stage()
     arena = SimpleNamespace(
         transfer_bytes=4096,
         transfers=2,
@@ -28,9 +29,9 @@ def test_every_metric_is_there_under_its_name_and_labels():
     requests.count(200)
     tokens.first_token.observe(0.1)
     tokens.inter_token.observe(0.01)
-    stage.queue.observe(0.3)
-    with stage.running():
-        pass
+    with stage.visit() as visit:
+        visit.waited = 0.3
+        assert re.search(r"(?m)^epd_stage_queue_depth\{.*\} 1\.0$", generate_latest().decode())
     metrics.batch_size().observe(4)
     text = generate_latest().decode()
     labels = 'dynamo_component="Stage",dynamo_namespace="space",model="model"'
@@ -38,9 +39,10 @@ def test_every_metric_is_there_under_its_name_and_labels():
         "epd_request_duration_seconds_sum": 0.2,
         "epd_time_to_first_token_seconds_sum": 0.1,
         "epd_inter_token_latency_seconds_sum": 0.01,
-        "epd_stage_queue_depth": 3.0,
+        "epd_stage_queue_depth": 0.0,
         "epd_stage_queue_seconds_sum": 0.3,
         "epd_stage_run_seconds_count": 1.0,
+        "epd_stage_run_seconds_sum": 0.0,  # it is not said to have run while it waited
         "epd_encode_batch_size_sum": 4.0,
         "epd_embedding_cache_hits_total": 7.0,
         "epd_embedding_cache_misses_total": 8.0,

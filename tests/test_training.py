@@ -24,6 +24,7 @@ class Layer(nn.Module):
         return rows + nn.functional.silu(self.linear(rows)) * 0.5
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="layers are compiled by a C++ compiler")
 def test_a_fused_layer_computes_and_learns_the_same() -> None:
     torch.manual_seed(0)

@@ -41,21 +41,16 @@ class Sleeper:
         if dynamo_context["worker_index"] >= service_config(SleeperConfig).fail_from:
             raise RuntimeError("no room for one more")
         self.turn = asyncio.Lock()
-        self.inside = 0
         metrics = Metrics(dynamo_context["namespace"], dynamo_context["component"], "")
-        self.metrics = metrics.stage(lambda: float(self.inside))
+        self.metrics = metrics.stage()
 
     @endpoint()
     async def work(self, work: Work) -> AsyncIterator[Worked]:
         arrived = perf_counter()
-        self.inside += 1
-        try:
+        with self.metrics.visit() as visit:
             async with self.turn:
-                self.metrics.queue.observe(perf_counter() - arrived)
-                with self.metrics.running():
-                    await asyncio.sleep(work.seconds)
-        finally:
-            self.inside -= 1
+                visit.waited = perf_counter() - arrived
+                await asyncio.sleep(work.seconds)
         yield Worked(dynamo_context["worker_index"])
 
 
