@@ -40,7 +40,8 @@ def served(home: Path) -> Iterator[Served]:
 
 
 def test_a_load_that_doubles_and_halves_moves_the_stage_that_is_short_and_no_other(served: Served, home: Path) -> None:
-    with Callers(served, seconds=WORK, think=WORK) as callers:
+    # One client is a quarter of a worker's work, four are all of it: far apart, for a machine that others use too.
+    with Callers(served, seconds=WORK, think=3 * WORK) as callers:
         callers.number(1)
         eventually(lambda: len(callers.answers) >= 10, "a steady load", 60)
         assert ready(home)["Busy"] == 1, served.text
