@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from dynamo_epd.planning.policy import Limits, State, decide
+from dynamo_epd.planning.policy import Limits, State, decide, mean_queue
 from dynamo_epd.sdk import async_on_start, dynamo_context, liveness, on_shutdown, service, service_config
 from dynamo_epd.sdk.config import ConfigError
 
@@ -67,6 +67,7 @@ class Planner:
 
     @async_on_start
     async def start(self) -> None:
+        from dynamo_epd.metrics import Metrics
         from dynamo_epd.planning.doors import DoorClosed, door_of
         from dynamo_epd.planning.observing import Observer
 
@@ -78,6 +79,7 @@ class Planner:
         except DoorClosed as closed:
             raise ConfigError(f"Planner: {closed}") from closed
         self.observer = Observer()
+        self.metrics = Metrics(dynamo_context["namespace"], "Planner", "").planner()
         self.planning = asyncio.create_task(self._plan())
 
     async def _plan(self) -> None:
@@ -104,6 +106,12 @@ class Planner:
         for stage, seen in observed.items():
             state = self.states.get(stage, State())
             self.states[stage], decision = decide(state, seen, now, self.config.limits(stage))
+            self.metrics.looked(
+                stage,
+                ready=seen.ready,
+                target=seen.replicas if decision is None else decision.replicas,
+                queue_seconds=mean_queue(self.states[stage], now) or 0.0,
+            )
             if decision is None or now < self.held_until.get(stage, 0.0):
                 continue
             try:
@@ -111,6 +119,8 @@ class Planner:
             except DoorClosed as closed:
                 self.held_until[stage] = now + AFTER_REFUSAL_SECONDS
                 log.warning("%s stays at %d workers, not %d: %s", stage, seen.replicas, decision.replicas, closed)
+            else:
+                self.metrics.decided(stage, seen.replicas, decision.replicas)
 
     @liveness
     def plans(self) -> bool:

@@ -78,6 +78,21 @@ class Metrics:
         """Seconds of each denoise step."""
         return self._histogram("epd_denoise_step_seconds", "Seconds of one denoise step")
 
+    def planner(self) -> PlannerMetrics:
+        """For the planner: what it sees of each stage, and what it asks for."""
+        labels = (*LABELS, "stage")
+        return PlannerMetrics(
+            Gauge("epd_planner_replicas", "Workers of a stage that are ready, as the planner sees them", labels),
+            Gauge("epd_planner_target_replicas", "Workers that the planner wants a stage to have", labels),
+            Gauge(
+                "epd_planner_queue_seconds",
+                "Mean wait in a stage over ten seconds, as the planner sees it; 0 where no wait ended",
+                labels,
+            ),
+            Counter("epd_planner_decisions", "Changes of a stage's workers by the planner", (*labels, "direction")),
+            self._labels,
+        )
+
     def watch_arena(self, stats: Callable[[], Any], *, cache: bool) -> None:
         """Reports an arena's own counters whenever they are scraped. With ``cache`` it is the embedding cache too."""
         REGISTRY.register(_ArenaCollector(stats, self._labels, cache))
@@ -97,6 +112,25 @@ class TokenMetrics:
     def __init__(self, first_token: Any, inter_token: Any):
         self.first_token = first_token
         self.inter_token = inter_token
+
+
+class PlannerMetrics:
+    def __init__(self, replicas: Gauge, target: Gauge, queue: Gauge, decisions: Counter, labels: tuple[str, ...]):
+        self._replicas, self._target, self._queue, self._decisions = replicas, target, queue, decisions
+        self._labels = labels
+
+    def looked(self, stage: str, *, ready: int, target: int, queue_seconds: float) -> None:
+        """After each look at a stage."""
+        labels = (*self._labels, stage)
+        self._replicas.labels(*labels).set(ready)
+        self._target.labels(*labels).set(target)
+        self._queue.labels(*labels).set(queue_seconds)
+        for direction in ("grow", "shrink"):  # at 0 from the beginning: the first step up would be no increase else
+            self._decisions.labels(*labels, direction)
+
+    def decided(self, stage: str, before: int, after: int) -> None:
+        """After a change that was not refused."""
+        self._decisions.labels(*self._labels, stage, "grow" if after > before else "shrink").inc()
 
 
 class Visit:

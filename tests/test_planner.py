@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from components.planner import CONCURRENCY, Planner, PlannerConfig
 from dynamo_epd.planning.policy import Limits
 from dynamo_epd.sdk.config import ConfigError, Document, resolve
+from dynamo_epd.sdk.control import ask
 from dynamo_epd.sdk.graph import build_graph
 from tests.test_worker import eventually
-from tests.toys.calling import Callers, busy_worker, ready
+from tests.toys.calling import Callers, busy_worker, door, ready
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/scaled.py:Front"
@@ -66,6 +70,30 @@ def test_a_load_that_doubles_and_halves_moves_the_stage_that_is_short_and_no_oth
     ups = [int(one[2]) < int(one[3]) for one in changes]
     assert ups[0] and ups == sorted(ups, reverse=True), f"first up, then down, and not again: {changes}"
     assert "died" not in served.text
+    said = planners_metrics(home)
+    for direction, rise in (("grow", True), ("shrink", False)):
+        assert said["epd_planner_decisions_total", "Busy", direction] == ups.count(rise), served.text
+        assert said["epd_planner_decisions_total", "Calm", direction] == 0
+    for stage in ("Busy", "Calm"):
+        assert said["epd_planner_replicas", stage, ""] == said["epd_planner_target_replicas", stage, ""] == 1
+        assert 0 <= said["epd_planner_queue_seconds", stage, ""] < WORK
+    assert {stage for _, stage, _ in said} == {"Busy", "Calm"}, "Front reports no stage"
+
+
+def planners_metrics(home: Path) -> dict[tuple[str, str, str], float]:
+    """(name, stage, direction) → what the planner's own metrics say."""
+    (planner,) = asyncio.run(ask(door(home), do="status"))["services"]["Planner"]
+    with urllib.request.urlopen(planner["metrics"], timeout=20) as reply:
+        families = text_string_to_metric_families(reply.read().decode())
+    samples = [one for family in families for one in family.samples if one.name.startswith("epd_planner_")]
+    for one in samples:
+        labels = {"dynamo_namespace", "dynamo_component", "model", "stage"}
+        assert one.name.endswith("_created") or one.labels.keys() - {"direction"} == labels
+    return {
+        (one.name, one.labels["stage"], one.labels.get("direction", "")): one.value
+        for one in samples
+        if not one.name.endswith("_created")
+    }
 
 
 def test_it_goes_with_the_graph_and_leaves_nothing(served: Served) -> None:

@@ -126,7 +126,7 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
     load = _rate(state, limits.window) * seconds
     slots = observed.ready * limits.concurrency
     waiting = max(0.0, observed.in_stage - slots)
-    queue = _mean_queue(state, now)
+    queue = mean_queue(state, now)
     late = queue is not None and queue > limits.queue_target * (1 + limits.tolerance)
 
     wanted = replicas_for(load, seconds, limits)
@@ -212,7 +212,8 @@ def _rate(state: State, long_window: float) -> float:
     return rate
 
 
-def _mean_queue(state: State, now: float) -> float | None:
+def mean_queue(state: State, now: float) -> float | None:
+    """Mean seconds of the waits that ended within `QUEUE_WINDOW`, or None where none did."""
     _, last = state.looks[-1]
     _, first = _back(state, now, QUEUE_WINDOW)
     ended = last.queued - first.queued
