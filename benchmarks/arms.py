@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ STOCK = WORK / "stock"
 STOCK_PIN = "ai-dynamo==1.6.1"
 START_SECONDS = 400.0
 STOP_SECONDS = 60.0
+PAUSE_SECONDS = 3600.0
+"""How long a paused arm may stand."""
 MAX_MODEL_LEN = 2048
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
@@ -47,7 +50,16 @@ Started = tuple[list[str], dict[str, str]]
 class Arm:
     """``with`` starts its processes, one after the other, and ends them. `commands` are what a reader types."""
 
-    def __init__(self, name: str, started: list[Started], port: int, *, spins: bool = False, pictures: bool = True):
+    def __init__(
+        self,
+        name: str,
+        started: list[Started],
+        port: int,
+        *,
+        spins: bool = False,
+        pictures: bool = True,
+        discovery: Path | None = None,
+    ):
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.seconds_to_answer = 0.0
@@ -55,6 +67,7 @@ class Arm:
         self.spins = spins
         """Whether it takes whole cores while nobody asks it anything."""
         self._pictures = pictures
+        self._discovery = discovery
         self._started = started
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -75,7 +88,7 @@ class Arm:
                         subprocess.Popen(
                             command,
                             cwd=ROOT,
-                            env=_clean() | environment,
+                            env=environment_without_graphs() | environment,
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             start_new_session=True,
@@ -95,6 +108,11 @@ class Arm:
         """Stops all of its processes where they stand, if they would spin meanwhile."""
         if self.spins:
             self._signal(signal.SIGSTOP)
+            # Dynamo's file discovery forgets a worker whose file nobody has touched for 10 s, for good.
+            later = time.time() + PAUSE_SECONDS
+            for file in self._discovery.rglob("*") if self._discovery else ():
+                if file.is_file():
+                    os.utime(file, (later, later))
 
     def resume(self) -> None:
         """Lets them go on."""
@@ -179,23 +197,33 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     started += [
         ([*worker, *more], shared | {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}) for more in roles.values()
     ]
-    return Arm(name, started, port, spins=not tuned)
+    return Arm(name, started, port, spins=not tuned, discovery=place)
 
 
-def graph(name: str, spec: str, config: str, model: Path, *overrides: str, pictures: bool = True) -> Arm:
+def graph(
+    name: str,
+    spec: str,
+    config: str,
+    model: Path,
+    *overrides: str,
+    pictures: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Arm:
     """One of this project's graphs. ``pictures``: whether it answers questions about them."""
     port = _free_port()
     command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", spec, "-f", config, "-p", str(port)]
     command += [f"--Common.model={model}", f"--Common.served-model-name={MODEL}", *overrides]
-    return Arm(name, [(command, {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())})], port, pictures=pictures)
+    own = {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())}
+    return Arm(name, [(command, own | dict(environment or {}))], port, pictures=pictures)
 
 
 def ours_agg(model: Path, *overrides: str) -> Arm:
     return graph("OURS-agg", "graphs.agg:Frontend", "configs/tiny-agg.yaml", model, *overrides)
 
 
-def ours_disagg(model: Path, *overrides: str) -> Arm:
-    return graph("OURS-disagg", "graphs.disagg:Frontend", "configs/tiny-disagg.yaml", model, *overrides)
+def ours_disagg(model: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Arm:
+    spec, config = "graphs.disagg:Frontend", "configs/tiny-disagg.yaml"
+    return graph("OURS-disagg", spec, config, model, *overrides, environment=environment)
 
 
 def install_stock() -> None:
@@ -210,7 +238,7 @@ def _kv(role: str) -> str:
     return json.dumps(about)
 
 
-def _clean() -> dict[str, str]:
+def environment_without_graphs() -> dict[str, str]:
     """This process' environment without what names a graph."""
     prefixes = ("DYN_", "DYNAMO_", "VLLM_", "OTEL_", "NATS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}

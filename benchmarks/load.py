@@ -9,7 +9,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -43,9 +43,10 @@ def picture(number: int, side: int = 64) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def chat(text: str, pictures: Sequence[str] = (), *, tokens: int = 16) -> dict[str, Any]:
-    """A body that every arm takes: greedy, streamed."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+def chat(text: str, pictures: Sequence[str] = (), *, tokens: int = 16, before: str = "") -> dict[str, Any]:
+    """A body that every arm takes: greedy, streamed. ``before`` the pictures: what no prefix cache has seen."""
+    parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
+    parts += [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
     content = [*parts, {"type": "text", "text": text}]
     return {
         "model": MODEL,
@@ -56,12 +57,14 @@ def chat(text: str, pictures: Sequence[str] = (), *, tokens: int = 16) -> dict[s
     }
 
 
-async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Told:
+async def ask(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Told:
     """One streamed chat. What goes wrong is told in ``failed``, never raised."""
     began = time.perf_counter()
     text, at = "", []
     try:
-        async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
+        async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as reply:
             if reply.status != 200:
                 return Told("", 0.0, 0.0, failed=f"{reply.status}: {(await reply.text())[:200]}")
             async for line in reply.content:
@@ -80,6 +83,13 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
     if not at:
         return Told("", 0.0, whole, failed="nothing was said")
     return Told(text, at[0] - began, whole, [later - sooner for sooner, later in pairwise(at)])
+
+
+async def prompt_tokens(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> int:
+    """How long the arm says that this prompt is, pictures and template included. Raises ClientError for a refusal."""
+    async with session.post(f"{url}/v1/chat/completions", json=body | {"stream": False}) as reply:
+        reply.raise_for_status()
+        return int((await reply.json())["usage"]["prompt_tokens"])
 
 
 async def at_rate(rate: float, seconds: float, seed: int, one: Callable[[int], Awaitable[Told]]) -> list[Told]:
