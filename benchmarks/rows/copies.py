@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 14: copies of T5 in a graph with several image workers: linked to an embed worker, and each with its own.
+
+The pipeline is the tiny one with a T5 of 400 MB in the place of its own, random but seeded: both graphs make the same
+pictures. What a worker holds is its unique set size once it has made pictures; the resident one is shown beside it,
+for pages of a file that several workers map are unique to none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import shutil
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.arms import ROOT, START_SECONDS, WORK, Arm, graph
+from benchmarks.figures import Goal, Row, Samples
+from benchmarks.load import MODEL
+from benchmarks.rows.pictures import LEVELS, difference
+
+if TYPE_CHECKING:
+    import numpy
+
+NUMBER = 14
+TITLE = "copies of T5 in a graph with several image workers"
+TINY = ROOT / "models/tiny/image"
+LARGE = {"d_ff": 16384, "num_layers": 16}
+"""Instead of the tiny T5's: a hundred million parameters."""
+MIB = 2**20
+PICTURES_EACH = 2
+CONFIG = """
+Common: {}
+Frontend: {ui: false}
+ImageWorker:
+  common-configs: [model, served-model-name]
+  dtype: float32
+  sizes: {default: 64x64}
+  ServiceArgs: {workers: WORKERS}
+"""
+EMBED = """
+EmbedWorker: {common-configs: [model], dtype: float32}
+"""
+
+
+class PictureGraph(Arm):
+    """A graph that makes pictures and answers no chat."""
+
+    @classmethod
+    def of(cls, arm: Arm) -> PictureGraph:
+        return cls(arm.name, arm._started, int(arm.url.rpartition(":")[2]))
+
+    def _until_it_answers(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if any(process.poll() is not None for process in self._processes):
+                log = WORK / "logs" / f"{self.name}-0.log"
+                raise RuntimeError(f"{self.name} has ended:\n{log.read_text(errors='replace')[-2000:]}")
+            with suppress(OSError):
+                self.picture(0)
+                return
+            time.sleep(0.5)
+        raise RuntimeError(f"{self.name} has made no picture within {START_SECONDS:g} s")
+
+    def picture(self, seed: int) -> numpy.ndarray:
+        """uint8 (height, width, 3). Raises OSError while there is nobody to make it."""
+        import numpy
+        from PIL import Image
+
+        body = {"prompt": "a large red star on a blue background", "model": MODEL}
+        body |= {"nvext": {"seed": seed, "num_inference_steps": 2}}
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/images/generations", json.dumps(body).encode(), head)
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            data = base64.b64decode(json.load(reply)["data"][0]["b64_json"])
+        return numpy.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def memory(self, service: str) -> list[tuple[int, int]]:
+        """(unique, resident) bytes of each worker of a service."""
+        found = []
+        for process in self.processes():
+            words = process.cmdline()
+            if "dynamo_epd.sdk.worker" in words and service in words:
+                info = process.memory_full_info()
+                found.append((info.uss, info.rss))
+        return found
+
+
+async def measure(repeats: int, pipeline: Path | None = None) -> Row:
+    """The row. ``repeats``: image workers in each graph; a pair of them is a repeat."""
+    return await asyncio.to_thread(_measure, repeats, pipeline or large())
+
+
+def _measure(workers: int, pipeline: Path) -> Row:
+    t5 = sum(file.stat().st_size for file in (pipeline / "text_encoder").glob("*.safetensors"))
+    row = Row(NUMBER, TITLE, f"a T5 of {t5 / MIB:.0f} MiB, graphs with {workers} image workers, one after the other")
+    held, pictures = {}, {}
+    for name, embed in (("conditioned", EMBED), ("unconditioned", "")):
+        config = (WORK / f"{name}.yaml").absolute()
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(CONFIG.replace("WORKERS", str(workers)) + embed)
+        with PictureGraph.of(graph(name, f"benchmarks.{name}:Frontend", str(config), pipeline)) as arm:
+            row.notes += [f"`{command}`" for command in arm.commands]
+            assert isinstance(arm, PictureGraph)
+            pictures[name] = [arm.picture(seed) for seed in range(PICTURES_EACH * workers)]  # they take turns
+            held[name] = sorted(arm.memory("ImageWorker"))
+            if embed:
+                (alone,) = arm.memory("EmbedWorker")
+                row.samples.append(Samples("the embed worker (USS)", [alone[0] / MIB], "MiB"))
+    apart = zip(pictures["conditioned"], pictures["unconditioned"], strict=True)
+    if max(difference(one, other) for one, other in apart) > LEVELS:
+        row.void = "the two graphs make different pictures"
+    for place, kind in enumerate(("USS", "RSS")):
+        row.samples += [
+            Samples(f"an image worker, {name} ({kind})", [one[place] / MIB for one in those], "MiB")
+            for name, those in held.items()
+        ]
+    pairs = zip(held["unconditioned"], held["conditioned"], strict=True)
+    saved = [(own[0] - linked[0]) / t5 for own, linked in pairs]
+    row.goals += [
+        Goal("an image worker is smaller by, of the whole T5", saved, "≥", 0.95),
+        Goal(f"copies in a graph of {workers}", [1 + workers * (1 - one) for one in saved], "≤", 1.25, "copies"),
+    ]
+    row.notes.append("Copies: the embed worker's one, and of each image worker what it does not save.")
+    return row
+
+
+def large() -> Path:
+    """The tiny pipeline with a large T5, written once."""
+    directory = (WORK / "image-large-t5").absolute()
+    if not (directory / "text_encoder" / "model.safetensors").exists():
+        import torch
+        from transformers import T5Config, T5EncoderModel
+
+        shutil.copytree(TINY, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("text_encoder"))
+        settings = json.loads((TINY / "text_encoder" / "config.json").read_text())
+        torch.manual_seed(14)
+        T5EncoderModel(T5Config(**settings | LARGE)).save_pretrained(directory / "text_encoder")
+    return directory

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 11: eight pictures asked for at once, beside plain diffusers called for one after the other.
+
+Through `Generator.generate`, the door that the image worker uses, called from a thread a picture. Text encoding and the
+VAE are in it on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.arms import ROOT
+from benchmarks.figures import Goal, Row, Samples, ratios
+
+if TYPE_CHECKING:
+    import numpy
+
+    from dynamo_epd.diffusion.generator import Generator, Made, Wanted
+
+NUMBER = 11
+TITLE = "pictures, eight at once"
+AT_ONCE = 8
+SIDE = 64
+STEPS = 20
+GUIDANCE = 1.5
+MODEL = ROOT / "models/tiny/image"
+LEVELS = 2.0
+"""Of 255: rows of a batch are summed in another order than a row alone."""
+BOUND = 600.0
+
+
+async def measure(repeats: int, model: Path = MODEL, steps: int = STEPS) -> Row:
+    """The row. ``repeats``: eight pictures our way, then the same eight plainly, then a late one."""
+    return await asyncio.to_thread(_measure, repeats, model, steps)
+
+
+def _measure(repeats: int, model: Path, steps: int) -> Row:
+    from dynamo_epd.diffusion.generator import Generator
+
+    setting = (
+        f"{model.name}, {AT_ONCE} pictures of {SIDE}×{SIDE}, {steps} steps, guidance {GUIDANCE}, {repeats} repeats"
+    )
+    row = Row(NUMBER, TITLE, setting)
+    generator, plain = Generator(str(model), dtype="float32"), Plain(model)
+    wanted = eight(steps)
+    seconds: dict[str, list[float]] = {"at once": [], "plain diffusers, one after another": []}
+    furthest, waits, waited = [], [], []
+    for repeat in range(1 + repeats):
+        began = time.perf_counter()
+        made = at_once(generator, wanted)
+        between = time.perf_counter()
+        expected = [plain.make(one) for one in wanted]
+        if not repeat:
+            continue
+        seconds["at once"].append(between - began)
+        seconds["plain diffusers, one after another"].append(time.perf_counter() - between)
+        furthest.append(max(difference(one.pixels, other) for one, other in zip(made, expected, strict=True)))
+        late = Late(generator, replace(wanted[0], steps=4 * steps), wanted[1])
+        waits.append(float(late.steps_waited))
+        waited.append(1e3 * late.seconds_waited)
+    row.samples += [Samples(way, [1e3 * one for one in of], "ms") for way, of in seconds.items()]
+    row.samples.append(Samples("a late one, until its first step is done", waited, "ms"))
+    plainly, ours = seconds["plain diffusers, one after another"], seconds["at once"]
+    row.goals += [
+        Goal("one after another against at once", ratios(plainly, ours), "≥", 2.5),
+        Goal("a late one waits", waits, "≤", 1.0, "steps"),
+        Goal("a pixel's largest difference, same seed", furthest, "≤", LEVELS, "of 255"),
+    ]
+    return row
+
+
+def eight(steps: int) -> list[Wanted]:
+    """Eight prompts with a seed each."""
+    from dynamo_epd.diffusion.generator import Wanted
+
+    chance = random.Random(11)
+    colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "ring")
+    prompts = [
+        f"a large {chance.choice(colours)} {chance.choice(shapes)} on a white background" for _ in range(AT_ONCE)
+    ]
+    return [Wanted(prompt, seed, SIDE, SIDE, steps, GUIDANCE) for seed, prompt in enumerate(prompts)]
+
+
+def at_once(generator: Generator, wanted: Sequence[Wanted]) -> list[Made]:
+    """All asked for before the first is there."""
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        making = [threads.submit(generator.generate, one, lambda *_: None, threading.Event()) for one in wanted]
+        return [one.result(BOUND) for one in making]
+
+
+class Late:
+    """One picture is being made; another is asked for after its third step. Constructing it does it."""
+
+    def __init__(self, generator: Generator, first: Wanted, second: Wanted):
+        self._steps: list[float] = []
+        """When the first picture's steps ended."""
+        self._started = threading.Event()
+        own: list[float] = []
+        stop = threading.Event()
+
+        def late_step(done: int, total: int, preview: Any) -> None:
+            own.append(time.perf_counter())
+            stop.set()  # of the first one: what is to be known is known
+
+        with ThreadPoolExecutor(2) as threads:
+            early = threads.submit(generator.generate, first, self._early_step, stop)
+            if not self._started.wait(BOUND):
+                raise TimeoutError("no step was made")
+            arrived = time.perf_counter()
+            threads.submit(generator.generate, second, late_step, threading.Event()).result(BOUND)
+            early.exception(BOUND)  # it was stopped, or is through
+        self.seconds_waited = own[0] - arrived
+        step = sorted(later - sooner for sooner, later in zip(self._steps, self._steps[1:], strict=False))
+        usual = step[len(step) // 2]
+        self.steps_waited = sum(arrived < one < own[0] - usual / 2 for one in self._steps)
+        """Steps of the first one that ended between the second's arrival and the beginning of its first step."""
+
+    def _early_step(self, done: int, total: int, preview: Any) -> None:
+        self._steps.append(time.perf_counter())
+        if done == 3:
+            self._started.set()
+
+
+class Plain:
+    """diffusers' own pipeline."""
+
+    def __init__(self, model: Path):
+        import diffusers
+
+        self._pipeline = diffusers.DiffusionPipeline.from_pretrained(str(model))
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def make(self, wanted: Wanted) -> numpy.ndarray:
+        """uint8 (height, width, 3)."""
+        import torch
+
+        from dynamo_epd.diffusion.generator import to_bytes
+
+        arguments: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+        with torch.inference_mode():
+            made = self._pipeline(
+                wanted.prompt,
+                width=wanted.width,
+                height=wanted.height,
+                num_inference_steps=wanted.steps,
+                guidance_scale=wanted.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(wanted.seed),
+                output_type="np",
+                **arguments,
+            )
+        return to_bytes(made.images[0])
+
+
+def difference(one: numpy.ndarray, other: numpy.ndarray) -> float:
+    """The furthest that a channel of a pixel is from the other picture's, of 255."""
+    return float(abs(one.astype(int) - other.astype(int)).max())

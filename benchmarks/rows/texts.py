@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 10: many short texts at once through the embed worker's batching, beside transformers called in two usual ways.
+
+All of it in one process, as the goal says: tokenizing, the forward and the pooled vector, without a message. *One by
+one* is a call of the model for each text; *fixed batches* are sorted by length and padded to their longest, 32 at a
+time, as sentence-transformers does by default. The embed worker's own way is its `Batcher` with its own defaults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import ROOT, WORK
+from benchmarks.figures import Goal, Row, Samples, ratios
+
+NUMBER = 10
+TITLE = "T5, many short texts at once"
+TEXTS = 64
+FIXED = 32
+WARM_UP = 2
+SINGLES = 20
+"""Single texts of which one repeat's median is taken."""
+TINY = ROOT / "models/tiny/t5"
+BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
+"""T5 base's encoder: 110 million parameters."""
+CLOSE = 1e-4
+"""Largest difference of a number of two vectors of length 1 that are still the same."""
+
+WORDS = ("a", "small", "large", "red", "green", "blue", "circle", "square", "star", "on", "the", "background", "of")
+
+
+def short_texts(count: int, seed: int = 10) -> list[str]:
+    """4 to 16 words each."""
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(4, 16))) for _ in range(count)]
+
+
+def base() -> Path:
+    """T5 base's encoder with random weights and the tiny model's tokenizer, written once."""
+    directory = WORK / "t5-base"
+    if not (directory / "model.safetensors").exists():
+        write_encoder(directory, BASE)
+    return directory
+
+
+def write_encoder(directory: Path, size: dict[str, int]) -> None:
+    """A T5 encoder of ``size`` with seeded random weights."""
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / file, directory)
+    torch.manual_seed(10)
+    T5EncoderModel(T5Config(**size)).save_pretrained(directory)
+
+
+async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
+    """The row. ``models``: by the name that the table has for them."""
+    models = models if models is not None else {"tiny": TINY, "T5 base": base()}
+    setting = f"{TEXTS} texts of 4 to 16 words, in process, random weights but for tiny, {repeats} repeats by turns"
+    row = Row(NUMBER, TITLE, setting)
+    for name, model in models.items():
+        await _one_model(row, name, model, repeats)
+    row.notes.append(
+        f"Six times is what is won where the cost of a call rules: that goal stands at {next(iter(models))}. Where "
+        "arithmetic rules, as with a larger model on a CPU, batching wins what a wider matrix product wins; the other "
+        "samples say how much."
+    )
+    return row
+
+
+async def _one_model(row: Row, name: str, model: Path, repeats: int) -> None:
+    import torch
+
+    from components.embed_worker import EmbedConfig
+    from dynamo_epd.batching import Batcher
+    from dynamo_epd.text.t5 import TextEncoder
+
+    config = EmbedConfig(model=str(model))
+    encoder = TextEncoder(config.model, dtype="float32", max_tokens=config.max_tokens)
+    batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len)
+    direct = Direct(model)
+    texts = short_texts(TEXTS)
+
+    async def ours(those: Sequence[str]) -> list[torch.Tensor]:
+        items = [encoder.tokenize(text, "input") for text in those]
+        return [one.result.vector for one in await asyncio.gather(*(batcher.submit(ids) for ids in items))]
+
+    ways: dict[str, Callable[[], Any]] = {
+        "embed worker": lambda: ours(texts),
+        "one by one": lambda: asyncio.to_thread(direct.one_by_one, texts),
+        f"fixed batches of {FIXED}": lambda: asyncio.to_thread(direct.in_batches, texts),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(WARM_UP + repeats):
+        vectors = {}
+        for way, run in ways.items():
+            began = time.perf_counter()
+            vectors[way] = torch.stack(await run())
+            if repeat >= WARM_UP:
+                seconds[way].append(time.perf_counter() - began)
+        for way, found in vectors.items():
+            if (found - vectors["one by one"]).abs().max() > CLOSE:
+                row.void = f"{name}: the vectors of the {way} differ from those of one by one"
+    alone: dict[str, list[float]] = {"embed worker": [], "direct call": []}
+    for _ in range(repeats):
+        of: dict[str, list[float]] = {way: [] for way in alone}
+        for text in short_texts(SINGLES, seed=11):
+            began = time.perf_counter()
+            await ours([text])
+            between = time.perf_counter()
+            direct.one(text)
+            of["embed worker"].append(between - began)
+            of["direct call"].append(time.perf_counter() - between)
+        for way, values in of.items():
+            alone[way].append(sorted(values)[len(values) // 2])
+    batcher.close()
+    for what, by_way in ((f"{TEXTS} texts", seconds), ("one text", alone)):
+        row.samples += [
+            Samples(f"{name}, {what}, {way}", [1e3 * one for one in of], "ms") for way, of in by_way.items()
+        ]
+    faster = ratios(seconds["one by one"], seconds["embed worker"])
+    if not row.goals:
+        row.goals.append(Goal(f"{name}, one by one against the embed worker", faster, "≥", 6.0))
+    else:
+        row.samples.append(Samples(f"{name}, one by one against the embed worker", faster, "times"))
+    row.goals.append(
+        Goal(f"{name}, one text against a direct call", ratios(alone["embed worker"], alone["direct call"]), "≤", 1.05)
+    )
+
+
+class Direct:
+    """A T5 encoder as transformers' users call it, pooled as `TextEncoder` pools."""
+
+    def __init__(self, model: Path):
+        import torch
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._model = AutoModelForTextEncoding.from_pretrained(model, dtype=torch.float32).eval()
+
+    def one(self, text: str) -> Any:
+        return self._forward([text])[0]
+
+    def one_by_one(self, texts: Sequence[str]) -> list[Any]:
+        return [self.one(text) for text in texts]
+
+    def in_batches(self, texts: Sequence[str]) -> list[Any]:
+        """In the order of ``texts``."""
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+        found: dict[int, Any] = {}
+        for start in range(0, len(order), FIXED):
+            indices = order[start : start + FIXED]
+            found |= zip(indices, self._forward([texts[index] for index in indices]), strict=True)
+        return [found[index] for index in range(len(texts))]
+
+    def _forward(self, texts: Sequence[str]) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            given = self._tokenizer(list(texts), padding=True, return_tensors="pt")
+            states = self._model(**given).last_hidden_state
+            mask = given["attention_mask"][:, :, None]
+            return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
