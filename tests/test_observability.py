@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Prometheus over running graphs: it finds every worker, sees one die, and has data for every panel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.observability.dashboards import DASHBOARDS, dashboard
+from dynamo_epd.sdk.control import ask
+from tests.prometheus_server import Prometheus, needs_prometheus
+from tests.questions import chat, data_url, picture, post, user
+from tests.serving import START_SECONDS, Graph, eventually
+from tests.toys.calling import Callers, door
+from tests.toys.running import Served
+
+pytestmark = needs_prometheus
+
+TOY = "tests/toys/scaled.py:Front"
+PLANNED = (
+    "--Planner.no-operation=false",
+    "--Planner.interval=0.5",
+    "--Planner.stages.Busy={max: 2, cool-down: 600, window: 8, queue-target: 0.2}",
+    "--Planner.stages.Calm={max: 2, cool-down: 600}",
+)
+STAGES = {"Frontend", "EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker"}
+PROMPTS = ("a large red star on a blue background", "a small green ring on a yellow background")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def toy(home: Path) -> Iterator[Served]:
+    with Served(home, TOY, *PLANNED) as graph:
+        graph.wait_for(r"^http://", START_SECONDS)
+        yield graph
+
+
+@pytest.fixture(scope="module")
+def prometheus(toy: Served, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with Prometheus(tmp_path_factory.mktemp("prometheus"), home) as one:
+        yield one
+
+
+def answering(prometheus: Prometheus) -> set[str]:
+    return {labels["worker"] for labels, value in prometheus.query("up") if value}
+
+
+def without_data(prometheus: Prometheus, names: list[str]) -> list[str]:
+    """Queries of panels that have none, for every choice of every variable."""
+    empty = []
+    for name in names:
+        board = dashboard(name)
+        stages = [""]
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "query":
+                selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
+                found = prometheus.values(label, selector.replace("$graph", ".+"))
+                empty += [] if found else [f"{name}: ${variable['name']}"]
+                stages = found if variable["name"] == "stage" else stages
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                for stage in stages:
+                    expression = target["expr"].replace("$__rate_interval", "1m").replace("$graph", ".+")
+                    if not prometheus.query(expression.replace("$stage", stage)):
+                        empty.append(f"{name}: {panel['title']}: {target['expr']} {stage}")
+    return empty
+
+
+def has_data(prometheus: Prometheus, names: list[str], seconds: float = 30) -> None:
+    """Fails with the queries that have none within ``seconds``."""
+    end = time.monotonic() + seconds
+    while empty := without_data(prometheus, names):
+        assert time.monotonic() < end, "\n".join(empty)
+        time.sleep(0.5)
+
+
+def test_it_finds_workers_that_the_planner_adds_and_the_planners_panels_have_data(
+    toy: Served, prometheus: Prometheus
+) -> None:
+    eventually(lambda: answering(prometheus) == {"Front-0", "Busy-0", "Calm-0", "Planner-0"}, "all are found", 30)
+    with Callers(toy, seconds=0.3) as callers:
+        callers.number(4)
+        eventually(lambda: "Busy-1" in answering(prometheus), "the added one is found", 60)
+        has_data(prometheus, ["planner"])
+        increased = 'increase(epd_planner_decisions_total{stage="Busy", direction="grow"}[1h]) > 0'
+        eventually(lambda: prometheus.query(increased), "the decision is counted", 30)
+    assert callers.lost == []
+
+
+def test_a_killed_worker_is_seen_and_its_alert_fires(toy: Served, prometheus: Prometheus) -> None:
+    eventually(lambda: answering(prometheus) >= {"Busy-0", "Calm-0"}, "both are found", 30)
+    assert prometheus.firing() == set()
+    os.kill(toy.workers("Calm")[0], signal.SIGKILL)
+    eventually(lambda: prometheus.query('up{worker="Calm-0"} == 0'), "it does not answer", 30, 0.02)
+    eventually(lambda: ("DynamoWorkerDied", "Calm-0") in prometheus.firing(), "the alert fires", 60)
+    assert prometheus.query('up{worker="Calm-0"} == 1'), "it is back"
+    assert {worker for _, worker in prometheus.firing()} == {"Calm-0"}, "nobody else has died"
+
+
+def test_a_worker_that_is_let_go_is_no_alert(toy: Served, prometheus: Prometheus, home: Path) -> None:
+    before = prometheus.firing()
+    asyncio.run(ask(door(home), do="scale", service="Busy", workers=2))
+    eventually(lambda: "Busy-1" in answering(prometheus), "it is found", 60)
+    asyncio.run(ask(door(home), do="scale", service="Busy", workers=1))
+    eventually(lambda: not prometheus.query('up{worker="Busy-1"}'), "it is no longer looked for", 30)
+    assert prometheus.firing() == before
+
+
+def test_every_panel_has_data_after_traffic(seeing: Graph, tmp_path: Path) -> None:
+    with Prometheus(tmp_path, seeing.state) as prometheus:
+        eventually(lambda: answering(prometheus) >= {f"{name}-0" for name in STAGES}, "every stage is found", 60)
+        boards = [name for name in DASHBOARDS if name != "planner"]
+        ask_everything(seeing, 0)
+        eventually(lambda: prometheus.query("epd_images_stored_total > 0"), "the first turn is seen", 30)
+        ask_everything(seeing, 1)  # a rate is of what came after the first look
+        has_data(prometheus, boards)
+        assert prometheus.values("dynamo_component", "epd_stage_queue_depth") == sorted(STAGES - {"Frontend"})
+
+
+def ask_everything(graph: Graph, turn: int) -> None:
+    """Every route, so that every stage and every hand-off is used; the picture of the chat comes again."""
+    seen = user("Describe the picture.", data_url(picture(71_000)))
+    post(f"{graph.url}/v1/chat/completions", chat(seen, user(f"And turn {turn}?")))
+    post(f"{graph.url}/v1/validations", {"prompt": PROMPTS[turn], "seed": turn})
+    post(f"{graph.url}/v1/embeddings", {"model": "tiny-t5", "input": list(PROMPTS)})
+    drawn = {"model": "tiny-image", "prompt": PROMPTS[turn], "size": "64x64", "response_format": "url"}
+    post(f"{graph.url}/v1/images/generations", drawn)
