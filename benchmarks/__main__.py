@@ -22,9 +22,16 @@ from typing import Any
 from benchmarks import report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row
-from benchmarks.rows import added, answer, transfer
+from benchmarks.rows import added, answer, copies, pictures, texts, transfer
 
-REPEATS = {answer.NUMBER: 20, added.NUMBER: 10, transfer.NUMBER: 30}
+REPEATS = {
+    answer.NUMBER: 20,
+    added.NUMBER: 10,
+    transfer.NUMBER: 30,
+    texts.NUMBER: 10,
+    pictures.NUMBER: 5,
+    copies.NUMBER: 5,
+}
 
 
 def llava() -> Path:
@@ -41,6 +48,9 @@ ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
     answer.NUMBER: lambda repeats: answer.measure(llava(), repeats),
     added.NUMBER: lambda repeats: added.measure(llava(), repeats),
     transfer.NUMBER: transfer.measure,
+    texts.NUMBER: texts.measure,
+    pictures.NUMBER: pictures.measure,
+    copies.NUMBER: copies.measure,
 }
 
 

@@ -72,8 +72,8 @@ class PictureGraph(Arm):
         import numpy
         from PIL import Image
 
-        body = {"prompt": "a large red star on a blue background", "model": MODEL}
-        body |= {"nvext": {"seed": seed, "num_inference_steps": 2}}
+        own = {"seed": seed, "num_inference_steps": 2}
+        body = {"prompt": "a large red star on a blue background", "model": MODEL, "nvext": own}
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/images/generations", json.dumps(body).encode(), head)
         with urllib.request.urlopen(request, timeout=120) as reply:

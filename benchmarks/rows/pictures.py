@@ -46,7 +46,7 @@ def _measure(repeats: int, model: Path, steps: int) -> Row:
     from dynamo_epd.diffusion.generator import Generator
 
     setting = (
-        f"{model.name}, {AT_ONCE} pictures of {SIDE}×{SIDE}, {steps} steps, guidance {GUIDANCE}, {repeats} repeats"
+        f"{model.name}, {AT_ONCE} pictures of {SIDE} by {SIDE}, {steps} steps, guidance {GUIDANCE}, {repeats} repeats"
     )
     row = Row(NUMBER, TITLE, setting)
     generator, plain = Generator(str(model), dtype="float32"), Plain(model)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transfer under fire, the graph at scale and some of the report's rows, at toy sizes and on real parts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import fire, scale
+from benchmarks.rows import pictures, texts
+from benchmarks.scale import Point
+
+
+def test_no_wrong_byte_comes_through_the_fire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fire.main(["--hand-offs", "200", "--faults", "40", "--output", str(tmp_path)]) == 0
+    assert "No wrong byte was handed on." in capsys.readouterr().out
+    found = json.loads((tmp_path / "fire.json").read_text())
+    good = [*found["alone_seconds"].values(), *found["together_seconds"].values()]
+    assert sum(map(len, good)) == 160
+    faults = found["faults"]
+    assert set(faults) == set(fire.FAULTS)
+    assert sum(sum(seen.values()) for seen in faults.values()) == 40
+    for fault in ("flipped byte", "truncation", "stale slot"):
+        assert set(faults[fault]) == {"DigestMismatch"}
+    assert set(faults["expired lease"]) == {"LeaseExpired"}
+    assert set(faults["dead peer"]) <= {"HandOffFailed", "StaleHandle"}
+    assert set(faults["reuse"]) <= {"DigestMismatch", fire.RIGHT}
+
+
+def test_a_wrong_byte_that_is_handed_on_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fire.main(["--hand-offs", "12", "--faults", "0", "--plant", "1", "--output", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("WRONG BYTES HANDED ON: ") == 1 and "No wrong byte" not in out
+    assert json.loads((tmp_path / "fire.json").read_text())["passed"] is False
+
+
+def test_a_fault_that_nobody_saw_and_a_good_one_refused_are_failures() -> None:
+    tally = fire.Tally()
+    tally.faults["reuse"][fire.RIGHT] += 1
+    assert tally.passed, "the READ was over before the slot was reused"
+    tally.faults["expired lease"][fire.RIGHT] += 1
+    assert not tally.passed and tally.unnoticed == ["expired lease"]
+    assert not fire.Tally(refused=["hand-off 3"]).passed
+
+
+def test_a_seed_is_a_plan() -> None:
+    plan = list(fire.plan(600, 120, 0, seed=3))
+    assert plan == list(fire.plan(600, 120, 0, seed=3)) != list(fire.plan(600, 120, 0, seed=4))
+    every = [one for group in plan for one in group]
+    assert [one.number for one in every] == list(range(600))
+    assert [sum(one.fault == fault for one in every) for fault in fire.FAULTS] == [20] * len(fire.FAULTS)
+    assert {len(group) for group in plan} == {1, fire.COMPANY}
+
+
+def test_more_faults_than_hand_offs_cannot_be_run() -> None:
+    with pytest.raises(SystemExit) as ended:
+        fire.main(["--hand-offs", "10", "--faults", "11"])
+    assert ended.value.code == 2
+
+
+def point(
+    streams: int, kept: float, cores: dict[str, float], *, workers: int = 8, images: int = 0, others: float = 0.0
+) -> Point:
+    busiest = max(cores.items(), key=lambda one: one[1])
+    return Point(workers, streams, images, 10, [], kept * 100, 100.0, [0.002], [0.003], cores, busiest, others)
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ([point(1, 0.99, {"Processor": 0.1})], "No wall up to 1 streams"),
+        (
+            [point(1, 0.99, {"Processor": 0.1}), point(64, 0.5, {"Processor": 0.97, "Frontend": 0.5})],
+            "The first wall is Processor: at 64 streams",
+        ),
+        ([point(64, 0.5, {"Processor": 0.2})], "none of processor time"),
+        ([point(64, 0.5, {"Processor": 0.97}, others=1000.0)], "Void: 64 streams"),
+        # What few workers, or pictures, meet is not what streams meet.
+        ([point(64, 0.5, {"a": 0.9}, workers=1), point(8, 0.9, {"a": 0.1})], "No wall up to 8 streams"),
+        ([point(8, 0.2, {"a": 0.9}, images=4), point(16, 0.9, {"a": 0.1})], "No wall up to 16 streams"),
+    ],
+)
+def test_the_wall_is_what_is_fully_used_first(points: Sequence[Point], said: str) -> None:
+    assert said in scale.wall(points)
+
+
+def test_the_wall_may_be_the_machine() -> None:
+    cores = float(scale.machine()["cores"])
+    shared = dict.fromkeys(("Frontend", "Processor", "CrowdWorker", "the clients"), cores / 4)
+    if cores <= 2:
+        assert "The first wall is the machine" in scale.wall([point(64, 0.5, shared)])
+    crowd = dict.fromkeys(map(str, range(int(4 * cores))), 0.25)
+    assert "The first wall is the machine" in scale.wall([point(64, 0.5, crowd)])
+
+
+def test_workers_are_spread_evenly() -> None:
+    import yaml
+
+    for workers, processes, members in ((128, 4, 32), (3, 3, 1), (7, 1, 7)):
+        found = yaml.safe_load(scale.config_of(workers))["CrowdWorker"]
+        assert (found["ServiceArgs"]["workers"], found["members"]) == (processes, members)
+
+
+def test_a_crowd_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three workers in one process, behind the real frontend, processor and NATS, with pictures over NIXL."""
+    loads = ["--workers", "3", "--processes", "1", "--streams", "1", "2", "--images", "0", "2", "--seconds", "1"]
+    assert scale.main([*loads, "--output", str(tmp_path)]) == 0, capsys.readouterr()
+    found = json.loads((tmp_path / "scale.json").read_text())
+    assert [(one["streams"], one["images"]) for one in found["points"]] == [(8, 0), (1, 0), (2, 0), (8, 2)]
+    for one in found["points"]:
+        assert one["requests"] and not one["failed"]
+        assert min(one["added_first"]) > -0.001, "an answer takes what its engine takes, at least"
+        assert one["requests_a_second"] <= one["allowed"]
+        assert {"Frontend", "Processor", "CrowdWorker", "nats-server", "the clients"} <= set(one["cores"])
+    assert found["wall"] in capsys.readouterr().out
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_come_out_alike_every_way() -> None:
+    row = asyncio.run(texts.measure(5, {"tiny": texts.TINY}))
+    assert not row.void
+    assert [goal.limit for goal in row.goals] == [6.0, 1.05]
+    assert len(row.samples) == 5 and all(len(one.values) == 5 for one in row.samples)
+
+
+def test_vectors_that_differ_make_the_row_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = texts.Direct.in_batches
+    monkeypatch.setattr(texts.Direct, "in_batches", lambda self, of: forward(self, of)[::-1])
+    row = asyncio.run(texts.measure(5, {"tiny": texts.TINY}))
+    assert "fixed batches" in row.void and not row.met
+
+
+def test_pictures_come_out_alike_at_once_and_alone() -> None:
+    row = asyncio.run(pictures.measure(1, steps=4))
+    goals: dict[str, Any] = {goal.what: goal for goal in row.goals}
+    assert goals["a pixel's largest difference, same seed"].met
+    assert goals["a late one waits"].median >= 0
+    assert [one.unit for one in row.samples] == ["ms"] * 3
