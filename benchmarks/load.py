@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +35,7 @@ class Told:
     failed: str = ""
 
 
+@lru_cache(maxsize=2048)
 def picture(number: int, side: int = 64) -> str:
     """The ``number``-th picture as a data: URL: no two are the same, and every arm gets the same."""
     chance = random.Random(f"bench {number}")

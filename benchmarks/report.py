@@ -70,6 +70,8 @@ def _markdown(rows: Sequence[Row], command: str, about: dict[str, Any]) -> Itera
         for goal in row.goals:
             met = "void" if row.void else "yes" if goal.met else "**no**"
             yield f"| {row.number} | {row.title}: {goal.what} | {goal} | {met} |"
+        if not row.goals:
+            yield f"| {row.number} | {row.title} | | {'void' if row.void else '**no**'} |"
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode stages alone, each in a process of its own: ours, and Dynamo's `dynamo.vllm` encode worker.
+
+What runs is the stage's own handler, from the request in hand to the handle that it replies with: fetch, decode,
+resize, tower, projector, and the embedding laid out for a reader. There is no NATS and no reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.arms import CPU, QUIET, ROOT, STOCK, TUNED, WORK, environment_without_graphs, install_stock
+
+ALL = 16
+"""Pictures in one of our forwards, as the configurations have it."""
+LINE = 16 * 2**20
+"""Bytes of a command: pictures travel in it."""
+KINDS = ("OURS", "STOCK", "STOCK-tuned")
+
+
+class EncodeStage:
+    """The measuring end. The other process loads its model at construction, and is stopped while it is not asked."""
+
+    def __init__(self, kind: str, model: Path):
+        self.kind = kind
+        environment = environment_without_graphs() | QUIET
+        if kind != "OURS":  # ours prepares its own, as a stage of a graph does
+            install_stock()
+            environment |= CPU | {"PYTHONPATH": os.pathsep.join((str(STOCK.absolute()), str(ROOT)))}
+        if kind == "STOCK-tuned":
+            environment |= TUNED
+        (WORK / "logs").mkdir(parents=True, exist_ok=True)
+        self._log = WORK / "logs" / f"encode-{kind}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.encoders", kind, str(model)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
+
+    def wait(self) -> None:
+        """Until it has loaded. It spins from then on, if it does, only while it is asked."""
+        self._answer()
+        self._process.send_signal(signal.SIGSTOP)
+
+    def encode(self, pictures: Sequence[str], most: int = ALL) -> dict[str, Any]:
+        """All of them at once, as so many requests: ``seconds``, and ``images`` that went through the tower (None where
+        it does not say). ``most``: pictures in one forward of ours."""
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps({"pictures": list(pictures), "most": most}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        while not (line := self._process.stdout.readline()).startswith("{"):  # engines log where they like
+            if not line:
+                self._process.wait()
+                raise RuntimeError(f"{self.kind} has ended:\n{self._log.read_text(errors='replace')[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process. What it holds is memory."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def encode_stages(model: Path) -> Iterator[dict[str, EncodeStage]]:
+    """One of each of `KINDS`, loaded one after the other's start, ended with the block."""
+    with contextlib.ExitStack() as stack:
+        stages = {}
+        for kind in KINDS:
+            stages[kind] = EncodeStage(kind, model)
+            stack.callback(stages[kind].close)
+        for stage in stages.values():
+            stage.wait()
+        yield stages
+
+
+Encode = Callable[[Sequence[str], int], Awaitable[int | None]]
+"""(pictures, most) -> images that went through the tower."""
+
+
+async def serve(encode: Encode) -> None:
+    """Obeys one line at a time."""
+    reader = asyncio.StreamReader(limit=LINE)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    print(json.dumps({"loaded": True}), flush=True)
+    while line := await reader.readline():
+        asked = json.loads(line)
+        began = time.perf_counter()
+        images = await encode(asked["pictures"], asked["most"])
+        print(json.dumps({"seconds": time.perf_counter() - began, "images": images}), flush=True)
+
+
+async def ours(model: str) -> None:
+    """`EncodeWorker` without a runtime: nobody READs from it, and it READs from nobody."""
+    from components.encode_worker import EncodeConfig, EncodeWorker
+    from components.protocol import EncodeRequest, Picture
+    from dynamo_epd.batching import Batcher
+    from dynamo_epd.sdk import dynamo_context
+
+    engine_args = {"model": model, "dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
+    dynamo_context.update(
+        namespace="bench",
+        component="EncodeWorker",
+        service_name="EncodeWorker",
+        instance_id=1,
+        graph=SimpleNamespace(services={}),
+        addresses={},
+        config=EncodeConfig(max_batch=ALL, engine_args=engine_args),
+    )
+    worker = EncodeWorker()
+    await worker.start()
+    counted = {"images": 0, "requests": 0}
+
+    def embed(items: Sequence[Any]) -> Sequence[Any]:
+        counted["images"] += len(items)
+        return worker.encoder.embed(items)
+
+    async def one(url: str) -> None:
+        counted["requests"] += 1
+        request = EncodeRequest(f"bench-{counted['requests']}", "", Picture(url=url))
+        async for encoded in worker.encode(request):
+            worker.arena.release(encoded.handle.lease)
+
+    async def encode(pictures: Sequence[str], most: int) -> int:
+        worker.batcher.close()
+        worker.batcher = Batcher(embed, most=most, waiting=len(pictures))
+        before = counted["images"]
+        await asyncio.gather(*(one(url) for url in pictures))
+        return counted["images"] - before
+
+    await serve(encode)
+
+
+async def stock(model: str) -> None:
+    """Dynamo's `EncodeWorkerHandler`, with the defaults of its command line."""
+    from dynamo.vllm.constants import EmbeddingTransferMode
+    from dynamo.vllm.multimodal_handlers import EncodeWorkerHandler
+    from dynamo.vllm.multimodal_utils.protocol import MultiModalGroup, MultiModalInput, vLLMMultimodalRequest
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # where the tuned one's NIXL learns to rest
+    arguments = AsyncEngineArgs(model=model, dtype="float32", enforce_eager=True, max_model_len=2048)
+    handler = EncodeWorkerHandler(arguments, EmbeddingTransferMode.NIXL_WRITE)
+    await handler.async_init(None)
+
+    async def one(number: int, url: str) -> None:
+        request = vLLMMultimodalRequest(
+            engine_prompt={"prompt_token_ids": []},
+            sampling_params=SamplingParams(),
+            request_id=f"bench-{number}",
+            multimodal_inputs=[MultiModalGroup(multimodal_input=MultiModalInput(image_url=url))],
+        )
+        async for _ in handler.generate(request, None):
+            pass
+
+    async def encode(pictures: Sequence[str], most: int) -> None:
+        await asyncio.gather(*(one(number, url) for number, url in enumerate(pictures)))
+
+    await serve(encode)
+
+
+if __name__ == "__main__":
+    kind, checkpoint = sys.argv[1:]
+    asyncio.run((ours if kind == "OURS" else stock)(checkpoint))

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 7: goodput at a fixed rate, four pictures a request, and raw throughput of as many as there are at once.
+
+Goodput is vLLM's (``vllm bench serve --goodput ttft:… tpot:…``): requests a second whose time to first token and whose
+mean time between tokens both stay within a limit. The limits and the rate come from AGG alone on the same machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+import aiohttp
+
+from benchmarks.arms import Arm
+from benchmarks.figures import Goal, Row, Samples, ratios, shown
+from benchmarks.load import Told, ask, at_rate, chat, picture, session
+from benchmarks.standing import Standing, agree, turn
+
+NUMBER = 7
+TITLE = "goodput, four pictures a request"
+ARMS = ("AGG", "AGG-tuned", "STOCK", "STOCK-tuned", "OURS-disagg")
+PICTURES = 4
+TOKENS = 24
+WINDOW = 8.0
+"""Seconds during which requests arrive."""
+LOAD = 0.8
+"""Of the requests a second that AGG answers one after the other."""
+SLACK = 3.0
+"""A limit is so many times what AGG takes for a request alone."""
+BURST = 6
+"""Requests at once, for raw throughput."""
+CALIBRATION = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, both inclusive."""
+
+    first: float
+    token: float
+
+    def kept(self, told: Told) -> bool:
+        """Whether a request counts. One that failed, or said one token where several were asked for, does not."""
+        return not told.failed and told.first <= self.first and bool(told.gaps) and fmean(told.gaps) <= self.token
+
+
+@dataclass
+class Measured:
+    """Of one arm, a figure a repeat."""
+
+    alone: list[Told] = field(default_factory=list)
+    windows: list[list[Told]] = field(default_factory=list)
+    bursts: list[float] = field(default_factory=list)
+    """Requests a second."""
+    failed: list[str] = field(default_factory=list)
+    client: list[float] = field(default_factory=list)
+    """Of a core, in a window."""
+
+    def goodput(self, limits: Limits) -> list[float]:
+        """Requests a second."""
+        return [sum(map(limits.kept, window)) / WINDOW for window in self.windows]
+
+
+async def measure(standing: Standing, repeats: int) -> Row:
+    """First each arm alone, which warms it up and shows its answers; then windows and bursts by turns."""
+    row = Row(NUMBER, TITLE, "")
+    arms = standing.arms(row, ARMS)
+    measured = {name: Measured() for name in arms}
+    async with session() as client:
+        for name, arm in arms.items():
+            async with turn(client, arm):
+                told = [await _about(client, arm, 70_000 + number) for number in range(1 + CALIBRATION)]
+                measured[name].alone = told[1:]
+        agree(row, {name: of.alone for name, of in measured.items()})
+        if row.void:
+            return row
+        limits, rate = calibrated(measured["AGG"].alone)
+        for repeat in range(repeats):
+            _draw_ahead(rate, repeat)
+            for name, arm in arms.items():
+                async with turn(client, arm):
+                    await _window(client, arm, rate, repeat, measured[name])
+                async with turn(client, arm):
+                    await _burst(client, arm, repeat, measured[name])
+    row.setting = (
+        f"{shown(rate)} requests a second for {WINDOW:g} s ({LOAD:g} of what AGG answers one after the other), "
+        f"{PICTURES} new pictures and {TOKENS} tokens each, {repeats} repeats; a good one has its first token within "
+        f"{shown(1e3 * limits.first)} ms and its tokens every {shown(1e3 * limits.token)} ms, {SLACK:g} times AGG alone"
+    )
+    fill(row, measured, limits)
+    return row
+
+
+def calibrated(alone: Sequence[Told]) -> tuple[Limits, float]:
+    """The limits, and requests a second."""
+    first = SLACK * median(one.first for one in alone)
+    token = SLACK * median(fmean(one.gaps) for one in alone)
+    return Limits(first, token), LOAD / median(one.whole for one in alone)
+
+
+async def _about(client: aiohttp.ClientSession, arm: Arm, number: int) -> Told:
+    return await ask(client, arm.url, chat("What is in these pictures?", _pictures(number), tokens=TOKENS))
+
+
+def _pictures(number: int) -> list[str]:
+    """Those of the ``number``-th request, whichever arm it goes to."""
+    return [picture(PICTURES * number + place) for place in range(PICTURES)]
+
+
+def _draw_ahead(rate: float, repeat: int) -> None:
+    """Drawing takes the client milliseconds a picture, which are the servers' while a window runs."""
+    for number in range(int(2 * rate * WINDOW) + 1):
+        _pictures(80_000 + 1_000 * repeat + number)
+    for number in range(BURST):
+        _pictures(90_000 + 1_000 * repeat + number)
+
+
+async def _window(client: aiohttp.ClientSession, arm: Arm, rate: float, repeat: int, of: Measured) -> None:
+    """Every arm sees the same arrivals and pictures."""
+    began, busy = time.perf_counter(), time.process_time()
+    told = await at_rate(rate, WINDOW, repeat, lambda number: _about(client, arm, 80_000 + 1_000 * repeat + number))
+    of.client.append((time.process_time() - busy) / (time.perf_counter() - began))
+    of.windows.append(told)
+    of.failed += [one.failed for one in told if one.failed]
+
+
+async def _burst(client: aiohttp.ClientSession, arm: Arm, repeat: int, of: Measured) -> None:
+    began = time.perf_counter()
+    told = await asyncio.gather(*(_about(client, arm, 90_000 + 1_000 * repeat + number) for number in range(BURST)))
+    of.bursts.append(BURST / (time.perf_counter() - began))
+    of.failed += [one.failed for one in told if one.failed]
+
+
+def fill(row: Row, measured: Mapping[str, Measured], limits: Limits) -> None:
+    """A request that fails under load is not good, and makes a throughput that counts it worthless: void if it is
+    ours or AGG's."""
+    for name, of in measured.items():
+        row.samples.append(Samples(f"{name}, goodput", of.goodput(limits), "requests/s"))
+    for name, of in measured.items():
+        row.samples.append(Samples(f"{name}, {BURST} at once", of.bursts, "requests/s"))
+        if of.failed:
+            row.notes.append(f"{name}: {len(of.failed)} requests failed under load: {of.failed[0]}")
+            if not name.startswith("STOCK"):
+                row.void = row.void or f"requests to {name} failed"
+    client = max((one for of in measured.values() for one in of.client), default=0.0)
+    row.notes.append(f"the client took {100 * client:.1f} % of a core at most")
+    ours = measured["OURS-disagg"]
+    for name, limit in (("AGG", 2.0), ("STOCK", 1.3)):
+        times = gains(ours.goodput(limits), measured[name].goodput(limits))
+        row.goals.append(Goal(f"OURS-disagg against {name}", times, "≥", limit))
+    row.goals.append(Goal("raw throughput against AGG", ratios(ours.bursts, measured["AGG"].bursts), "≥", 0.95))
+    for name in ("AGG-tuned", "STOCK-tuned"):
+        good = shown(median(gains(ours.goodput(limits), measured[name].goodput(limits))))
+        raw = shown(median(ratios(ours.bursts, measured[name].bursts)))
+        row.notes.append(f"OURS-disagg against {name}: {good} times the goodput, {raw} times the raw throughput")
+
+
+def gains(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Pair by pair, as `ratios`; a window without a good request counts as one with half a request."""
+    return [one / max(other, 0.5 / WINDOW) for one, other in zip(of, to, strict=True)]

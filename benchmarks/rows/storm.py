@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 6: the pace of a running text stream while questions about pictures arrive, beside its pace without them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import aiohttp
+
+from benchmarks.arms import Arm
+from benchmarks.figures import Goal, Row, Samples, percentile, ratios, shown
+from benchmarks.load import Told, ask, chat, picture, session
+from benchmarks.standing import WITHOUT_STOCK, Standing, agree, turn
+
+NUMBER = 6
+TITLE = "a text stream during an image storm"
+TOKENS = 256
+RATE = 2.0
+"""Questions about a new picture, a second; they wait for nobody, and want one token."""
+SHARE = 0.99
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of one stream: without a storm, and in one of so many questions."""
+
+    quiet: Told
+    stormy: Told
+    storm: list[Told]
+
+
+async def measure(standing: Standing, repeats: int) -> Row:
+    """Each turn streams the same text twice, without and with the storm."""
+    load = f"a stream of {TOKENS} tokens, {RATE:g} questions a second about new pictures, {repeats} repeats"
+    row = Row(NUMBER, f"{TITLE}, p{100 * SHARE:g} inter-token latency", load)
+    arms = standing.arms(row, WITHOUT_STOCK)
+    paces: dict[str, list[Pace]] = {name: [] for name in arms}
+    async with session() as client:
+        for repeat in range(1 + repeats):
+            for name, arm in arms.items():
+                async with turn(client, arm):
+                    pace = await _one(client, arm, repeat)
+                if repeat:
+                    paces[name].append(pace)
+    fill(row, paces)
+    return row
+
+
+async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int) -> Pace:
+    body = chat(f"Tell me story number {repeat}.", tokens=TOKENS)
+
+    async def about(number: int) -> Told:
+        question = chat("What is in it?", [picture(60_000 + 1_000 * repeat + number)], tokens=1)
+        return await ask(client, arm.url, question)
+
+    quiet = await ask(client, arm.url, body)
+    over = asyncio.Event()
+    storm = asyncio.ensure_future(until(over, RATE, repeat, about))
+    stormy = await ask(client, arm.url, body)
+    over.set()
+    return Pace(quiet, stormy, await storm)
+
+
+async def until(over: asyncio.Event, rate: float, seed: int, one: Callable[[int], Awaitable[Told]]) -> list[Told]:
+    """Poisson arrivals that wait for nobody, the first at once, until ``over`` is set; then what they were told."""
+    chance = random.Random(seed)
+    begun: list[asyncio.Future[Told]] = []
+    while not over.is_set():
+        begun.append(asyncio.ensure_future(one(len(begun))))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), chance.expovariate(rate))
+    return list(await asyncio.gather(*begun))
+
+
+def fill(row: Row, paces: Mapping[str, Sequence[Pace]]) -> None:
+    """Void where a stream failed or quiet ones differ. In a storm batches differ, and with them the last bits."""
+    agree(row, {name: [pace.quiet for pace in of] for name, of in paces.items()})
+    for name, of in paces.items():
+        failed = [one.failed for pace in of for one in (pace.stormy, *pace.storm) if one.failed]
+        if failed:
+            row.void = row.void or f"{name}: {len(failed)} questions of the storm failed: {failed[0]}"
+        other = sum(pace.quiet.text != pace.stormy.text for pace in of)
+        row.notes.append(f"{name}: {shown(sum(len(pace.storm) for pace in of) / len(of))} questions in a storm")
+        if other:
+            row.notes.append(f"{name}: {other} of {len(of)} streams said something else in the storm")
+    if row.void:
+        return
+    for name, of in paces.items():
+        quiet = [1e3 * percentile(pace.quiet.gaps, SHARE) for pace in of]
+        stormy = [1e3 * percentile(pace.stormy.gaps, SHARE) for pace in of]
+        row.samples += [Samples(f"{name}, quiet", quiet, "ms"), Samples(f"{name}, in the storm", stormy, "ms")]
+        if name == "OURS-disagg":
+            row.goals.append(Goal(f"{name}, in the storm against quiet", ratios(stormy, quiet), "≤", 1.10))
+        else:
+            times = [shown(of(ratios(stormy, quiet))) for of in (min, max)]
+            row.notes.append(f"{name}, in the storm against quiet: {' … '.join(times)} times")
