@@ -86,8 +86,8 @@ class ImageConfig:
     arena_bytes: int = 128 * 1024 * 1024
     """Pictures that wait for their READ, and states being READ."""
     lease_seconds: float = 30.0
-    max_waiting: int = 64
-    """Pictures that may wait for their turn; one more is refused."""
+    max_waiting: int = 256
+    """Pictures that may wait for their turn; one more is refused. By default as many as a frontend lets in at once."""
 
 
 @service(dynamo={"namespace": "dynamo"}, config=ImageConfig)

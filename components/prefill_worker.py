@@ -9,7 +9,6 @@ from typing import Any
 
 from components.protocol import PrefillReply, PrefillRequest, Withdrawn, WithdrawRequest
 from dynamo_epd.exchange import ArenaOwner
-from dynamo_epd.given import Given
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 
 
@@ -35,7 +34,6 @@ class PrefillWorker(ArenaOwner):
 
     def __init__(self) -> None:
         self.config = service_config(PrefillConfig)
-        self.given: Given[dict[str, Any]] = Given()
 
     @async_on_start
     async def start(self) -> None:
@@ -60,13 +58,12 @@ class PrefillWorker(ArenaOwner):
                     request.request_id, request.token_ids, images, cache_salt=request.cache_salt
                 )
             visit.waited = filled.queue_seconds
-        self.given.give(request.request_id, filled.kv)  # a KV cache that nobody takes ends with its lease
         yield PrefillReply(filled.kv, filled.token_ids, filled.queue_seconds)
 
     @endpoint()
     async def withdraw(self, request: WithdrawRequest) -> AsyncIterator[Withdrawn]:
-        """What the reply that the caller did not see handed over, so that a decode worker can reject it."""
-        yield Withdrawn(next(iter(self.given.take_back(request.request_id)), None))
+        """What was handed over to a caller that did not see it, so that a decode worker can reject it."""
+        yield Withdrawn(await self.engine.withdraw(request.request_id))
 
     @liveness
     def alive(self) -> bool:

@@ -26,6 +26,7 @@ import psutil
 from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, TokenLogprobs
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
+from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class LanguageEngine:
         self._heard = time.monotonic()
         self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
+        self._handed_over: Given[dict[str, Any]] = Given()
+        if role == "prefill":
+            self._note_what_is_handed_over()
 
     @classmethod
     async def start(cls, engine_args: Mapping[str, Any], role: Role, silence: float) -> LanguageEngine:
@@ -170,6 +174,32 @@ class LanguageEngine:
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
         return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids), queued(last))
+
+    def _note_what_is_handed_over(self) -> None:
+        """As soon as EngineCore says it: AsyncLLM drops what is said of a request that was aborted on this side."""
+        core = self._engine.engine_core
+        receive = core.get_output_async
+
+        async def noting() -> Any:
+            outputs = await receive()
+            for output in outputs.outputs:
+                if output.kv_transfer_params is not None:
+                    request_id, _, _ = output.request_id.rpartition("-")  # without what vLLM appended to ours
+                    self._handed_over.give(request_id, output.kv_transfer_params)
+            return outputs
+
+        core.get_output_async = noting
+
+    async def withdraw(self, request_id: str) -> dict[str, Any] | None:
+        """Ends a prefill whose caller has left. Returns the KV cache that waits for a reader all the same, if any: the
+        engine may have ended before it was told. A decode engine must `reject` it."""
+        await self._engine.abort(request_id)
+        # EngineCore takes up and says one thing after the other: what comes before this reply is all that will come.
+        await self._engine.is_sleeping()
+        while not self._engine.engine_core.outputs_queue.empty():
+            await asyncio.sleep(0)
+        handed_over = self._handed_over.take_back(request_id)
+        return handed_over[-1] if handed_over else None  # those before were seen: a request may come here twice
 
     async def generate(
         self,
