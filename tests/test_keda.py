@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KEDA's scalers: what they scale, and what their queries say of waits, asked of Prometheus' own engine (promtool)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import REGISTRY
+
+from components.planner import PlannerConfig
+from dynamo_epd.metrics import LABELS, Metrics
+from tests.manifests import GRAPH, Object, kustomized, of_kind
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+STAGES = ("EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker")
+TRIGGER = {"serverAddress", "query", "threshold"}
+"""Of the keys of KEDA's Prometheus scaler (pkg/scalers/prometheus_scaler.go) those that are used."""
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    return kustomized("overlays/gpu", tmp_path_factory.mktemp("deploy"))
+
+
+def trigger(objects: list[Object], stage: str) -> Any:
+    (found,) = of_kind(objects, "ScaledObject")[f"epd-{stage.lower()}"]["spec"]["triggers"]
+    return found
+
+
+def test_one_scaler_per_stage_on_its_adapter(objects: list[Object]) -> None:
+    """The operator names an adapter after deployment and component, in small letters."""
+    scalers = of_kind(objects, "ScaledObject")
+    assert scalers.keys() == {f"epd-{stage.lower()}" for stage in STAGES}
+    graph = of_kind(objects, GRAPH)["epd"]
+    adapted = {one["name"] for one in graph["spec"]["components"] if "scalingAdapter" in one}
+    assert set(STAGES) <= adapted
+    # two autoscalers on one stage would pull at each other
+    assert "Planner" not in adapted and all(one["type"] != "planner" for one in graph["spec"]["components"])
+    for name, one in scalers.items():
+        spec = one["spec"]
+        assert spec["scaleTargetRef"] == {
+            "apiVersion": "nvidia.com/v1beta1",
+            "kind": "DynamoGraphDeploymentScalingAdapter",
+            "name": name,
+        }
+        assert 1 == spec["minReplicaCount"] < spec["maxReplicaCount"]
+
+
+def test_triggers_have_the_keys_that_keda_reads(objects: list[Object]) -> None:
+    for stage in STAGES:
+        found = trigger(objects, stage)
+        assert (found["type"], found["metricType"]) == ("prometheus", "Value")
+        assert found["metadata"].keys() == TRIGGER and all(isinstance(one, str) for one in found["metadata"].values())
+        target = PlannerConfig().limits(stage).queue_target
+        assert float(found["metadata"]["threshold"]) >= target
+
+
+def test_the_metric_is_ours() -> None:
+    stage = Metrics("dynamo-epd-epd", "EncodeWorker", "m").stage()
+    with stage.visit() as visit:
+        visit.waited = 1.5
+    labels = dict(zip(LABELS, ("dynamo-epd-epd", "EncodeWorker", "m"), strict=True))
+    assert REGISTRY.get_sample_value("epd_stage_queue_seconds_sum", labels) == 1.5
+    assert REGISTRY.get_sample_value("epd_stage_queue_seconds_count", labels) == 1
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
+def test_queries_say_the_mean_wait_and_never_nothing(objects: list[Object], tmp_path: Path) -> None:
+    """Per stage: two workers with 2 requests a second together that wait 3 s each; then idle; then gone."""
+    series, asked = [], []
+    for stage in STAGES:
+        for worker in ("a", "b"):
+            labels = f'namespace="dynamo-epd",graph="epd",dynamo_component="{stage}",worker="{worker}"'
+            # five minutes of load, five of rest, and then no sample any more
+            series += [
+                {"series": f"epd_stage_queue_seconds_sum{{{labels}}}", "values": "0+45x20 900x20 stale"},
+                {"series": f"epd_stage_queue_seconds_count{{{labels}}}", "values": "0+15x20 300x20 stale"},
+            ]
+        other = f'namespace="other",graph="epd",dynamo_component="{stage}",worker="a"'
+        series += [
+            {"series": f"epd_stage_queue_seconds_sum{{{other}}}", "values": "0+900x60"},
+            {"series": f"epd_stage_queue_seconds_count{{{other}}}", "values": "0+15x60"},
+        ]
+        query = trigger(objects, stage)["metadata"]["query"]
+        for moment, value in (("4m", 3), ("9m", 0), ("14m", 0)):
+            asked.append({"expr": query, "eval_time": moment, "exp_samples": [{"labels": "{}", "value": value}]})
+    test = {
+        "evaluation_interval": "15s",
+        "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": asked}],
+    }
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump(test))
+    ran = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
