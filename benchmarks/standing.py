@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -25,26 +25,27 @@ WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
 
 
 class Standing:
-    """All serve one model. `arms` starts those that do not stand yet; `close` ends them, and they can be asked for
-    again."""
+    """All serve one model. `arms` starts those that do not stand yet and ends those that a row does not need; `close`
+    ends them all. They can be asked for again."""
 
     def __init__(self, model: Callable[[], Path]):
         self._model = model
         self._arms: dict[str, Arm] = {}
-        self._stack = ExitStack()
 
     def arms(self, row: Row, names: Sequence[str]) -> dict[str, Arm]:
         """By name, in this order. The row is told their commands."""
+        for name in self._arms.keys() - set(names):
+            self._arms.pop(name).close()  # they would take memory, and some of a core
         for name in names:
             if name not in self._arms:
-                self._arms[name] = self._stack.enter_context(START[name](self._model()))
+                self._arms[name] = START[name](self._model()).__enter__()
                 self._arms[name].pause()
         row.notes += [f"`{command}`" for name in names for command in self._arms[name].commands]
         return {name: self._arms[name] for name in names}
 
     def close(self) -> None:
-        self._stack.close()
-        self._arms.clear()
+        while self._arms:
+            self._arms.popitem()[1].close()
 
 
 @asynccontextmanager

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report's serving rows make of what they were told, and how they take turns. No engine runs here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from benchmarks import __main__ as command
+from benchmarks import checkpoints, standing, traces
+from benchmarks.arms import PAUSE_SECONDS, Arm
+from benchmarks.figures import Row
+from benchmarks.load import Told
+from benchmarks.rows import encoder, goodput, kv, overlap, repeated, start, storm
+from benchmarks.standing import Standing, agree
+from benchmarks.traces import Span, Traces
+
+
+def told(first: float = 0.1, text: str = "same", gaps: Sequence[float] = (0.01, 0.01), failed: str = "") -> Told:
+    return Told(text, first, first + sum(gaps), list(gaps), failed)
+
+
+class ArmDouble:
+    """Notes what was done to it; starts nothing."""
+
+    spins = False
+
+    def __init__(self, name: str, log: list[str], seconds: float = 0.0):
+        self.name, self._log, self.seconds_to_answer = name, log, seconds
+        self.commands = [f"serve {name}"]
+
+    def __enter__(self) -> ArmDouble:
+        self._log.append(f"start {self.name}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._log.append(f"end {self.name}")
+
+    def pause(self) -> None:
+        """It never spins."""
+
+
+# Arms that stand, and those that are paused
+
+
+def test_an_arm_starts_once_and_stands_while_rows_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(standing, "START", {name: lambda _, name=name: ArmDouble(name, log) for name in "abc"})
+    arms, row = Standing(lambda: Path("model")), Row(1, "t", "s")
+    assert list(arms.arms(row, "ba")) == ["b", "a"] and list(arms.arms(row, "ac")) == ["a", "c"]
+    assert log == ["start b", "start a", "end b", "start c"], "whom a row does not need it does not keep"
+    assert row.notes == ["`serve b`", "`serve a`", "`serve a`", "`serve c`"]
+    arms.close()
+    assert log[4:] == ["end c", "end a"]
+    arms.arms(row, "a")
+    assert log[6:] == ["start a"], "closed ones can be asked for again"
+
+
+def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
+    registered = tmp_path / "instances" / "worker"
+    registered.parent.mkdir()
+    registered.touch()
+    arm = Arm("double", [], 1, spins=True, discovery=tmp_path)
+    arm._processes.append(subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True))
+    try:
+        arm.pause()
+        assert registered.stat().st_mtime > time.time() + PAUSE_SECONDS / 2
+        (process,) = arm.processes()
+        assert process.status() == psutil.STATUS_STOPPED
+        arm.resume()
+        assert process.status() != psutil.STATUS_STOPPED
+    finally:
+        arm.close()
+
+
+def test_answers_that_differ_make_a_row_void_unless_they_are_stocks() -> None:
+    row = Row(1, "t", "s")
+    agree(row, {"AGG": [told()], "STOCK": [told(text="other")], "OURS-agg": [told()]})
+    assert not row.void and row.notes == ["STOCK: 1 of 1 answers are not AGG's"]
+    agree(row, {"AGG": [told()], "OURS-agg": [told(text="other")]})
+    assert row.void == "OURS-agg's answers differ from AGG's"
+    row = Row(1, "t", "s")
+    agree(row, {"AGG": [told()], "STOCK": [told(failed="503: no")]})
+    assert row.void == "a question to STOCK failed" and "STOCK: 1 of 1 failed: 503: no" in row.notes
+
+
+def test_rows_that_share_arms_run_together_and_others_without_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+
+    class StandingDouble:
+        def close(self) -> None:
+            log.append("close")
+
+    def measured(number: int) -> Any:
+        async def measure(repeats: int) -> Row:
+            log.append(f"{number} by {repeats}")
+            return Row(number, f"title {number}", "setting", void="a test")
+
+        return measure
+
+    numbers = (1, 5, 6, 7, 9, 12)
+    monkeypatch.setattr(command, "ROWS", {number: measured(number) for number in numbers})
+    monkeypatch.setattr(command, "STANDING", StandingDouble())
+    assert command.main(["--output", str(tmp_path), "--repeats", "5"]) == 1
+    assert log == ["5 by 5", "6 by 5", "9 by 5", "7 by 5", "close", "1 by 5", "close", "12 by 5", "close"]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [row["number"] for row in written["rows"]] == list(numbers), "in the report they are in order"
+    assert "| 12 | title 12 | | void |" in capsys.readouterr().out
+
+
+def test_every_row_has_its_repeats() -> None:
+    assert command.ROWS.keys() == command.REPEATS.keys() and set(command.STAND) < command.ROWS.keys()
+    assert min(command.REPEATS.values()) >= 5
+
+
+# Models
+
+
+def test_a_model_says_printable_characters_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    size = checkpoints.SIZES["llava-tiny"]
+    checkpoints.write(size, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (head,) = (tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
+    alphabet = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    said = {alphabet[chr(character)] for character in checkpoints.PRINTABLE}
+    assert {index for index, row in enumerate(head) if row.any()} == said
+    assert any(name.startswith("vision_tower.vision_model.") for name in tensors), "as vLLM reads it"
+    assert json.loads((tmp_path / "config.json").read_text())["image_seq_length"] == size.image_tokens == 16
+
+
+def test_another_size_is_another_checkpoint() -> None:
+    assert len({checkpoints.hash_of(size) for size in checkpoints.SIZES.values()}) == len(checkpoints.SIZES)
+
+
+# Row 4
+
+
+def test_no_arm_encodes_a_picture_twice_and_the_first_turn_warms_up() -> None:
+    seen: list[str] = []
+    mosts: list[int] = []
+
+    class StageDouble:
+        def encode(self, pictures: Sequence[str], most: int) -> dict[str, Any]:
+            seen.extend(pictures)
+            mosts.append(most)
+            return {"seconds": float(len(mosts))}
+
+    stage: Any = StageDouble()
+    seconds = encoder.by_turns({"OURS": stage, "STOCK": stage, "STOCK-tuned": stage}, 1)
+    assert seconds == {"OURS": [5.0], "OURS, one a forward": [6.0], "STOCK": [7.0], "STOCK-tuned": [8.0]}
+    assert mosts[:2] == [encoder.ALL, 1]
+    assert len(set(seen)) == len(seen) == 8 * encoder.WAITING
+
+
+def test_batches_must_win_where_overhead_rules_and_keep_up_elsewhere() -> None:
+    rates = {"OURS": [4.0], "OURS, one a forward": [4.1], "STOCK": [1.0]}
+    wins, keeps_up = encoder.goal(encoder.OVERHEAD, "tiny", rates), encoder.goal("llava-b32", "B/32", rates)
+    assert (wins.values, wins.limit, wins.met) == ([4.0], 2.0, True)
+    assert (keeps_up.limit, keeps_up.met) == (0.97, True) and keeps_up.median == pytest.approx(4.0 / 4.1)
+
+
+# Row 5
+
+
+def test_a_repeated_picture_is_asked_about_in_new_words_and_its_text_is_as_long() -> None:
+    def parts(kind: str, repeat: int) -> list[Any]:
+        body: Any = repeated.asked(kind, repeat, 40)
+        return list(body["messages"][0]["content"])
+
+    first, seen, text = (parts(kind, 3) for kind in (repeated.FIRST, repeated.SEEN, repeated.TEXT))
+    assert first[1] == seen[1] and seen[1]["type"] == "image_url", "the same picture"
+    assert parts(repeated.SEEN, 4)[1] != seen[1]
+    beginnings = {one[0]["text"][:16] for one in (first, seen, text, parts(repeated.SEEN, 4), parts(repeated.TEXT, 4))}
+    assert len(beginnings) == 5, "no prefix cache has seen any of them"
+    assert first[2] != seen[2], "another question"
+    assert len(text[0]["text"]) == len(seen[0]["text"]) + 40 + len(seen[2]["text"])
+
+
+def test_a_picture_seen_before_is_set_against_text() -> None:
+    kinds = {
+        repeated.FIRST: [told(0.9), told(0.8)],
+        repeated.SEEN: [told(0.22), told(0.21)],
+        repeated.TEXT: [told(0.2), told(0.2)],
+    }
+    row = Row(5, "t", "s")
+    repeated.fill(row, dict.fromkeys(("AGG", "OURS-agg", "OURS-disagg"), kinds))
+    assert [goal.what for goal in row.goals] == ["OURS-disagg, against text", "OURS-agg, against text"]
+    assert row.goals[0].values == pytest.approx([1.1, 1.05]) and row.met
+    assert [sample.arm for sample in row.samples][:3] == [
+        "AGG, new picture",
+        "AGG, seen before",
+        f"AGG, {repeated.TEXT}",
+    ]
+
+
+# Row 6
+
+
+def test_a_storm_waits_for_nobody_and_ends_with_the_stream() -> None:
+    async def go() -> tuple[int, list[Told]]:
+        over, answered = asyncio.Event(), asyncio.Event()
+        asked = 0
+
+        async def one(number: int) -> Told:
+            nonlocal asked
+            asked += 1
+            assert number == asked - 1
+            if asked == 5:
+                over.set()
+            await answered.wait()
+            return told()
+
+        running = asyncio.ensure_future(storm.until(over, 1000.0, 1, one))
+        await asyncio.wait_for(over.wait(), 20)
+        at_end = asked
+        answered.set()
+        return at_end, await asyncio.wait_for(running, 20)
+
+    asked, answers = asyncio.run(go())
+    assert asked == 5, "five at once, none of them answered"
+    assert len(answers) == 5, "and none after the end"
+
+
+def pace(stall: float, text: str = "same", failed: str = "") -> storm.Pace:
+    quiet = [0.01] * 199
+    return storm.Pace(told(gaps=quiet), told(gaps=[*quiet[2:], stall, stall], text=text), [told(failed=failed)])
+
+
+def test_stalls_count_in_the_tail_of_a_stream() -> None:
+    row = Row(6, "t", "s")
+    storm.fill(row, {"AGG": [pace(0.5)] * 3, "OURS-disagg": [pace(0.0105)] * 3})
+    assert row.goals[0].values == pytest.approx([1.05] * 3) and row.met
+    assert "AGG, in the storm against quiet: 50.00 … 50.00 times" in row.notes
+    assert [sample.median for sample in row.samples] == pytest.approx([10, 500, 10, 10.5])
+
+
+def test_a_storm_that_failed_shows_nothing() -> None:
+    row = Row(6, "t", "s")
+    storm.fill(row, {"AGG": [pace(0.5)], "OURS-disagg": [pace(0.01, failed="503: full")]})
+    assert row.void == "OURS-disagg: 1 questions of the storm failed: 503: full" and not row.goals
+    row = Row(6, "t", "s")
+    storm.fill(row, {"AGG": [pace(0.5, text="other")], "OURS-disagg": [pace(0.01)]})
+    assert row.met and "AGG: 1 of 1 streams said something else in the storm" in row.notes
+
+
+# Row 7
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (told(1.0, gaps=[0.1, 0.1]), True),
+        (told(1.01, gaps=[0.1, 0.1]), False),
+        (told(1.0, gaps=[0.02, 0.2]), False),
+        (told(1.0, gaps=[0.0, 0.2]), True),
+        (told(1.0, gaps=[]), False),
+        (told(0.1, failed="500"), False),
+    ],
+)
+def test_a_request_is_good_within_both_limits(answer: Told, kept: bool) -> None:
+    assert goodput.Limits(first=1.0, token=0.1).kept(answer) is kept
+
+
+def test_limits_and_rate_come_from_one_request_after_the_other() -> None:
+    limits, rate = goodput.calibrated([told(0.2), told(0.3), told(0.9)])
+    assert (limits.first, limits.token) == pytest.approx((0.9, 0.03))
+    assert rate == pytest.approx(goodput.LOAD / 0.32)
+
+
+def test_nothing_good_counts_as_half_a_request() -> None:
+    assert goodput.gains([2.0, 2.0, 0.0], [1.0, 0.0, 0.0]) == [2.0, 4.0 * goodput.WINDOW, 0.0]
+
+
+def test_goodput_counts_good_requests_and_throughput_all() -> None:
+    good, late = told(0.1), told(9.0)
+    limits = goodput.Limits(1.0, 1.0)
+    arms = {name: goodput.Measured([], [[good, late]], [1.0]) for name in goodput.ARMS}
+    arms["OURS-disagg"] = goodput.Measured([], [[good, good]], [0.96])
+    row = Row(7, "t", "s")
+    goodput.fill(row, arms, limits)
+    assert [goal.values for goal in row.goals] == [[2.0], [2.0], [0.96]] and row.met
+    assert "OURS-disagg against STOCK-tuned: 2.00 times the goodput, 0.96 times the raw throughput" in row.notes
+    arms["STOCK"].failed.append("500: no")
+    row = Row(7, "t", "s")
+    goodput.fill(row, arms, limits)
+    assert row.met and "STOCK: 1 requests failed under load: 500: no" in row.notes
+    arms["AGG"].failed.append("500: no")
+    goodput.fill(row, arms, limits)
+    assert row.void == "requests to AGG failed"
+
+
+# Row 8
+
+
+def span(name: str, began: float, ended: float) -> Span:
+    return Span("a", name, began, ended)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "seconds"),
+    [
+        ([(0, 4)], [(4, 6)], 0),
+        ([(0, 4)], [(3, 6)], 1),
+        ([(0, 2), (1, 4)], [(3, 6)], 1),
+        ([(0, 1), (2, 3)], [(0, 9)], 2),
+        ([(0, 9)], [(1, 2), (1, 3), (5, 6)], 3),
+        ([], [(1, 2)], 0),
+    ],
+)
+def test_seconds_in_which_both_ran_count_once(one: list[Any], other: list[Any], seconds: float) -> None:
+    assert traces.overlap([span("a", *at) for at in one], [span("b", *at) for at in other]) == seconds
+
+
+def of_request(prefilled_from: float) -> list[Span]:
+    encodes = [span(overlap.ENCODE, place, place + 1.0) for place in range(4)]
+    return [*encodes, span(overlap.PREFILL, prefilled_from, 5.0), span("Processor.chat", 0.0, 9.0)]
+
+
+def test_a_graph_that_waits_for_all_pictures_overlaps_nothing() -> None:
+    row = Row(8, "t", "s")
+    overlap.fill(row, [told(5.0)], [told(4.0)], [of_request(4.0)])
+    assert row.goals[0].values == [1.0] and not row.met
+    assert row.notes[0].startswith("asked in pieces: 0.8 times")
+    assert row.notes[1].endswith("it began 3,000 ms after the first one")
+
+
+def test_what_overlaps_is_what_is_won() -> None:
+    row = Row(8, "t", "s")
+    overlap.fill(row, [told(5.0)], [told(4.0)], [of_request(1.0)])
+    assert row.goals[0].values == [5.0 / 8.0] and row.met and len(row.notes) == 1
+    row = Row(8, "t", "s")
+    overlap.fill(row, [told(failed="500: no")], [told()], [])
+    assert row.void == "1 questions failed: 500: no"
+
+
+def test_spans_are_collected_over_http_until_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, headers = traces.new_trace()
+    assert headers["traceparent"].split("-")[1] == trace and headers["traceparent"].endswith("-01")
+
+    def send(collector: Traces, name: str) -> None:
+        request = ExportTraceServiceRequest()
+        one = request.resource_spans.add().scope_spans.add().spans.add()
+        one.name, one.trace_id = name, bytes.fromhex(trace)
+        one.start_time_unix_nano, one.end_time_unix_nano = 1_500_000_000, 2_000_000_000
+        url = f"{collector.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces"
+        urllib.request.urlopen(urllib.request.Request(url, request.SerializeToString()), timeout=20).close()
+
+    with Traces() as collector:
+        for name in ("encode", "encode", "prefill"):
+            send(collector, name)
+        spans = asyncio.run(collector.trace(trace, {"encode": 2, "prefill": 1}))
+        assert sorted(spans, key=lambda one: one.name)[2] == Span(trace, "prefill", 1.5, 2.0)
+        monkeypatch.setattr(traces, "ARRIVE_SECONDS", 0.0)
+        with pytest.raises(TimeoutError, match="'encode': 1"):
+            asyncio.run(collector.trace(trace, {"encode": 3, "prefill": 1}))
+
+
+# Rows 9 and 12
+
+
+def test_a_handed_over_cache_is_set_against_one_engine() -> None:
+    row = Row(9, "t", "s")
+    kv.fill(row, {"AGG": [told(0.2)], "AGG-tuned": [told(0.1)], "OURS-agg": [told(0.1)], "OURS-disagg": [told(0.22)]})
+    assert row.goals[0].values == pytest.approx([1.1]) and row.met
+    assert row.notes == ["OURS-disagg against AGG-tuned: 2.20 times", "OURS-disagg against OURS-agg: 2.20 times"]
+
+
+def test_starts_are_taken_by_turns_and_who_begins_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    doubles = {"AGG": lambda _: ArmDouble("AGG", log, 40.0), "OURS-disagg": lambda _: ArmDouble("OURS", log, 44.0)}
+    monkeypatch.setattr(start, "ARMS", doubles)
+    row = asyncio.run(start.measure(Path("model"), 2))
+    assert log == ["start OURS", "end OURS", "start AGG", "end AGG", "start AGG", "end AGG", "start OURS", "end OURS"]
+    assert row.goals[0].values == pytest.approx([1.1, 1.1]) and row.met
