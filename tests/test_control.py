@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,22 @@ def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, h
     assert sorted(shown[2:4]) == ["Busy-1 has left", "Busy-2 has left"]
 
 
+def test_workers_of_the_service_with_http_share_its_port(served: Served, home: Path) -> None:
+    with Callers(served, seconds=0.01) as callers:
+        callers.number(2)
+        ran = scale(home, GRAPH, "Front=2")
+        assert (ran.returncode, ran.stdout) == (0, "Front: 1 → 2 workers\nFront: 2 ready\n"), ran.stderr
+        fronts = served.workers("Front")
+        grown = len(callers.answers)
+        both = set(fronts.values())
+        eventually(lambda: {json.loads(one)["pid"] for one in callers.answers[grown:]} == both, "requests reach both")
+        os.kill(fronts[0], signal.SIGKILL)  # the first one must find its port again beside the other
+        served.wait_for(r"^Front-0 is back$")
+    again = scale(home, GRAPH, "Front=1")
+    assert (again.returncode, set(served.workers("Front"))) == (0, {0}), again.stderr
+    assert '"workers"' in served.post("call", {"seconds": 0.001})
+
+
 def test_a_worker_that_does_not_come_up_is_taken_back_and_the_graph_goes_on(served: Served, home: Path) -> None:
     ran = scale(home, GRAPH, "Calm=2")
     assert ran.returncode == 1
@@ -97,7 +114,6 @@ def test_without_numbers_it_says_how_many_there_are(served: Served, home: Path) 
         ((GRAPH, "Bsy=2"), 1, "error: Bsy does not run here; there is Front, Calm, Busy"),
         ((GRAPH, "Busy=0"), 1, "error: Busy keeps at least 1 of its workers"),
         ((GRAPH, "Calm=3"), 1, "error: Calm may have at most 2 workers"),
-        ((GRAPH, "Front=2"), 1, "error: Front has its HTTP port for itself"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(

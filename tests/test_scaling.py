@@ -107,7 +107,6 @@ def test_what_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
             ("Busy", 3, "too few GPUs: Busy-2 finds none left"),
             ("Busy", 0, r"Busy keeps at least 1 of its workers: Planner\.stages\.Busy\.min"),
             ("Calm", 3, r"Calm may have at most 2 workers: Planner\.stages\.Calm\.max"),
-            ("Front", 2, "Front has its HTTP port for itself"),
             ("Planner", 1, "Planner does not run here; there is Front, Calm, Busy"),
         ):
             with pytest.raises(ScalingRefused, match=message) as refused:

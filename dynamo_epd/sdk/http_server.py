@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import inspect
 import os
-import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +20,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from dynamo_epd.errors import EpdError
 from dynamo_epd.http.connection import BoundedConnection
 from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, bound
 from dynamo_epd.sdk.service import ServiceInfo
 
-HOST = "DYNAMO_HTTP_HOST"
-PORT = "DYNAMO_HTTP_PORT"
-SHARED_PORT = "DYNAMO_HTTP_SHARED_PORT"
-"""Set when several workers of one service share the port."""
 PROBES = ("/live", "/health")
 
 
@@ -55,7 +51,8 @@ class HttpServer:
         self._scheme = "http" if tls is None else "https"
         if tls is not None:
             _check(tls)
-        self._socket = _listen(os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000")))
+        host, port = os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000"))
+        self._socket = bound(host, port, shared=bool(os.environ.get(SHARED_PORT)))
         config = uvicorn.Config(
             app,
             http=BoundedConnection,
@@ -100,22 +97,6 @@ def _check(tls: TlsConfig) -> None:
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"tls: {tls.cert_file} and {tls.key_file} cannot be used: {reason}") from error
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named, for asyncio sends small writes at once (TCP_NODELAY) only where a socket says that it is TCP's: a stream's
-    # next delta would else wait until the client has acknowledged the last, which it puts off for 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if os.environ.get(SHARED_PORT):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot open http://{host}:{port}: {error.strerror}") from error
-    return listener
 
 
 def app_of(info: ServiceInfo, instance: Any) -> Any | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from dynamo_epd.sdk.config import PLANNER, ConfigError
 from dynamo_epd.sdk.gpus import Share
-from dynamo_epd.sdk.serve import MOST_SYSTEM_PORT, Plan, has_http, slot_for
+from dynamo_epd.sdk.serve import MOST_SYSTEM_PORT, Plan, slot_for
 from dynamo_epd.sdk.supervisor import Slot, Supervisor
 
 MAX_WORKERS = 64
@@ -86,7 +86,7 @@ class Scaling:
         self._one_at_a_time = asyncio.Lock()
 
     def status(self) -> dict[str, Any]:
-        """Service → its workers: ``index``, ``ready``, ``leaving``, and ``metrics``, an address or None."""
+        """Service → its workers: ``index``, ``ready``, ``leaving``, and ``metrics``, ``url``, ``pid``, each or None."""
         return {
             name: [
                 {
@@ -94,6 +94,8 @@ class Scaling:
                     "ready": slot.ready and slot.ending is None,
                     "leaving": slot.ending is not None,
                     "metrics": self._metrics(slot),
+                    "url": slot.url,
+                    "pid": slot.pid,
                 }
                 for slot in self._slots(name)
             ]
@@ -166,8 +168,6 @@ class Scaling:
             raise ScalingRefused(f"{service} may have at most {most} workers: {bound_key(service, 'max')} says more")
         if count <= before:
             return
-        if has_http(self._plan.graph.services[service]) and self._plan.settings[service].workers == 1:
-            raise ScalingRefused(f"{service} has its HTTP port for itself; start it with ServiceArgs.workers above 1")
         since = time.monotonic() - self._failed.get(service, float("-inf"))
         if since < AFTER_FAILURE_SECONDS:
             left = AFTER_FAILURE_SECONDS - since

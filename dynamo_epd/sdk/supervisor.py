@@ -31,6 +31,8 @@ from typing import Any
 import psutil
 from circus.watcher import Watcher
 
+from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, hold
+
 BACK_OFF_FIRST, BACK_OFF_CAP = 0.5, 30.0
 STEADY_SECONDS = 30.0
 """A worker that was ready this long has its earlier deaths forgiven."""
@@ -165,6 +167,8 @@ class Supervisor:
         self.stopping = False
         """Read by those who would change the slots: it is too late for that."""
         self._notify: socket.socket
+        self._held: dict[tuple[str, int], socket.socket] = {}
+        """The ports of services with HTTP: while workers come and go they are nobody else's."""
         self._pending: set[asyncio.Task[None]] = set()
         self._said_ready: set[str] = set()
         self._changed: asyncio.Event
@@ -182,9 +186,13 @@ class Supervisor:
         self._later(self._watch())
 
     async def start(self, slot: Slot) -> None:
-        """Starts the slot's process and keeps it from now on. Nothing is started once the graph is being stopped."""
+        """Starts the slot's process and keeps it from now on. Nothing is started once the graph is being stopped.
+
+        Raises ConfigError when the port that it is to listen at belongs to somebody else.
+        """
         if self.stopping:
             return
+        self._share_port(slot)
         self.slots[slot.name] = slot
         environment = slot.environment | {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
@@ -207,6 +215,16 @@ class Supervisor:
         slot.watcher.stdout_stream = output
         slot.watcher.stderr_stream = output
         await self._spawn(slot)
+
+    def _share_port(self, slot: Slot) -> None:
+        """Workers of one service share a port, also when there is only one yet; for port 0 a free one is held."""
+        port = slot.environment.get(PORT)
+        if port is None:
+            return
+        key = (slot.service if port == "0" else "", int(port))
+        if key not in self._held:
+            self._held[key] = hold(slot.environment.get(HOST, "127.0.0.1"), int(port))
+        slot.environment |= {PORT: str(self._held[key].getsockname()[1]), SHARED_PORT: "1"}
 
     async def _spawn(self, slot: Slot) -> None:
         slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
@@ -415,6 +433,8 @@ class Supervisor:
                     os.waitpid(slot.pid, 0)
         asyncio.get_running_loop().remove_reader(self._notify)
         self._notify.close()
+        for held in self._held.values():
+            held.close()
         shutil.rmtree(self.directory, ignore_errors=True)
         if not self._failure.done():
             self._failure.cancel()
