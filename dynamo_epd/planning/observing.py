@@ -50,9 +50,9 @@ class Observer:
     async def look(self, services: dict[str, Staffed]) -> dict[str, Observed]:
         """Service → what is seen of it now. A worker that does not answer counts with what it said last."""
         workers = [(name, worker) for name, staffed in services.items() for worker in staffed.workers]
-        scraped = await asyncio.gather(*(self._scrape(worker.metrics) for _, worker in workers))
-        for (name, worker), samples in zip(workers, scraped, strict=True):
-            if samples is not None:
+        texts = await asyncio.gather(*(scraped(self._client, worker.metrics) for _, worker in workers))
+        for (name, worker), text in zip(workers, texts, strict=True):
+            if text is not None and (samples := stage_samples(text)) is not None:
                 self._sums.setdefault(name, _Sums()).add(worker.name, samples)
         return {
             name: self._observed(staffed, self._sums[name]) for name, staffed in services.items() if name in self._sums
@@ -71,19 +71,21 @@ class Observer:
             queue_seconds=sums.counters["queue_seconds_sum"],
         )
 
-    async def _scrape(self, url: str | None) -> dict[str, float] | None:
-        if url is None:
-            return None
-        try:
-            async with asyncio.timeout(SCRAPE_SECONDS), self._client.stream("GET", url) as reply:
-                text = b""
-                async for chunk in reply.aiter_bytes():
-                    text += chunk
-                    if len(text) > SCRAPE_BYTES:
-                        return None
-        except (httpx.HTTPError, TimeoutError):
-            return None
-        return stage_samples(text)
+
+async def scraped(client: httpx.AsyncClient, url: str | None) -> bytes | None:
+    """The metrics at an address, or None: there are none yet, too many bytes, or not within `SCRAPE_SECONDS`."""
+    if url is None:
+        return None
+    try:
+        async with asyncio.timeout(SCRAPE_SECONDS), client.stream("GET", url) as reply:
+            text = b""
+            async for chunk in reply.aiter_bytes():
+                text += chunk
+                if len(text) > SCRAPE_BYTES:
+                    return None
+    except (httpx.HTTPError, TimeoutError):
+        return None
+    return text
 
 
 def stage_samples(text: bytes) -> dict[str, float] | None:

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("-v", "--verbose", action="store_true", help="show everything that the workers print")
     serve.set_defaults(run=_serve)
     _add_scale(commands.add_parser("scale", allow_abbrev=False, help="change how many workers a running graph has"))
+    _add_top(commands.add_parser("top", allow_abbrev=False, help="watch the stages of a running graph"))
     add_parsers(commands)
     _add_batch(
         commands.add_parser("batch", allow_abbrev=False, help="make pictures of a file of prompts, and judge them")
@@ -57,6 +58,15 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
     scale.add_argument("--timeout", type=float, default=600.0, help="seconds to wait (default: %(default)g)")
     scale.add_argument("--pid", type=int, help="of `dynamo serve`, where several run the same graph")
     scale.set_defaults(run=_scale)
+
+
+def _add_top(top: argparse.ArgumentParser) -> None:
+    top.add_argument("graph", nargs="?", help="as `dynamo serve` was told (default: the one that runs)")
+    top.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds (default: %(default)g)")
+    top.add_argument("--once", action="store_true", help="one interval as a plain table; so without a terminal, too")
+    top.add_argument("--json", action="store_true", help="one interval as JSON")
+    top.add_argument("--pid", type=int, help="of `dynamo serve`, where several run the same graph")
+    top.set_defaults(run=_top)
 
 
 def _add_batch(batch: argparse.ArgumentParser) -> None:
@@ -95,6 +105,14 @@ def _scale(arguments: argparse.Namespace, overrides: Overrides) -> int:
     if overrides:
         raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: scaling takes no configuration")
     return scale(arguments)
+
+
+def _top(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from dynamo_epd.sdk.top import top
+
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]}.{overrides[0][1]}: watching takes no configuration")
+    return top(arguments)
 
 
 def _batch(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -117,7 +117,7 @@ def scale(arguments: argparse.Namespace) -> int:
     does not run.
     """
     wanted = split_assignments(arguments.workers)
-    path = find(arguments.graph, list(wanted), arguments.pid)
+    path = find(arguments.graph, list(wanted), arguments.pid)["socket"]
     try:
         return asyncio.run(_scale(path, wanted, arguments.timeout if arguments.wait else 0.0))
     except ControlError as error:
@@ -149,19 +149,22 @@ def _underway(workers: list[dict[str, Any]], count: int) -> bool:
     return len(staying) == count and not (len(workers) == count and all(one["ready"] for one in workers))
 
 
-def find(graph: str, services: list[str], pid: int | None = None) -> str:
-    """The socket of the graph that was served as ``graph`` and runs now. Raises ConfigError for none, or several."""
+def find(graph: str | None, services: list[str], pid: int | None = None) -> dict[str, Any]:
+    """The record of the graph that was served as ``graph``, or of the only one, and runs now.
+
+    Keys ``graph``, ``services``, ``pid``, and ``socket``: its door. Raises ConfigError for none, or several.
+    """
     running = _running()
-    found = [one for one in running if _same(one["graph"], graph) and pid in (None, one["pid"])]
+    found = [one for one in running if _same(one["graph"], graph or one["graph"]) and pid in (None, one["pid"])]
     if not found:
         others = ", ".join(sorted({one["graph"] for one in running})) or "none"
-        raise ConfigError(f"no graph {graph} runs for this user; running: {others}")
+        raise ConfigError(f"no graph {graph or ''}".rstrip() + f" runs for this user; running: {others}")
     if len(found) > 1:  # terminals with a service each
         found = [one for one in found if set(services) <= set(one["services"])] or found
     if len(found) > 1:
-        pids = ", ".join(str(one["pid"]) for one in found)
-        raise ConfigError(f"{graph} runs as processes {pids}: say which with --pid")
-    return str(found[0]["socket"])
+        running_as = ", ".join(f"{one['pid']} ({one['graph']})" if graph is None else str(one["pid"]) for one in found)
+        raise ConfigError(f"{graph or 'more than one graph'} runs as processes {running_as}: say which with --pid")
+    return found[0]
 
 
 def _running() -> list[dict[str, Any]]:
