@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import threading
+from typing import Any
 
 import pytest
 
 from dynamo_epd.errors import InvalidJson
-from dynamo_epd.http.strict_json import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse_json
+from dynamo_epd.http.strict_json import LARGE_BODY, MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse_json, parsed
 
 REFUSED = {
     "10^5 arrays deep": b"[" * 100_000,
@@ -53,6 +56,7 @@ REFUSED = {
     "too many strings": b'{"a": [' + b'"",' * MAX_VALUES + b"0]}",
     "brackets that do not match": b'{"a": [}]',
     "more closed than opened": b"]" * 10,
+    "closed before it is opened": b'{"a": 1}}{',
 }
 
 
@@ -62,6 +66,12 @@ def test_it_is_refused(raw: bytes) -> None:
         parse_json(raw)
     assert caught.value.status == 400 and caught.value.code == "invalid_json"
     assert len(caught.value.message) < 100
+
+
+@pytest.mark.parametrize("bracket", [b"]", b"}"])
+def test_closing_brackets_are_counted_before_they_are_looked_at(bracket: bytes) -> None:
+    with pytest.raises(InvalidJson, match=f"more than {MAX_CONTAINERS} objects and arrays"):
+        parse_json(b'{"prompt": ' + bracket * (MAX_CONTAINERS + 1))
 
 
 TAKEN = {
@@ -93,3 +103,26 @@ def test_any_text_comes_through() -> None:
         for ascii_only in (True, False):
             raw = json.dumps({"a": [text, {text: text}]}, ensure_ascii=ascii_only).encode()
             assert parse_json(raw) == {"a": [text, {text: text}]}
+
+
+@pytest.mark.parametrize("size", [10, LARGE_BODY + 1])
+def test_a_large_body_is_parsed_and_checked_beside_the_loop(size: int) -> None:
+    threads = []
+
+    def check(body: dict[str, Any]) -> int:
+        threads.append(threading.current_thread())
+        return len(body["text"])
+
+    assert asyncio.run(parsed(json.dumps({"text": "x" * size}).encode(), check)) == size
+    assert (threads[0] is threading.current_thread()) == (size < LARGE_BODY)
+
+
+def test_the_loop_goes_on_while_a_large_body_is_refused() -> None:
+    async def both() -> None:
+        reading = asyncio.create_task(parsed(b'{"a": ' + b"]" * LARGE_BODY, lambda body: body))
+        await asyncio.sleep(0)
+        assert not reading.done()
+        with pytest.raises(InvalidJson):
+            await reading
+
+    asyncio.run(both())
