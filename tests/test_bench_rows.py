@@ -25,6 +25,7 @@ from benchmarks.load import Told
 from benchmarks.rows import encoder, goodput, kv, overlap, repeated, start, storm
 from benchmarks.standing import Standing, agree
 from benchmarks.traces import Span, Traces
+from tests.serving import eventually
 
 
 def told(first: float = 0.1, text: str = "same", gaps: Sequence[float] = (0.01, 0.01), failed: str = "") -> Told:
@@ -80,9 +81,9 @@ def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
         arm.pause()
         assert registered.stat().st_mtime > time.time() + PAUSE_SECONDS / 2
         (process,) = arm.processes()
-        assert process.status() == psutil.STATUS_STOPPED
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, "a stopped process", 20)
         arm.resume()
-        assert process.status() != psutil.STATUS_STOPPED
+        eventually(lambda: process.status() != psutil.STATUS_STOPPED, "a process that goes on", 20)
     finally:
         arm.close()
 
