@@ -40,7 +40,7 @@ BUILT_IN = {
 }
 KINDS: dict[str, Any] = json.loads((Path(__file__).with_name("schemas") / "kinds.json").read_text())
 GRAPH = "DynamoGraphDeployment"
-PLAIN = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+PLAIN: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 Object = dict[str, Any]
 
@@ -91,12 +91,13 @@ def _typed(value: Any, kind: str, path: str) -> Any:
     """``value`` as that class of the Kubernetes client, which knows every key, its type and what is required."""
     listed = re.fullmatch(r"list\[(.+)\]", kind)
     mapped = re.fullmatch(r"dict\(str, (.+)\)", kind)
-    if listed or mapped:
-        if not isinstance(value, list if listed else dict):
+    if listed:
+        if not isinstance(value, list):
             raise ValueError(f"{path}: {value!r} is no {kind}")
-        if listed:
-            return [_typed(one, listed[1], f"{path}[{index}]") for index, one in enumerate(value)]
-        assert mapped is not None
+        return [_typed(one, listed[1], f"{path}[{index}]") for index, one in enumerate(value)]
+    if mapped:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {value!r} is no {kind}")
         return {key: _typed(one, mapped[1], f"{path}.{key}") for key, one in value.items()}
     if kind in PLAIN:
         if not isinstance(value, PLAIN[kind]) or (isinstance(value, bool) and kind != "bool"):

@@ -173,7 +173,11 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
     names = {one["name"] for one in graph["spec"]["components"]}
     budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(objects, "PodDisruptionBudget").values()]
     assert {one["nvidia.com/dynamo-component"] for one in budgets} == names
-    assert "system" not in str(of_kind(objects, "PodMonitor")) and told["DYN_SYSTEM_PORT"] == "9090"
+    (scraped,) = of_kind(objects, "PodMonitor")["epd"]["spec"]["podMetricsEndpoints"]
+    assert str(scraped["portNumber"]) == told["DYN_SYSTEM_PORT"]
+    # as rules and panels want it: deploy/observability/README.md
+    assert {one["targetLabel"] for one in scraped["relabelings"]} == {"graph", "dynamo_component", "worker"}
+    assert scraped["honorLabels"] is True
 
 
 def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[Object]], tmp_path: Path) -> None:
