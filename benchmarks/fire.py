@@ -47,10 +47,12 @@ LIFE = 25
 """Handles that an owner lays out before it is killed."""
 LEFT = 5
 """Of these are still to be read when the owner comes back as another process."""
-REUSE_SECONDS = 0.004
+REUSE_SECONDS = 0.003
 """A slot is reused within this time of the beginning of its READ: before, in its midst, after."""
 FAULTS = ("flipped byte", "truncation", "stale slot", "reuse", "expired lease", "dead peer")
 PLANTED = "planted"
+OTHER = 2**32
+"""No hand-off's number: what a slot that is reused has then."""
 DIGEST_REPEATS = 50
 
 
@@ -166,13 +168,15 @@ class Fire:
         self._dead: deque[Handle] = deque()
 
     async def run(self, groups: Iterator[list[HandOff]]) -> Tally:
-        self._arena = await Arena.open(ROOM, owner="reader", resolve=self._resolve)
         try:
-            await self._arena.connect("owner")
-            for group in groups:
-                await self._together(group)
+            self._arena = await Arena.open(ROOM, owner="reader", resolve=self._resolve)
+            try:
+                await self._arena.connect("owner")
+                for group in groups:
+                    await self._together(group)
+            finally:
+                await self._arena.close()
         finally:
-            await self._arena.close()
             self._owner.kill()
         return self.tally
 
@@ -185,11 +189,11 @@ class Fire:
         for handle in reused:
             after = self._chance.uniform(0, REUSE_SECONDS)
             self._owner.begin("overwrite", lease=handle.lease, offset=handle.offset, nbytes=handle.length, after=after)
-        await asyncio.gather(
-            *(self._read(one, handle, len(group) == 1) for one, handle in zip(group, handles, strict=True))
-        )
+        taken = await asyncio.gather(*map(self._read, handles))
         for _ in reused:
             self._owner.answer()
+        for one, found in zip(group, taken, strict=True):  # now, for what is compared meanwhile holds a READ up
+            self._judge(one, found, self.tally.alone if len(group) == 1 else self.tally.together)
 
     async def _handle(self, one: HandOff) -> Handle:
         """What the reader gets, the fault already in it, but for the reuse, which comes while it reads."""
@@ -218,22 +222,25 @@ class Fire:
             self._dead += laid_out
         return self._dead.popleft()
 
-    async def _read(self, one: HandOff, handle: Handle, alone: bool) -> None:
-        expected = content(one.number, one.nbytes)
+    async def _read(self, handle: Handle) -> tuple[bytes, float] | HandOffFailed:
+        """The bytes and the seconds that they took, or why there are none."""
         began = time.perf_counter()
         try:
             async with self._arena.read([handle], timeout=READ_SECONDS) as (value,):
                 took = time.perf_counter() - began
-                right = bytes(value) == expected
+                return bytes(value), took
         except HandOffFailed as error:
-            self._failed(one, error)
-            return
-        if not right:
+            return error
+
+    def _judge(self, one: HandOff, found: tuple[bytes, float] | HandOffFailed, good: dict[str, list[float]]) -> None:
+        if isinstance(found, HandOffFailed):
+            self._failed(one, found)
+        elif found[0] != content(one.number, one.nbytes):
             self.tally.wrong.append(f"hand-off {one.number} ({one.fault or 'no fault'}, {one.size})")
         elif one.fault:
             self.tally.faults[one.fault][RIGHT] += 1
         else:
-            (self.tally.alone if alone else self.tally.together)[one.size].append(took)
+            good[one.size].append(found[1])
 
     def _failed(self, one: HandOff, error: HandOffFailed) -> None:
         if one.fault:
@@ -291,6 +298,7 @@ async def own(name: str) -> None:
 
     arena = await Arena.open(ROOM, owner=name, resolve=nobody)
     memory = arena._memory
+    other = content(OTHER, max(SIZES.values()))
 
     async def lay(number: int, nbytes: int, seconds: float, wrong: bool) -> Any:
         with await arena.reserve([nbytes], ANSWER_SECONDS) as (slot,):
@@ -308,10 +316,9 @@ async def own(name: str) -> None:
         return {}
 
     async def overwrite(lease: str, offset: int, nbytes: int, after: float) -> Any:
-        other = content(-1 & 0xFFFFFFFF, nbytes)
         await asyncio.sleep(after)
         arena.release(lease)
-        memory.bytes_at(offset, nbytes)[:] = other
+        memory.bytes_at(offset, nbytes)[:] = other[:nbytes]
         return {}
 
     commands = {one.__name__: one for one in (lay, flip, cut, overwrite)}
