@@ -9,18 +9,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.serving import Graph
-from tests.toys.running import ROOT
+from tests.toys.running import ROOT, Served
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
 REPLIES = "".join(re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 CURLS = [block for block in BLOCKS if block.startswith("curl")]
 BATCH = [block for block in BLOCKS if "dynamo batch" in block]
-OTHERS = [
-    line for block in BLOCKS if not block.startswith("curl") and block not in BATCH for line in block.splitlines()
-]
+BUILD = [block for block in BLOCKS if "dynamo build" in block]
+SCALE = [block for block in BLOCKS if "dynamo scale" in block]
+ALONE = [block for block in BLOCKS if block not in CURLS + BATCH + BUILD + SCALE]
+OTHERS = [line for block in ALONE for line in block.splitlines()]
 MAKES = re.findall(r"^\$ (make \w+)", README, re.MULTILINE)
 
 
@@ -31,7 +33,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 def test_the_readme_has_the_commands_that_these_tests_run():
     assert MAKES == ["make serve", "make test"]
     assert len(CURLS) == 4
-    assert len(BATCH) == 1
+    assert len(BATCH) == len(BUILD) == len(SCALE) == 1
     assert len(OTHERS) == 11
 
 
@@ -66,6 +68,27 @@ def test_a_file_of_prompts(seeing: Graph, tmp_path: Path):
     done = run(BATCH[0].replace("build/validated", str(tmp_path)) + f" --url {seeing.url}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*.png"))) == len((ROOT / "docs/prompts.txt").read_text().splitlines())
+
+
+def test_a_build_and_its_manifest(tmp_path: Path):
+    done = run(f"set -e; export XDG_STATE_HOME={tmp_path}; {BUILD[0]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    directory, _, rendered = done.stdout.partition("\n")
+    assert Path(directory).is_relative_to(tmp_path)
+    made = yaml.safe_load(rendered)
+    assert (made["kind"], made["metadata"]["name"]) == ("DynamoGraphDeployment", "demo")
+
+
+def test_a_running_graph_is_scaled_and_watched(tmp_path: Path):
+    """A small graph, which starts sooner, in the place of the one that the README names."""
+    small = "tests/toys/scaled.py:Front"
+    with Served(tmp_path, small) as served:
+        served.wait_for(r"^http://", 300)
+        for line in SCALE[0].splitlines():
+            line = line.replace("graphs.cova:Frontend", small).replace("EncodeWorker", "Busy")
+            done = run(f"XDG_STATE_HOME={tmp_path} {line}")
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "Busy: 2 ready" in done.stdout if " scale " in line else re.search(r"Busy +2/2", done.stdout)
 
 
 def shown(key: str) -> str:
