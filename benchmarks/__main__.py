@@ -37,6 +37,7 @@ from benchmarks.rows import (
     storm,
     texts,
     transfer,
+    weights,
 )
 from benchmarks.standing import Standing
 
@@ -46,6 +47,7 @@ REPEATS = {
     transfer.NUMBER: 30,
     texts.NUMBER: 10,
     pictures.NUMBER: 5,
+    weights.NUMBER: 5,
     copies.NUMBER: 5,
     encoder.NUMBER: 5,
     repeated.NUMBER: 15,
@@ -76,6 +78,7 @@ ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
     transfer.NUMBER: transfer.measure,
     texts.NUMBER: texts.measure,
     pictures.NUMBER: pictures.measure,
+    weights.NUMBER: weights.measure,
     copies.NUMBER: copies.measure,
     encoder.NUMBER: encoder.measure,
     repeated.NUMBER: lambda repeats: repeated.measure(STANDING, repeats),

@@ -112,6 +112,8 @@ def _measure(workers: int, pipeline: Path) -> Row:
             held[name] = sorted(arm.memory("ImageWorker"), key=lambda one: one[1])
             if embed:
                 (alone,) = arm.memory("EmbedWorker")
+                if alone[1] < t5:
+                    row.void = "the embed worker holds no whole T5"
                 row.samples.append(Samples("the embed worker (RSS)", [alone[1] / MIB], "MiB"))
     apart = zip(pictures["conditioned"], pictures["unconditioned"], strict=True)
     if max(difference(one, other) for one, other in apart) > LEVELS:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 13: what an encode worker holds of a checkpoint, beside the bytes of its vision tower and projector.
+
+Each repeat is a process of its own. It loads a tiny checkpoint of the same family first, so that imports, processor and
+the library's own buffers are in its memory already; what it grows by afterwards is the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import checkpoints
+from benchmarks.arms import WORK, environment_without_graphs
+from benchmarks.figures import Goal, Row, Samples
+
+NUMBER = 13
+TITLE = "weights of an encode worker"
+SIZE = checkpoints.Size(layers=12, width=768, heads=12, side=224, patch=32, text_layers=12, text_width=1024)
+"""A tower as CLIP B/32's beside a language model of twice its bytes."""
+PARTS = ("vision_tower.", "multi_modal_projector.")
+MIB = 2**20
+BOUND = 600.0
+
+
+def large() -> Path:
+    """A checkpoint in `SIZE`, written once."""
+    directory = (WORK / f"llava-weights-{checkpoints.hash_of(SIZE):08x}").absolute()
+    if not (directory / "processor_config.json").exists():  # which is written last
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoints.write(SIZE, directory)
+    return directory
+
+
+async def measure(repeats: int, model: Path | None = None) -> Row:
+    """The row. ``repeats``: processes, one after the other."""
+    model = model or large()
+    small = checkpoints.directory("llava-tiny")
+    needed, whole = part_bytes(model)
+    setting = f"CLIP B/32's size, tower and projector {needed / MIB:.0f} of the checkpoint's {whole / MIB:.0f} MiB"
+    row = Row(NUMBER, TITLE, f"{setting}, {repeats} processes")
+    found = [await asyncio.to_thread(_loaded, small, model) for _ in range(repeats)]
+
+    def of(name: str) -> list[float]:
+        return [one[name] / MIB for one in found]
+
+    row.samples += [
+        Samples("grown by (USS)", of("uss"), "MiB"),
+        Samples("grown by at its peak (RSS)", of("peak"), "MiB"),
+        Samples("parameters that torch shows", of("parameters"), "MiB"),
+        Samples("read from the disk", of("read"), "MiB"),
+    ]
+    row.goals.append(Goal("grown by, against tower and projector", [one["uss"] / needed for one in found], "≤", 1.1))
+    row.notes.append(
+        "What is read from the disk is read by pages and ahead, and 0 where the file system tells nothing."
+    )
+    return row
+
+
+def part_bytes(model: Path) -> tuple[int, int]:
+    """Bytes of the tower's and projector's tensors, and of all tensors of a checkpoint."""
+    from safetensors import safe_open
+
+    needed = whole = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                nbytes = tensors.get_tensor(name).nbytes
+                whole += nbytes
+                needed += nbytes if name.startswith(PARTS) else 0
+    return needed, whole
+
+
+def _loaded(small: Path, model: Path) -> dict[str, int]:
+    """What the other process says. Raises CalledProcessError, with its log, where it fails."""
+    command = [sys.executable, "-m", "benchmarks.rows.weights", str(small), str(model)]
+    log = WORK / "logs" / "encoder-weights.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as errors:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=errors, timeout=BOUND, env=environment_without_graphs()
+        )
+    if done.returncode:
+        raise RuntimeError(f"the encoder was not loaded:\n{log.read_text(errors='replace')[-2000:]}")
+    answer: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _load(small: str, model: str) -> dict[str, int]:
+    """In the other process: bytes that it grows by."""
+    from dynamo_epd.engine.environment import prepare
+
+    prepare(_engine_args(small))
+    from dynamo_epd.engine.encoder import Encoder
+
+    first = Encoder(_engine_args(small))
+    _embed(first, small)
+    for file in Path(model).glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    process = psutil.Process()
+    before, read = process.memory_full_info(), process.io_counters().read_bytes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    encoder = Encoder(_engine_args(model))
+    _embed(encoder, model)
+    after = process.memory_full_info()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    parameters: Any = encoder._model.parameters()
+    return {
+        "uss": after.uss - before.uss,
+        "peak": 1024 * int(status["VmHWM"].split()[0]) - before.rss,
+        "parameters": sum(one.nbytes for one in parameters if one.device.type != "meta"),
+        "read": process.io_counters().read_bytes - read,
+    }
+
+
+def _embed(encoder: Any, model: str) -> None:
+    """One picture: what a forward needs is then there."""
+    from PIL import Image
+
+    encoder.embed([encoder.process(Image.new("RGB", (224, 224), "grey"))])
+
+
+def _engine_args(model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "limit_mm_per_prompt": {"image": 8},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_load(*sys.argv[1:])))
