@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from starlette.responses import Response, StreamingResponse
 
 from dynamo_epd.http.connection import BoundedConnection
 from dynamo_epd.http.limits import guard
@@ -19,6 +21,11 @@ from dynamo_epd.http.limits import guard
 
 class Impatient(BoundedConnection):
     head_seconds = 0.4
+    unread_seconds = 0.5
+
+
+PIECE = 64 * 1024
+open_streams = 0
 
 
 @contextmanager
@@ -30,8 +37,27 @@ def running(protocol: type[BoundedConnection]) -> Iterator[int]:
     async def root() -> str:
         return "here"
 
+    @app.get("/stream")
+    async def stream(pieces: int, pause: float = 0.0) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            global open_streams
+            open_streams += 1
+            try:
+                for _ in range(pieces):
+                    yield bytes(PIECE)
+                    await asyncio.sleep(pause)
+            finally:
+                open_streams -= 1
+
+        return StreamingResponse(body())
+
+    @app.get("/whole")
+    async def whole(size: int) -> Response:
+        return Response(bytes(size))
+
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_level="error", timeout_keep_alive=30))
+    config = uvicorn.Config(app, http=protocol, loop="asyncio", log_level="error", timeout_keep_alive=30)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
@@ -147,3 +173,56 @@ def test_what_is_not_http_gets_the_usual_body(port: int, head: bytes) -> None:
 def test_nonsense_behind_a_whole_request_takes_no_answer_from_it(port: int) -> None:
     said = say(port, GET + b"\r\n", b"nonsense\r\n\r\n", pause=0.2)
     assert b'"here"' in said
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Polls; the bound only keeps a failing test from hanging."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.02)
+
+
+def reader(port: int, route: str) -> socket.socket:
+    """A client with a small window that has asked and not yet read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(f"GET {route} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return connection
+
+
+def cut_off(connection: socket.socket) -> bool:
+    """Whether the server has reset it; reads nothing."""
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+
+def test_a_stream_that_nobody_reads_is_cut_off_and_its_route_ends(port: int) -> None:
+    with reader(port, "/stream?pieces=400") as connection:
+        eventually(lambda: open_streams == 1, "the stream begins")
+        eventually(lambda: cut_off(connection), "it is reset")
+        eventually(lambda: open_streams == 0, "what the route held is free")
+    assert httpx.get(f"http://127.0.0.1:{port}").text == '"here"'
+
+
+def test_a_whole_reply_that_nobody_reads_is_cut_off(port: int) -> None:
+    with reader(port, f"/whole?size={400 * PIECE}") as connection:
+        eventually(lambda: cut_off(connection), "it is reset")
+
+
+def test_a_client_that_reads_slowly_gets_all(port: int) -> None:
+    with reader(port, f"/whole?size={96 * PIECE}") as connection:
+        got = 0
+        while got < 96 * PIECE:
+            piece = connection.recv(2 * PIECE)
+            assert piece, got
+            got += len(piece)
+            if got < 30 * PIECE:
+                time.sleep(0.01)  # many times `unread_seconds` in all
+    assert open_streams == 0
+
+
+def test_a_stream_that_has_nothing_to_say_is_not_one_that_nobody_reads(port: int) -> None:
+    with httpx.stream("GET", f"http://127.0.0.1:{port}/stream?pieces=3&pause=0.8") as reply:
+        assert len(reply.read()) == 3 * PIECE

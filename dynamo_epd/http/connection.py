@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on the head of a request, which no ASGI middleware sees before it is complete.
+"""Bounds on what no ASGI middleware sees of a connection: heads before they are complete, and replies not taken.
 
-uvicorn waits for request lines and headers without limit of time or size; a client that sends one byte a second would
-hold its connection for ever. ``uvicorn.Config(http=BoundedConnection)`` ends that.
+uvicorn waits for request lines and headers without limit of time or size, and for a client that reads nothing of its
+reply without end; either would hold a connection, and what its request holds, for ever.
+``uvicorn.Config(http=BoundedConnection)`` ends that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import socket
+import struct
+import termios
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -23,8 +28,16 @@ class BoundedConnection(HttpToolsProtocol):
     head_bytes = 256 * 1024
     """Above what `RequestLimits` takes, so that its reply is the usual one; this one stops what never ends."""
 
+    unread_seconds = 30.0
+    """In which a client takes `unread_bytes` of a reply that waits for it. A phone changes cells within less, and what
+    the request holds (a place, leases) is wanted by others."""
+    unread_bytes = 16 * 1024
+    """Half a kilobyte a second, which any link carries."""
+
     _patience: asyncio.TimerHandle | None = None
     _received = 0
+    _reading: asyncio.TimerHandle | None = None
+    _untaken = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,6 +45,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -49,6 +63,20 @@ class BoundedConnection(HttpToolsProtocol):
         self._stop_waiting()
         super().on_headers_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.cycle.response_complete:  # else nothing is left to pause for, and the rest is still unread
+            self._stop_watching()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():  # too little of it to pause for, perhaps
+            self._watch_reader()
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest("the request is not valid HTTP"))
 
@@ -61,6 +89,37 @@ class BoundedConnection(HttpToolsProtocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _watch_reader(self) -> None:
+        if self._reading is None:
+            self._untaken = self._unsent()
+            self._reading = self.loop.call_later(self.unread_seconds, self._judge_reader)
+
+    def _stop_watching(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _judge_reader(self) -> None:
+        self._reading = None
+        if not self.transport.get_write_buffer_size():
+            return
+        if self._untaken - self._unsent() < self.unread_bytes:
+            # A reset: to close would wait for the client to read, here or in the kernel.
+            self._socket().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _unsent(self) -> int:
+        """Bytes that wait here and, until the client's machine acknowledges them, in the kernel (``man 7 tcp``), which
+        takes from here a megabyte at a time: by the first alone a slow reader looks like one that does not read."""
+        held = fcntl.ioctl(self._socket().fileno(), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int(struct.unpack("i", held)[0])
+
+    def _socket(self) -> socket.socket:
+        found: socket.socket = self.transport.get_extra_info("socket")
+        return found
 
     def _too_slow(self) -> None:
         self._refuse(RequestTimeout("the request did not arrive in time"))
