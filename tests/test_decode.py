@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dynamo_epd.errors import ImageTooLarge, MediaError, UnsupportedMediaType
-from dynamo_epd.images.decode import decode
+from dynamo_epd.images.decode import MAX_READS, MAX_SCANS, MAX_SEGMENTS, decode
 
 PIXELS = 1_000_000
 
@@ -27,12 +27,13 @@ def stored(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(width: int, height: int, pixels: bytes = b"") -> bytes:
     """A PNG whose header promises what its data need not hold."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
@@ -220,3 +221,72 @@ def test_the_bound_itself_is_allowed() -> None:
 def test_a_strip_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(MediaError):
         decode(stored(Image.new("RGB", size), "PNG"), PIXELS)
+
+
+def in_scans(more: int) -> bytes:
+    """A progressive JPEG whose last scan comes ``more`` times again; libjpeg warns, and passes over all pixels."""
+    data = stored(picture(), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
+
+
+def gif_with(blocks: bytes) -> bytes:
+    """A GIF with more blocks before its frame."""
+    data = SERVED["gif"]
+    at = 13 + (3 << (data[10] & 7) + 1)  # the screen and its colours
+    return data[:at] + blocks + data[at:]
+
+
+IN_PIECES = {
+    "jpeg of thousands of scans": in_scans(5000),
+    "jpeg of one scan too many": in_scans(MAX_SCANS),
+    "jpeg of many segments": b"\xff\xd8" + b"\xff\xfe\0\2" * MAX_SEGMENTS + SERVED["jpeg"][2:],
+    "jpeg of many segments behind its scan": SERVED["jpeg"][:-2] + b"\xff\xfe\0\2" * MAX_SEGMENTS + b"\xff\xd9",
+    "jpeg with junk before its first segment": b"\xff\xd8\xff\xfe\0\2" + bytes(MAX_READS) + SERVED["jpeg"][2:],
+    "gif with a comment of single letters": gif_with(b"!\xfe" + b"\1x" * MAX_READS + b"\0"),
+    "gif of comments": gif_with(b"!\xfe\1x\0" * MAX_READS),
+    "png of empty chunks": SERVED["png RGB"][:33] + chunk(b"abCd", b"") * MAX_READS + SERVED["png RGB"][33:],
+    "png of pixels in empty chunks": SERVED["png RGB"][:33] + chunk(b"IDAT", b"") * MAX_READS + SERVED["png RGB"][33:],
+    "png of empty chunks behind": SERVED["png RGB"][:-12] + chunk(b"abCd", b"") * MAX_READS + SERVED["png RGB"][-12:],
+}
+"""Small files that cost seconds to minutes a megabyte where nothing counts what they are made of."""
+
+
+@pytest.mark.parametrize("data", IN_PIECES.values(), ids=IN_PIECES)
+def test_an_image_in_too_many_pieces_is_refused(data: bytes) -> None:
+    with pytest.raises(MediaError, match="too many") as caught:
+        decode(data, PIXELS)
+    assert caught.value.status == 400
+
+
+def test_scans_are_refused_before_any_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opening(*_: object, **__: object) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("PIL.Image.open", opening)
+    with pytest.raises(MediaError, match="too many scans"):
+        decode(in_scans(MAX_SCANS), PIXELS)
+
+
+WHOLE = SERVED["jpeg progressive"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        WHOLE[:2] + b"\xff\xfe\xff\xff" + b"\xff\xda" * 32_766 + b"." + WHOLE[2:],
+        WHOLE + b"\xff\xda\0\2" * MAX_SEGMENTS,
+        WHOLE[:2] + (b"\xff\xe2\xff\xff" + bytes(65_533)) * 255 + WHOLE[2:],
+    ],
+    ids=["what looks like scans in a comment", "a film behind it", "a colour profile of 16 MB"],
+)
+def test_what_only_looks_like_too_much_is_the_same_picture(data: bytes) -> None:
+    assert decode(data, PIXELS).tobytes() == decode(WHOLE, PIXELS).tobytes()
+
+
+def test_as_many_scans_as_are_allowed_are_taken() -> None:
+    assert decode(in_scans(MAX_SCANS - WHOLE.count(b"\xff\xda")), PIXELS).size == (9, 5)
+
+
+def test_a_png_of_32_mb_in_the_usual_chunks_is_taken() -> None:
+    head, pixels = SERVED["png RGB"][:33], SERVED["png RGB"][33:]
+    assert decode(head + chunk(b"abCd", bytes(8192)) * 4000 + pixels, PIXELS).size == (9, 5)

@@ -8,6 +8,7 @@ size from the header before any pixel is decoded, and a limit on the ratio of th
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -19,6 +20,17 @@ from dynamo_epd.errors import ImageTooLarge, MediaError, UnsupportedMediaType
 MAX_RATIO = 200
 """Longer side over shorter side. Processors that scale the shorter side to a fixed length make gigapixels of a strip;
 Qwen's refuses above the same 200."""
+
+MAX_SCANS = 100
+"""Scans of one JPEG. Each is a pass over all of its pixels and may be 14 bytes long; encoders write some ten."""
+MAX_SEGMENTS = 4096
+"""Segments of one JPEG, those of its scans included: a colour profile may take 255 of them."""
+MAX_READS = 20_000
+"""Pieces that one file may be read in. Pillow takes a step in Python for each chunk of a PNG (32 MB in chunks of 8 KB
+are 12 000 reads) and for each block of a GIF's comment, which it also copies whole at each."""
+
+# What ends a stretch of a JPEG's coded data, and begins a segment (ISO/IEC 10918-1, B.1.1.2).
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 # Everything that Pillow's parsers are known to raise on broken input; anything else is a defect and shows as one.
 _BROKEN = (
@@ -51,8 +63,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     if kind == "WEBP":
         # libwebp allocates the canvas when the file is opened, so its header is read here first.
         _check_size(_webp_size(data), max_pixels)
+    elif kind == "JPEG":
+        _check_scans(data)
     try:
-        with Image.open(BytesIO(data), formats=[kind]) as image:
+        with Image.open(_Pieces(data), formats=[kind]) as image:
             _check_size(image.size, max_pixels)
             image.load()
             _check_size(image.size, max_pixels)
@@ -85,6 +99,34 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ImageTooLarge(f"the image has {width}x{height} pixels, more than {max_pixels}")
     if max(size) > MAX_RATIO * min(size):
         raise MediaError(f"one side of the image is more than {MAX_RATIO} times the other")
+
+
+class _Pieces(BytesIO):
+    """A file that may be read in `MAX_READS` pieces."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise MediaError("the image is in too many pieces")
+        return super().read(size)
+
+
+def _check_scans(data: bytes) -> None:
+    """Bounds what libjpeg would go through: it counts nothing, and only warns of a scan that comes again."""
+    at = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[0] == b"\xff\xd9":  # end of image: what follows is not decoded
+            return
+        at = found.end()
+        if found[0] not in (b"\xff\xd8", b"\xff\x01"):  # these two have no length
+            at += int.from_bytes(data[at : at + 2])
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise MediaError("the image has too many scans")
+    raise MediaError("the image has too many segments")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
