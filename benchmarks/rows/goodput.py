@@ -67,7 +67,7 @@ class Measured:
 
 async def measure(standing: Standing, repeats: int) -> Row:
     """First each arm alone, which warms it up and shows its answers; then windows and bursts by turns."""
-    row = Row(NUMBER, TITLE, "")
+    row = Row(NUMBER, TITLE, f"{PICTURES} new pictures and {TOKENS} tokens a request")
     arms = standing.arms(row, ARMS)
     measured = {name: Measured() for name in arms}
     async with session() as client:

@@ -47,8 +47,11 @@ async def measure(model: Path, repeats: int) -> Row:
                 for kind in ("whole", "pieces") if repeat % 2 else ("pieces", "whole"):
                     trace, headers = new_trace()
                     send = _in_pieces if kind == "pieces" else _whole
-                    told[kind] = await send(client, arm, _pictures(repeat, kind), headers)
-                    if kind == "whole" and not told[kind].failed and repeat >= WARM_UP:
+                    urls = _pictures(repeat, kind)
+                    told[kind] = await send(client, arm, urls, headers)
+                    if kind == "pieces" and (await _whole(client, arm, urls, {})).text != told[kind].text:
+                        row.void = "an answer differs where its question was asked in pieces"
+                    elif kind == "whole" and not told[kind].failed and repeat >= WARM_UP:
                         traces.append(await collector.trace(trace, {ENCODE: PICTURES, PREFILL: 1}))
                 if repeat >= WARM_UP:
                     whole.append(told["whole"])
