@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
 from dynamo_epd.http.connection import BoundedConnection
@@ -36,6 +36,11 @@ def running(protocol: type[BoundedConnection]) -> Iterator[int]:
     @app.get("/")
     async def root() -> str:
         return "here"
+
+    @app.post("/headers")
+    async def headers(request: Request) -> list[str]:
+        await request.body()
+        return sorted(request.headers)
 
     @app.get("/stream")
     async def stream(pieces: int, pause: float = 0.0) -> StreamingResponse:
@@ -226,3 +231,42 @@ def test_a_client_that_reads_slowly_gets_all(port: int) -> None:
 def test_a_stream_that_has_nothing_to_say_is_not_one_that_nobody_reads(port: int) -> None:
     with httpx.stream("GET", f"http://127.0.0.1:{port}/stream?pieces=3&pause=0.8") as reply:
         assert len(reply.read()) == 3 * PIECE
+
+
+POST = b"POST /headers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [b"X-A: " + b"b" * 1000 + b"\r\n", b"b" * 1000],
+    ids=["trailers without end", "one trailer without end"],
+)
+def test_trailers_without_end_are_cut_off(patient_port: int, piece: bytes) -> None:
+    sent, said = 0, b""
+    with socket.create_connection(("127.0.0.1", patient_port), timeout=20) as connection:
+        connection.sendall(POST + b"1\r\nx\r\n0\r\nX-B: ")
+        with suppress(OSError):
+            while sent < 50_000_000:
+                connection.sendall(piece * 64)
+                sent += len(piece) * 64
+        assert sent < 50_000_000
+        with suppress(OSError):
+            said = connection.recv(65536)
+    assert said == b"" or said.startswith(b"HTTP/1.1 431 ")
+    refused(say(patient_port, POST + b"0\r\nX-B: ", piece * 17, pause=0.3), 431, "headers_too_large")
+
+
+def test_a_trailer_is_no_header(patient_port: int) -> None:
+    said = say(
+        patient_port, POST.replace(b"x\r\n", b"x\r\nConnection: close\r\n", 1) + b"1\r\nx\r\n0\r\nX-A: b\r\n\r\n"
+    )
+    assert said.startswith(b"HTTP/1.1 200 ")
+    assert said.endswith(b'["connection","host","transfer-encoding"]')
+
+
+def test_small_chunks_are_not_trailers(patient_port: int) -> None:
+    pieces = [b"1;a=b\r\nx\r\n" * 4000] * 3
+    said = say(
+        patient_port, POST.replace(b"x\r\n", b"x\r\nConnection: close\r\n", 1), *pieces, b"0\r\n\r\n", pause=0.05
+    )
+    assert said.startswith(b"HTTP/1.1 200 ")

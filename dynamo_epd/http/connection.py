@@ -28,6 +28,8 @@ class BoundedConnection(HttpToolsProtocol):
     head_bytes = 256 * 1024
     """Above what `RequestLimits` takes, so that its reply is the usual one; this one stops what never ends."""
 
+    trailer_bytes = 16 * 1024
+    """Between two pieces of a chunked body, and behind the last: chunk extensions and trailers, which nobody reads."""
     unread_seconds = 30.0
     """In which a client takes `unread_bytes` of a reply that waits for it. A phone changes cells within less, and what
     the request holds (a place, leases) is wanted by others."""
@@ -36,6 +38,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     _patience: asyncio.TimerHandle | None = None
     _received = 0
+    _beside_body = 0
     _reading: asyncio.TimerHandle | None = None
     _untaken = 0
 
@@ -49,19 +52,31 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._beside_body += len(data)
         super().data_received(data)
-        if self._patience is not None:  # the headers are still not complete
+        if self._in_head:
             self._received += len(data)
             if self._received > self.head_bytes:
                 self._refuse(HeadersTooLarge(f"the headers have more than {self.head_bytes} bytes"))
+        elif self.cycle is not None and self.cycle.more_body and self._beside_body > self.trailer_bytes:
+            self._refuse(HeadersTooLarge(f"the trailers have more than {self.trailer_bytes} bytes"))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._wait_for_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # uvicorn would make a header of a trailer, after all checks of them (RFC 9110, 6.5.1)
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._stop_waiting()
+        self._beside_body = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_body = 0
+        super().on_body(body)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -79,6 +94,10 @@ class BoundedConnection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest("the request is not valid HTTP"))
+
+    @property
+    def _in_head(self) -> bool:
+        return self._patience is not None
 
     def _wait_for_head(self) -> None:
         if self._patience is None:
