@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,13 @@ from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import InvalidRequest, ModelNotFound
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+
+MOST_CHARACTERS = 64
+"""Of one token. SentencePiece makes no piece of more than 16 unless told to, and T5, mT5 and UMT5 were not; NFKC makes
+one character of four at most. A longer text that fits all the same is runs of white space or of signs that T5 does not
+know, each of which is one token."""
+AT_ONCE = 32
+"""Texts that are tokenized in one go: a request that is cancelled stops after them."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,7 @@ class EmbedWorker(ArenaOwner):
         """All texts of a request, or a refusal of all of them."""
         if request.model not in (None, self.name):
             raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
-        several = len(request.texts) > 1
-        items = [
-            self.encoder.tokenize(text, f"input[{index}]" if several else "input")
-            for index, text in enumerate(request.texts)
-        ]
+        items = await tokenized(self.encoder.tokenize, request.texts, self.config.max_tokens)
         with self.metrics.visit() as visit:
             done = await asyncio.gather(*(self.batcher.submit(ids) for ids in items))
             queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
@@ -108,3 +111,22 @@ class EmbedWorker(ArenaOwner):
     async def stop(self) -> None:
         self.batcher.close()
         await self.close_arena()
+
+
+async def tokenized(
+    tokenize: Callable[[str, str], list[int]], texts: Sequence[str], max_tokens: int
+) -> list[list[int]]:
+    """Token ids of each text, made beside the loop, which must go on saying that this worker lives.
+
+    Raises `InvalidRequest` for a text of too many tokens, and unread for one of too many characters.
+    """
+    names = [f"input[{index}]" for index in range(len(texts))] if len(texts) > 1 else ["input"]
+    for text, name in zip(texts, names, strict=True):
+        if len(text) > MOST_CHARACTERS * max_tokens:
+            message = f"'{name}' has {len(text)} characters, {max_tokens} tokens are the limit"
+            raise InvalidRequest(message, param=name, code="text_too_long")
+    found: list[list[int]] = []
+    for first in range(0, len(texts), AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        found += await asyncio.to_thread(list, map(tokenize, texts[some], names[some]))
+    return found

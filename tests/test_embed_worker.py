@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
+from components.embed_worker import AT_ONCE, MOST_CHARACTERS, tokenized
+from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.text.t5 import TextEncoder
 from models import world
 from tests.serving import Graph, serve
 from tests.toys.running import ROOT
@@ -128,3 +133,55 @@ def test_refusals(
 def test_half_the_texts_wrong_embeds_none(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         client.embeddings.create(model=MODEL, input=["a star", ""])
+
+
+def test_a_text_of_too_many_characters_is_refused_unread() -> None:
+    def read(text: str, param: str) -> list[int]:
+        raise AssertionError("read")
+
+    with pytest.raises(InvalidRequest) as caught:
+        asyncio.run(tokenized(read, ["a star", "star " * 13 * 64], 64))
+    assert (caught.value.param, caught.value.code) == ("input[1]", "text_too_long")
+
+
+def test_no_piece_of_the_vocabulary_is_longer_than_the_bound_says() -> None:
+    assert max(map(len, AutoTokenizer.from_pretrained(DIRECTORY).get_vocab())) <= MOST_CHARACTERS / 4
+
+
+def test_requests_that_tokenize_at_once_do_not_disturb_each_other() -> None:
+    encoder = TextEncoder(str(DIRECTORY), max_tokens=512)
+    encoder.tokenize("ready", "input")  # as the worker does: the first call takes the truncation out of the tokenizer
+    texts = ["a large red star on a blue background " * 8] * 40
+
+    async def all_of() -> list[list[list[int]]]:
+        return await asyncio.gather(*(tokenized(encoder.tokenize, texts, 512) for _ in range(16)))
+
+    assert all(found == [encoder.tokenize(texts[0], "input")] * 40 for found in asyncio.run(all_of()))
+
+
+def test_texts_are_tokenized_in_order_beside_the_loop_and_not_after_a_cancel() -> None:
+    texts = [str(number) for number in range(3 * AT_ONCE)]
+    free = threading.Event()
+    seen: list[str] = []
+
+    def slow(text: str, param: str) -> list[int]:
+        assert free.wait(60), "the loop did not go on"
+        assert param == f"input[{text}]"
+        seen.append(text)
+        return [int(text)]
+
+    async def both() -> None:
+        first = asyncio.create_task(tokenized(slow, texts, 64))
+        await asyncio.sleep(0.01)
+        free.set()
+        assert await first == [[number] for number in range(len(texts))]
+        free.clear()
+        seen.clear()
+        second = asyncio.create_task(tokenized(slow, texts, 64))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        free.set()
+        await asyncio.gather(second, return_exceptions=True)
+
+    asyncio.run(both())  # waits for its threads
+    assert seen == texts[:AT_ONCE]
