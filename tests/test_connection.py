@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
-from dynamo_epd.http.connection import BoundedConnection
+from dynamo_epd.http.connection import MAX_CONNECTIONS, BoundedConnection, most_connections
 from dynamo_epd.http.limits import guard
 
 
@@ -101,6 +102,15 @@ def say(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
         return said
 
 
+def answers(connection: socket.socket) -> None:
+    """Reads one reply of the route ``/``, which may come in two pieces."""
+    said = b""
+    while b'"here"' not in said:
+        got = connection.recv(65536)
+        assert got, said
+        said += got
+
+
 def refused(said: bytes, status: int, code: str) -> None:
     head, _, body = said.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), said[:200]
@@ -133,10 +143,10 @@ def test_a_head_that_drips_is_408(port: int) -> None:
 def test_the_second_request_of_a_connection_has_the_same_patience(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(GET + b"\r\n")
-        assert b'"here"' in connection.recv(65536)
+        answers(connection)
         time.sleep(1)  # idle between requests is uvicorn's keep-alive, not ours
         connection.sendall(GET + b"\r\n")
-        assert b'"here"' in connection.recv(65536)
+        answers(connection)
         connection.sendall(GET)
         refused(connection.recv(65536), 408, "request_timeout")
 
@@ -270,3 +280,43 @@ def test_small_chunks_are_not_trailers(patient_port: int) -> None:
         patient_port, POST.replace(b"x\r\n", b"x\r\nConnection: close\r\n", 1), *pieces, b"0\r\n\r\n", pause=0.05
     )
     assert said.startswith(b"HTTP/1.1 200 ")
+
+
+class Few(BoundedConnection):
+    max_connections = 3
+
+
+def test_a_connection_too_many_closes_the_longest_idle_or_is_refused() -> None:
+    with running(Few) as port, ExitStack() as held:
+
+        def connected() -> socket.socket:
+            return held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+
+        def asks(connection: socket.socket) -> None:
+            connection.sendall(GET + b"\r\n")
+            answers(connection)
+
+        first, second, third = connected(), connected(), connected()
+        for one in (second, first, third, second):
+            asks(one)
+        fourth = connected()
+        asks(fourth)
+        assert first.recv(1) == b"", "closed: the others were asked later"
+        for one in (second, third, fourth):
+            asks(one)
+            one.sendall(b"GET")  # begun, and not idle any more
+        said = connected().recv(65536)
+        refused(said, 503, "overloaded")
+        assert b"retry-after: 1\r\n" in said
+        third.sendall(GET.removeprefix(b"GET") + b"\r\n")
+        answers(third)
+        asks(connected())
+        assert third.recv(1) == b""
+
+
+@pytest.mark.parametrize(("descriptors", "connections"), [(1024, 768), (10**6, MAX_CONNECTIONS), (-1, MAX_CONNECTIONS)])
+def test_connections_leave_descriptors_to_others(
+    monkeypatch: pytest.MonkeyPatch, descriptors: int, connections: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (descriptors, descriptors))
+    assert most_connections() == connections

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on what no ASGI middleware sees of a connection: heads before they are complete, and replies not taken.
+"""Bounds on what no ASGI middleware sees: connections, heads before they are complete, replies that nobody takes.
 
 uvicorn waits for request lines and headers without limit of time or size, and for a client that reads nothing of its
 reply without end; either would hold a connection, and what its request holds, for ever.
@@ -10,19 +10,31 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import resource
 import socket
 import struct
 import termios
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, RequestTimeout
-from dynamo_epd.http.errors import error_body
+from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, Overloaded, RequestTimeout
+from dynamo_epd.http.errors import error_response
+
+MAX_CONNECTIONS = 16384
+"""Of one process, however many descriptors it has: each takes some ten kilobytes."""
+
+
+def most_connections() -> int:
+    """Three quarters of the descriptors that this process may open; the rest are NATS', discovery's and files'."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if descriptors == resource.RLIM_INFINITY else min(descriptors * 3 // 4, MAX_CONNECTIONS)
 
 
 class BoundedConnection(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with a bound on each request's head, and OpenAI's body for what it cannot read."""
 
+    max_connections = most_connections()
+    """Open at once. One more closes the one that has been idle for longest, or is refused where none is."""
     head_seconds = 10.0
     """From the connection's start, or from a request's first byte, to the end of its headers."""
     head_bytes = 256 * 1024
@@ -44,7 +56,10 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_for_head()
+        if len(self.connections) > self.max_connections and not self._close_an_idle_one():
+            self._refuse(Overloaded(f"{self.max_connections} connections are open; try again later"))
+        else:
+            self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -109,6 +124,20 @@ class BoundedConnection(HttpToolsProtocol):
             self._patience.cancel()
             self._patience = None
 
+    def _close_an_idle_one(self) -> bool:
+        """Whether there was one: between two requests, that is."""
+        idle = {
+            one: one.timeout_keep_alive_task.when()
+            for one in self.connections
+            if isinstance(one, HttpToolsProtocol)
+            and one.timeout_keep_alive_task is not None
+            and not one.transport.is_closing()
+        }
+        if not idle:
+            return False
+        min(idle, key=idle.__getitem__).timeout_keep_alive_handler()
+        return True
+
     def _watch_reader(self) -> None:
         if self._reading is None:
             self._untaken = self._unsent()
@@ -154,10 +183,9 @@ class BoundedConnection(HttpToolsProtocol):
             cycle.message_event.set()
             cycle = None  # type: ignore[assignment]
         if cycle is None or cycle.response_complete:  # else bytes of a reply are on their way
-            body = error_body(error)
-            head = (
-                f"HTTP/1.1 {error.status} {error.code}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+            reply = error_response(error)
+            headers = [*reply.raw_headers, (b"connection", b"close")]
+            head = f"HTTP/1.1 {error.status} {error.code}\r\n".encode()
+            head += b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+            self.transport.write(head + b"\r\n" + bytes(reply.body))
         self.transport.close()
