@@ -15,6 +15,7 @@ MAX_DEPTH = 64
 MAX_BYTES = 64 * 1024
 MAX_COUNT = 4096
 """Highest minLength, maxItems and their like: a grammar spells repetitions out."""
+MAX_REFERENCES = 512
 MAX_PATTERN = 256
 MAX_REPETITION = 64
 MAX_INTEGER = 2**63 - 1
@@ -22,6 +23,8 @@ MAX_INTEGER = 2**63 - 1
 
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _ELSEWHERE = frozenset({"$dynamicRef", "$recursiveRef"})
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+"""RFC 6901's, which has one spelling for each place."""
 _Pointer = tuple[str, ...]
 
 
@@ -80,21 +83,35 @@ def _check_pattern(pattern: str, param: str) -> None:
 
 
 def _check_references(schema: dict[str, Any], param: str) -> None:
-    graph: dict[_Pointer, set[_Pointer]] = {}
-    waiting: list[_Pointer] = [()]
-    while waiting:
-        pointer = waiting.pop()
-        if pointer not in graph:
-            graph[pointer] = {_pointer(text, param) for text in _references(_target(schema, pointer, param))}
-            waiting.extend(graph[pointer])
+    found = [(place, _pointer(text, param)) for place, text in _references(schema)]
+    if len(found) > MAX_REFERENCES:
+        raise InvalidRequest(f"'{param}' has more than {MAX_REFERENCES} references", param=param)
+    for pointer in {target for _, target in found}:
+        _check_target(schema, pointer, param)
+    # What a target uses are the references at and below it: no subtree is walked again.
+    graph = {
+        pointer: {target for place, target in found if place[: len(pointer)] == pointer}
+        for pointer in {(), *(target for _, target in found)}
+    }
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise InvalidRequest(f"a reference in '{param}' leads back to itself", param=param) from error
 
 
-def _references(node: Any) -> set[str]:
-    return {item["$ref"] for item in _objects(node) if isinstance(item.get("$ref"), str)}
+def _references(schema: dict[str, Any]) -> list[tuple[_Pointer, str]]:
+    """Every reference with the place of the object that holds it."""
+    found: list[tuple[_Pointer, str]] = []
+    waiting: list[tuple[_Pointer, Any]] = [((), schema)]
+    while waiting:
+        place, item = waiting.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("$ref"), str):
+                found.append((place, item["$ref"]))
+            waiting.extend(((*place, key), value) for key, value in item.items())
+        elif isinstance(item, list):
+            waiting.extend(((*place, str(index)), value) for index, value in enumerate(item))
+    return found
 
 
 def _pointer(reference: str, param: str) -> _Pointer:
@@ -104,16 +121,15 @@ def _pointer(reference: str, param: str) -> _Pointer:
     return tuple(unquote(step).replace("~1", "/").replace("~0", "~") for step in reference.split("/")[1:])
 
 
-def _target(schema: dict[str, Any], pointer: _Pointer, param: str) -> Any:
+def _check_target(schema: dict[str, Any], pointer: _Pointer, param: str) -> None:
     node: Any = schema
     for step in pointer:
         if isinstance(node, dict) and step in node:
             node = node[step]
-        elif isinstance(node, list) and step.isdecimal() and step.isascii() and int(step[:9]) < len(node):
-            node = node[int(step[:9])]
+        elif isinstance(node, list) and _INDEX.fullmatch(step) and int(step) < len(node):
+            node = node[int(step)]
         else:
             raise InvalidRequest(f"a reference in '{param}' points to nothing", param=param)
-    return node
 
 
 def _scalars(node: Any) -> list[Any]:
