@@ -337,6 +337,15 @@ def test_a_schema_is_checked_wherever_it_stands() -> None:
     assert refused(chat(tools=[tool])).param == "tools[0].function.parameters"
 
 
+def test_all_tools_together_are_bounded() -> None:
+    def tools(count: int) -> list[dict[str, Any]]:
+        schema = {"type": "object", "description": "x" * 60_000}
+        return [{"type": "function", "function": {"name": f"f{i}", "parameters": schema}} for i in range(count)]
+
+    assert len(check_chat(chat(tools=tools(8)), LIMITS).body["tools"]) == 8
+    assert refused(chat(tools=tools(9))).param == "tools"
+
+
 def test_tool_choice_names_one_of_the_tools() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
     for choice in ("none", "auto", "required", {"type": "function", "function": {"name": "f"}}):
@@ -374,3 +383,16 @@ def test_the_edge_loads_nothing_heavy() -> None:
     program = f"import sys, {modules}; print(sorted({{'torch', 'vllm', 'nixl', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n"),
+    [(["a"] * 16, 1), (["a"] * 4, 4), ("a", 16), ([1] * 100, 16), ([[1, 2]] * 5, 3), (["a"] * 16, None)],
+)
+def test_prompts_times_answers_within_the_bound_are_taken(prompt: Any, n: int | None) -> None:
+    assert check_completion(completion(prompt=prompt, n=n), LIMITS).body["prompt"] == prompt
+
+
+@pytest.mark.parametrize(("prompt", "n"), [(["a"] * 16, 16), (["a"] * 2, 9), ([[1, 2]] * 6, 3)])
+def test_prompts_times_answers_above_the_bound_are_refused(prompt: Any, n: int) -> None:
+    assert refused(completion(prompt=prompt, n=n), check_completion).param == "n"

@@ -9,6 +9,7 @@ the one that came in, holds only known keys, and keeps every picture in one shap
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,10 +49,13 @@ class BodyLimits:
     max_images: int = 8
     max_messages: int = 1024
     max_n: int = 16
+    """Answers to one body, over all of its prompts: admission counts a body once."""
     max_prompts: int = 16
     max_stop: int = 16
     max_logit_bias: int = 1024
     max_tools: int = 128
+    max_tools_bytes: int = 512 * 1024
+    """Of all tools together, as JSON; each one's schema has a bound of its own too."""
     max_top_logprobs: int = 20
 
 
@@ -158,6 +162,10 @@ def check_completion(body: Mapping[str, Any], limits: BodyLimits) -> CompletionB
     clean = _fields(body, _sampling(limits) | own)
     if "prompt" not in clean:
         raise InvalidRequest("'prompt' is required", param="prompt")
+    prompt = clean["prompt"]
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    if prompts * clean.get("n", 1) > limits.max_n:
+        raise InvalidRequest(f"'n' answers to each prompt are more than {limits.max_n} together", param="n")
     return CompletionBody(clean)
 
 
@@ -354,7 +362,10 @@ def _response_format(value: Any, name: str) -> dict[str, Any]:
 
 
 def _tools(value: Any, name: str, limits: BodyLimits) -> list[dict[str, Any]]:
-    return [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(entries(value, name, 1, limits.max_tools))]
+    tools = entries(value, name, 1, limits.max_tools)
+    if len(json.dumps(tools)) > limits.max_tools_bytes:
+        raise InvalidRequest(f"'{name}' is longer than {limits.max_tools_bytes} bytes", param=name)
+    return [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(tools)]
 
 
 def _tool(value: Any, name: str) -> dict[str, Any]:
