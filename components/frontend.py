@@ -54,6 +54,7 @@ from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown,
 from dynamo_epd.sdk.client import twice
 from dynamo_epd.sdk.http_server import TlsConfig
 from dynamo_epd.store import StoreConfig
+from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
 
 Result = TypeVar("Result")
 
@@ -67,7 +68,13 @@ class Admission:
 
     max_in_flight: int = 256
     deadline: float = 300.0
-    """Seconds that one request may take."""
+    """Seconds that one request may take, and that its pictures are leased for."""
+
+    def __post_init__(self) -> None:
+        if self.max_in_flight < 1:
+            raise ValueError("admission.max-in-flight must be 1 at least")
+        if not 0 < self.deadline <= MAX_LEASE_SECONDS:
+            raise ValueError(f"admission.deadline must be above 0 and at most {MAX_LEASE_SECONDS:g}")
 
 
 @dataclass(frozen=True)
