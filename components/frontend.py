@@ -265,7 +265,7 @@ class Frontend(BesideChat):
                 request.state.request_id,
                 request.state.tenant,
                 checked.body,
-                await held.enter_async_context(self._pictures(images)),
+                await held.enter_async_context(self._pictures(request, images)),
                 time.time() + self.config.admission.deadline,
             )
             call, head = await unless_gone(request, first_reply(stage, message))
@@ -304,7 +304,7 @@ class Frontend(BesideChat):
             self.in_flight -= 1
 
     @asynccontextmanager
-    async def _pictures(self, images: tuple[ImageRef, ...]) -> AsyncIterator[list[Picture]]:
+    async def _pictures(self, request: Request, images: tuple[ImageRef, ...]) -> AsyncIterator[list[Picture]]:
         """The request's pictures in order, those from the body leased until the request is over.
 
         The body's parts then say where in this list their picture is. All room is reserved at once.
@@ -321,7 +321,7 @@ class Frontend(BesideChat):
                 pictures.append(Picture(url=url))
             image.replace(f"{REFERENCE}{index}")
         seconds = self.config.admission.deadline
-        with await self.arena.reserve([len(data) for _, data in bodies], timeout=seconds) as slots:
+        with await unless_gone(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
             leases = []
             try:
                 for slot, (index, data) in zip(slots, bodies, strict=True):
