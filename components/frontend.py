@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
@@ -31,7 +32,8 @@ from components.protocol import (
     ModelsQuery,
     Picture,
 )
-from dynamo_epd.errors import EpdError, Overloaded
+from dynamo_epd.errors import EpdError, InternalError, Overloaded
+from dynamo_epd.flights import Flights
 from dynamo_epd.http.auth import AuthConfig, Callers, Keys, Signer, signing_key
 from dynamo_epd.http.body import (
     BodyLimits,
@@ -60,6 +62,8 @@ Result = TypeVar("Result")
 
 HEALTH_SECONDS = 2.0
 """A processor that does not say within this long how its stages are counts as gone."""
+HEALTH_KEPT = 0.5
+"""Seconds that one answer of ``/health`` is given to all: the route is open, and each look costs a processor work."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ class Frontend(BesideChat):
     def __init__(self) -> None:
         self.config = service_config(FrontendConfig)
         self.in_flight = 0
+        self._looks: Flights[None] = Flights()
+        self._health: tuple[bool, dict[str, int]] = (False, {})
+        self._looked = -math.inf
         for path, route, method in (
             ("/v1/chat/completions", self.chat, "POST"),
             ("/v1/completions", self.complete, "POST"),
@@ -229,6 +236,13 @@ class Frontend(BesideChat):
 
     async def health(self) -> Response:
         """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
+        if time.monotonic() > self._looked + HEALTH_KEPT:
+            await self._looks.join("health", self._look)
+        whole, stages = self._health
+        return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
+
+    async def _look(self) -> None:
+        """Finds whether a chain of stages is whole, and how many workers each linked stage has."""
         stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
         beside = {stage.name: len(stage.instances()) for stage in self._beside()}
         try:
@@ -237,8 +251,7 @@ class Frontend(BesideChat):
             whole = all(stages.values())
         except (EpdError, TimeoutError):
             whole = False
-        stages |= beside
-        return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
+        self._health, self._looked = (whole, stages | beside), time.monotonic()
 
     async def live(self) -> Response:
         """``GET /live``: this process answers."""
