@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.requests import ClientDisconnect
 
 from components.beside_chat import BesideChat, first_reply, unless_gone
@@ -45,6 +45,7 @@ from dynamo_epd.http.body import (
     parse_json,
 )
 from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.http.rates import Rates
 from dynamo_epd.images.addresses import check_url
@@ -286,7 +287,7 @@ class Frontend(BesideChat):
             account.status = head.status or 500
             if head.body is not None:
                 return Response(head.body, account.status, media_type="application/json")
-            return StreamingResponse(events(call, held.pop_all()), account.status, media_type="text/event-stream")
+            return HeldStream(events(call, account), held.pop_all(), account.status)
 
     @contextmanager
     def accounted(self, request_id: str) -> Iterator[Account]:
@@ -299,6 +300,9 @@ class Frontend(BesideChat):
             raise
         except ClientDisconnect:
             account.status = CLIENT_GONE
+            raise
+        except Exception:  # a defect, perhaps in the middle of a stream
+            account.status = InternalError.status
             raise
         finally:
             seconds = time.perf_counter() - began
@@ -363,11 +367,11 @@ async def decoded(url: str, max_bytes: int) -> bytes:
     return parse_data_url(url, max_bytes)
 
 
-async def events(call: Any, held: AsyncExitStack) -> AsyncGenerator[bytes, None]:
+async def events(call: Any, account: Account) -> AsyncGenerator[bytes, None]:
     """The rest of a stream. Where it breaks off it ends in an error event, and not in silence."""
-    async with held:
-        try:
-            async for reply in call:
-                yield reply.event.encode()
-        except EpdError as error:
-            yield b"data: " + error_body(error) + b"\n\n"
+    try:
+        async for reply in call:
+            yield reply.event.encode()
+    except EpdError as error:
+        account.status = error.status
+        yield b"data: " + error_body(error) + b"\n\n"

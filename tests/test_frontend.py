@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the frontend does by itself, without stages; its answers are tested on running graphs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from components import frontend
+from components.frontend import Admission, Frontend, events
+from components.protocol import HttpReply
+from dynamo_epd.errors import StageUnavailable
+from dynamo_epd.http.body import ImageRef
+from dynamo_epd.http.held import HeldStream
+from dynamo_epd.transfer.allocator import ALIGNMENT
+from dynamo_epd.transfer.memory import Memory
+from dynamo_epd.transfer.slots import Slots
+
+
+class CountedDouble:
+    """Stands where the metrics of requests are."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.duration = SimpleNamespace(observe=lambda _: None)
+
+    def count(self, status: int) -> None:
+        self.statuses.append(status)
+
+
+class ProcessorDouble:
+    """One that says how its stages are, when it is let to."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.go = asyncio.Event()
+
+    def instances(self) -> list[int]:
+        return [1]
+
+    def health(self, _: Any) -> Any:
+        return self
+
+    async def only(self) -> Any:
+        self.asked += 1
+        await self.go.wait()
+        return SimpleNamespace(stages={"DecodeWorker": self.asked})
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> Frontend:
+    """A frontend with nothing behind it, on an app of its own."""
+    monkeypatch.setattr(frontend, "app", FastAPI())
+    made = Frontend()
+    made.metrics = CountedDouble()
+    return made
+
+
+async def gone() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def never() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def passes(_: Message) -> None:
+    await asyncio.sleep(0)
+
+
+SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/", "headers": []}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"deadline": 7200}, {"deadline": 0}, {"deadline": -1.0}, {"max_in_flight": 0}, {"deadline": float("nan")}],
+)
+def test_an_admission_that_cannot_work_is_refused_at_the_start(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^admission\."):
+        Admission(**values)
+    Admission(max_in_flight=1, deadline=3600)
+
+
+def test_a_client_that_leaves_while_it_waits_for_room_is_noticed(one: Frontend) -> None:
+    async def main() -> None:
+        memory = Memory(2 * ALIGNMENT)
+        slots = Slots(memory, max_waiters=8)
+        one.arena = SimpleNamespace(reserve=slots.reserve)
+        part = {"image_url": {"url": "data:image/png;base64," + base64.b64encode(b"picture").decode()}}
+        with await slots.reserve([ALIGNMENT], 1), pytest.raises(ClientDisconnect):
+            async with asyncio.timeout(20), one._pictures(Request(SCOPE, gone), (ImageRef(part, "image"),)):
+                raise AssertionError("there is no room")
+        assert slots.waiters == 0
+        slots.close()
+        memory.close()
+
+    asyncio.run(main())
+
+
+async def replies(count: int, error: Exception | None = None) -> AsyncIterator[HttpReply]:
+    for number in range(count):
+        yield HttpReply(event=f"data: {number}\n\n")
+    if error is not None:
+        raise error
+
+
+async def answer(one: Frontend, receive: Any, call: AsyncIterator[HttpReply]) -> list[Message]:
+    """What a stream sends. The request is accounted and admitted until its end."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        await passes(message)
+        sent.append(message)
+
+    async with AsyncExitStack() as held:
+        account = held.enter_context(one.accounted("id"))
+        held.enter_context(one.admitted())
+        account.status = 200
+        stream = HeldStream(events(call, account), held.pop_all())
+    assert one.in_flight == 1
+    await stream(SCOPE, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 200), (StageUnavailable("gone"), 503), (ZeroDivisionError("a defect"), 500)]
+)
+def test_a_stream_is_counted_and_logged_as_it_ended(
+    one: Frontend, caplog: pytest.LogCaptureFixture, error: Exception | None, status: int
+) -> None:
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
+    if isinstance(error, ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(answer(one, never, replies(2, error)))
+    else:
+        sent = asyncio.run(answer(one, never, replies(2, error)))
+        body = b"".join(message.get("body", b"") for message in sent)
+        assert body.startswith(b"data: 0\n\ndata: 1\n\n")
+        assert (b'"stage_unavailable"' in body) == (error is not None)
+    assert one.metrics.statuses == [status]
+    assert [record.getMessage().split()[:2] for record in caplog.records] == [["id", str(status)]]
+    assert one.in_flight == 0
+
+
+def test_a_client_that_leaves_before_the_first_byte_gives_its_place_back(one: Frontend) -> None:
+    assert asyncio.run(answer(one, gone, replies(2))) == []
+    assert one.in_flight == 0
+
+
+def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(one: Frontend) -> None:
+    async def endless() -> AsyncGenerator[HttpReply, None]:
+        while True:
+            yield HttpReply(event="data: x\n\n")
+
+    async def soon() -> Message:
+        await asyncio.sleep(0.05)
+        return await gone()
+
+    assert len(asyncio.run(answer(one, soon, endless()))) > 1
+    assert one.in_flight == 0
+
+
+def test_many_who_ask_for_health_are_one_question_and_its_answer_is_kept(one: Frontend) -> None:
+    async def main() -> None:
+        processor = ProcessorDouble()
+        one.processor, one.embed_worker, one.image_worker = processor, None, None
+        asked = [asyncio.create_task(one.health()) for _ in range(50)]
+        await asyncio.sleep(0.01)
+        processor.go.set()
+        answers = [json.loads(bytes((await task).body)) for task in asked]
+        stages = {"Frontend": 1, "Processor": 1, "DecodeWorker": 1}
+        assert answers == [{"status": "ready", "stages": stages}] * 50
+        assert processor.asked == 1
+        one._looked += 60  # nothing is asked while an answer is young, ...
+        assert (await one.health()).status_code == 200
+        assert processor.asked == 1
+        one._looked -= 120  # ... and again when it is not
+        await one.health()
+        assert processor.asked == 2
+
+    asyncio.run(main())
