@@ -18,29 +18,41 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import nats
 from nats.errors import Error as NatsError
 from nats.js.api import ConsumerConfig, DiscardPolicy, KeyValueConfig, RetentionPolicy, StorageType, StreamConfig
-from nats.js.errors import APIError, BadRequestError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
+from nats.js.errors import (
+    APIError,
+    BadRequestError,
+    BucketNotFoundError,
+    KeyNotFoundError,
+    KeyWrongLastSequenceError,
+    NoStreamResponseError,
+)
 
 from dynamo_epd import tracing
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable
+from dynamo_epd.errors import EpdError, Gone, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.images import WantedPicture
+from dynamo_epd.job import Job, JobState, state_of
 from dynamo_epd.sdk.nats import connect_options
 from dynamo_epd.store import new_id
 
-log = logging.getLogger(__name__)
+__all__ = ["Job", "JobQueue", "JobState", "JobsConfig", "KeyReused"]
 
-Status = Literal["queued", "in_progress", "completed", "failed"]
+log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.5
 REQUEST_SECONDS = 5.0
 """For one answer of NATS."""
 FETCH_SECONDS = 5.0
 """A worker asks again after this long without a job."""
+DEDUPLICATION_SECONDS = 120.0
+"""JetStream's own default: a message that is sent again within this long is there once."""
+TRIES = 10
+"""To write a state that others write at the same time."""
 MAX_JOB_BYTES = 256 * 1024
 JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 TOO_MANY = 10077
@@ -60,39 +72,18 @@ class JobsConfig:
     retry_seconds: float = 5.0
     """Until a job is tried again whose store or text encoder could not be reached. Such tries are no attempts."""
     keep_seconds: float = 86_400.0
-    """How long a job may wait, and how long its state can be asked for."""
-
-
-class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is to be done. ``pictures``: the names, known from the start, under which they are stored."""
-
-    id: str
-    tenant: str
-    wanted: WantedPicture
-    pictures: list[str]
-    created: float
-    """Unix seconds."""
-
-
-class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How far a job is."""
-
-    id: str
-    tenant: str
-    digest: str
-    """Of what was asked: an idempotency key belongs to one body."""
-    prompt: str
-    pictures: list[str]
-    created: float
-    status: Status = "queued"
-    attempts: int = 0
-    ended: float | None = None
-    error: dict[str, Any] | None = None
-    """As in OpenAI's error object."""
+    """How long a job may wait, and how long after its end its state can be asked for. For twice as long again it is
+    remembered that there was one."""
 
     @property
-    def over(self) -> bool:
-        return self.status in ("completed", "failed")
+    def queue_seconds(self) -> float:
+        """How long a message stays: a job that waited too long is still delivered, and so fails clearly."""
+        return 2 * self.keep_seconds
+
+    @property
+    def state_seconds(self) -> float:
+        """How long a state stays after it was last written: longer than any message of its job."""
+        return 3 * self.keep_seconds
 
 
 class KeyReused(InvalidRequest):
@@ -128,32 +119,40 @@ class JobQueue:
                 **connect_options(),
             )
             self._stream = self._connection.jetstream(timeout=REQUEST_SECONDS)
-            await self._make()
+            await self._make(bounds=True)
         except (NatsError, OSError) as error:
             raise StageUnavailable("the job queue cannot be reached") from error
 
-    async def _make(self) -> None:
+    async def _make(self, *, bounds: bool) -> None:
+        """Makes the queue and the states where they are missing. ``bounds``: those that are there get this start's."""
         config = self._config
-        stream = StreamConfig(
+        queue = StreamConfig(
             name=self._name,
             subjects=[self._name],
             retention=RetentionPolicy.WORK_QUEUE,
             storage=StorageType.FILE,
             discard=DiscardPolicy.NEW,
             max_msgs=config.max_waiting,
-            max_age=config.keep_seconds,
+            max_age=config.queue_seconds,
+            duplicate_window=min(DEDUPLICATION_SECONDS, config.queue_seconds),
             max_msg_size=MAX_JOB_BYTES,
         )
         try:
-            await self._stream.add_stream(stream)
-        except BadRequestError:  # it is there, with other bounds: this start's count
-            await self._stream.update_stream(stream)
+            await self._stream.add_stream(queue)
+        except BadRequestError:  # it is there, with other bounds
+            if bounds:
+                await self._stream.update_stream(queue)
         try:
             self._states = await self._stream.key_value(self._name)
         except BucketNotFoundError:
             self._states = await self._stream.create_key_value(
-                KeyValueConfig(bucket=self._name, ttl=2 * config.keep_seconds, storage=StorageType.FILE)
+                KeyValueConfig(bucket=self._name, ttl=config.state_seconds, storage=StorageType.FILE)
             )
+        else:
+            if bounds:
+                states = (await self._stream.stream_info(f"KV_{self._name}")).config
+                window = min(DEDUPLICATION_SECONDS, config.state_seconds)
+                await self._stream.update_stream(states, max_age=config.state_seconds, duplicate_window=window)
 
     async def close(self) -> None:
         """Gives a job that runs here back to the queue, and disconnects."""
@@ -171,40 +170,66 @@ class JobQueue:
         Raises:
             KeyReused: ``key`` came with another body before.
             Overloaded: `JobsConfig.max_waiting` jobs wait.
-            StageUnavailable: NATS cannot be reached, so nothing was accepted.
+            StageUnavailable: NATS does not answer. The job may have been accepted all the same.
         """
         name = hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32] if key else uuid.uuid4().hex
-        job = Job(f"job-{name}", tenant, wanted, [new_id() for _ in range(n)], time.time())
-        state = JobState(job.id, tenant, digest, wanted.prompt, job.pictures, job.created)
-        async with reaching():
+        job = Job(f"job-{name}", tenant, wanted, [new_id() for _ in range(n)], time.time(), digest)
+        async with reaching("the job queue does not answer; whether the job was accepted is not known"):
             try:
-                await self._states.create(job.id, msgspec.json.encode(state))
-            except KeyWrongLastSequenceError:
-                state, _ = await self._state(job.id)
-                if state.digest != digest:
-                    raise KeyReused("this idempotency key was used with another body") from None
-                if state.status != "queued":
-                    return state
-                # Whoever accepted it may have died before it was in the queue: it is sent again, and is there once.
-                job = msgspec.structs.replace(job, pictures=state.pictures, created=state.created)
-            try:
-                headers = {"Nats-Msg-Id": job.id}
-                tracing.carry(headers)
-                await self._stream.publish(self._name, msgspec.json.encode(job), headers=headers)
-            except APIError as error:
-                await self._states.purge(job.id)
-                if error.err_code == TOO_MANY:
-                    raise Overloaded(f"{self._config.max_waiting} jobs wait already; try again later") from error
-                raise
+                return await self._accepted(job)
+            except NoStreamResponseError:  # somebody has deleted the queue or the states
+                await self._make(bounds=False)
+                return await self._accepted(job)
+
+    async def _accepted(self, job: Job) -> JobState:
+        state, own = await self._claimed(state_of(job))
+        if state.status != "queued":
+            return state
+        # Whoever accepted it before may have died before it was in the queue: it is sent again.
+        job = msgspec.structs.replace(job, pictures=state.pictures, created=state.created)
+        try:
+            headers = {"Nats-Msg-Id": job.pictures[0]}  # the job's id may have been an older one's with the same key
+            tracing.carry(headers)
+            await self._stream.publish(self._name, msgspec.json.encode(job), headers=headers)
+        except APIError as error:
+            if own is not None:
+                with contextlib.suppress(APIError):  # it was asked for again
+                    await self._states.delete(job.id, last=own)
+            if error.err_code == TOO_MANY:
+                raise Overloaded(f"{self._config.max_waiting} jobs wait already; try again later") from error
+            raise
         return state
 
+    async def _claimed(self, new: JobState) -> tuple[JobState, int | None]:
+        """The state under ``new``'s id, which is ``new`` where there was none. With a revision it is this call's own:
+        while the state has that one, nobody else counts on it."""
+        for _ in range(TRIES):
+            with contextlib.suppress(KeyNotFoundError, KeyWrongLastSequenceError):  # somebody else was quicker
+                try:
+                    return new, await self._states.create(new.id, msgspec.json.encode(new))
+                except KeyWrongLastSequenceError:
+                    written, revision = await self._state(new.id)
+                state = self._seen(written)
+                if self._is_forgotten(state):
+                    return new, await self._states.update(new.id, msgspec.json.encode(new), revision)
+                if state.digest != new.digest:
+                    raise KeyReused("this idempotency key was used with another body")
+                if state.status == "queued" and not state.asked_again:
+                    state = msgspec.structs.replace(state, asked_again=True)
+                    await self._states.update(new.id, msgspec.json.encode(state), revision)
+                return state, None
+        raise StageUnavailable("this idempotency key is used too often at once")
+
     async def state(self, tenant: str, id: str) -> JobState:
-        """How far a job is. Raises NotFound for one that never was, is forgotten or is another tenant's."""
+        """How far a job is. Raises NotFound for one that never was or is another tenant's, Gone for one whose time is
+        over."""
         if JOB_ID.fullmatch(id):
-            async with reaching():
+            async with reaching("the job queue does not answer"):
                 with contextlib.suppress(KeyNotFoundError):
-                    state, _ = await self._state(id)
+                    state = self._seen((await self._state(id))[0])
                     if state.tenant == tenant:
+                        if self._is_forgotten(state):
+                            raise Gone("the job is not kept any more")
                         return state
         raise NotFound("there is no such job")
 
@@ -212,38 +237,63 @@ class JobQueue:
         entry = await self._states.get(id)
         return msgspec.json.decode(entry.value, type=JobState), entry.revision
 
+    def _seen(self, state: JobState) -> JobState:
+        """What is said of a job: one that has outlived its message has failed, though no worker was there to say so."""
+        last = state.created + self._config.queue_seconds
+        return state.end(waited_too_long(), last) if not state.over and time.time() > last else state
+
+    def _is_forgotten(self, state: JobState) -> bool:
+        return state.ended is not None and time.time() > state.ended + self._config.keep_seconds
+
     def work(self, run: Run) -> None:
         """Takes jobs, one after the other, until `close`."""
         self._working = asyncio.create_task(self._work(run))
 
     async def _work(self, run: Run) -> None:
-        taking: Any = None
         while True:
             try:
-                if taking is None:
-                    config = ConsumerConfig(ack_wait=self._config.silence_seconds)
-                    taking = await self._stream.pull_subscribe(self._name, durable=self._name, config=config)
-                (message,) = await taking.fetch(1, timeout=FETCH_SECONDS)
-            except TimeoutError:  # no job, or no NATS: it reconnects by itself
-                continue
-            except (NatsError, OSError) as error:
-                log.warning("no job can be taken: %s", error)
-                await asyncio.sleep(RECONNECT_SECONDS)
-                continue
-            try:
+                await self._take(run)
+            except (NatsError, OSError) as error:  # a job whose end could not be said is delivered again
+                log.warning("the queue is asked anew: %s", error)
+            except Exception:
+                log.exception("the queue is asked anew")
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _take(self, run: Run) -> None:
+        """Takes jobs until something fails. What somebody has deleted meanwhile is made again."""
+        await self._make(bounds=False)
+        consumer = ConsumerConfig(
+            name=self._name,
+            durable_name=self._name,
+            filter_subject=self._name,
+            ack_wait=self._config.silence_seconds,
+        )
+        await self._stream.add_consumer(self._name, consumer)  # or updates the one that is there
+        taking = await self._stream.pull_subscribe_bind(consumer=self._name, stream=self._name)
+        try:
+            while True:
+                try:
+                    (message,) = await taking.fetch(1, timeout=FETCH_SECONDS)
+                except TimeoutError:  # no job, or no NATS: it reconnects by itself
+                    continue
                 async with self._kept(message):
                     await self._one(message, run)
-            except (NatsError, OSError) as error:  # its end could not be said: it is delivered again
-                log.warning("a job is left to be delivered again: %s", error)
+        finally:
+            with contextlib.suppress(NatsError, OSError):
+                await taking.unsubscribe()
 
     async def _one(self, message: Any, run: Run) -> None:
         """One delivery: it ends acknowledged, or given back."""
         try:
             job = msgspec.json.decode(message.data, type=Job)
-            state, revision = await self._state(job.id)
-        except (msgspec.MsgspecError, KeyNotFoundError):  # no job of ours, or one that is forgotten
+        except msgspec.MsgspecError:  # none of ours
             await message.term()
             return
+        try:
+            state, revision = await self._state(job.id)
+        except KeyNotFoundError:  # the states were lost, or kept for a shorter time
+            state = state_of(job)
+            revision = await self._states.create(job.id, msgspec.json.encode(state))
         if state.over:
             await message.ack()
             return
@@ -262,8 +312,7 @@ class JobQueue:
             except (asyncio.CancelledError, Overloaded, StageUnavailable) as reason:
                 # Not the job's fault: this worker leaves, or something it needs is away for a while.
                 with contextlib.suppress(KeyWrongLastSequenceError):
-                    back = msgspec.structs.replace(before, status="queued")
-                    await self._states.update(job.id, msgspec.json.encode(back), revision)
+                    await self._states.update(job.id, msgspec.json.encode(before.given_back()), revision)
                 leaving = isinstance(reason, asyncio.CancelledError)
                 await message.nak(None if leaving else self._config.retry_seconds)
                 if leaving:
@@ -283,17 +332,12 @@ class JobQueue:
         if state.attempts >= self._config.attempts:
             return InternalError(f"the job was begun {state.attempts} times and never ended")
         if time.time() > job.created + self._config.keep_seconds:
-            return StageUnavailable("the job waited longer than jobs are kept")
+            return waited_too_long()
         return None
 
     async def _end(self, state: JobState, error: EpdError | None) -> None:
         """Says how the job ended, as soon as NATS can be told; the pictures are stored by now."""
-        ended = msgspec.structs.replace(
-            state,
-            status="failed" if error else "completed",
-            ended=time.time(),
-            error=error.to_openai()["error"] if error else None,
-        )
+        ended = state.end(error, time.time())
         while True:
             try:
                 await self._states.put(state.id, msgspec.json.encode(ended))
@@ -319,15 +363,19 @@ class JobQueue:
             telling.cancel()
 
 
+def waited_too_long() -> EpdError:
+    return StageUnavailable("the job waited longer than jobs are kept")
+
+
 @asynccontextmanager
-async def reaching() -> AsyncIterator[None]:
-    """Makes what NATS raises where it is away a `StageUnavailable`."""
+async def reaching(failure: str) -> AsyncIterator[None]:
+    """Makes what NATS raises where it is away a `StageUnavailable` that says ``failure``."""
     try:
         yield
     except (NatsError, OSError, TimeoutError) as error:
         if isinstance(error, KeyNotFoundError | KeyWrongLastSequenceError):
             raise
-        raise StageUnavailable("the job queue cannot be reached; nothing was accepted") from error
+        raise StageUnavailable(failure) from error
 
 
 async def _log_error(error: Exception) -> None:

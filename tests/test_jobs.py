@@ -11,13 +11,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nats
 import pytest
 
-from dynamo_epd.errors import InvalidRequest, NotFound, Overloaded, StageUnavailable
+from dynamo_epd.errors import Gone, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.images import check_images
 from dynamo_epd.jobs import JobQueue, JobsConfig, KeyReused
 from dynamo_epd.sdk.nats_server import nats_binary
 
+STREAM = "tests_image_jobs"
 QUICK = JobsConfig(silence_seconds=1.0, retry_seconds=0.2, attempts=3)
 BOUND = 60.0
 
@@ -80,6 +82,32 @@ async def over(jobs, id, tenant=""):
                 state = await jobs.state(tenant, id)
                 if state.over:
                     return state
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def operator(server):
+    """JetStream as somebody sees it who is no part of the graph."""
+    connection = await nats.connect(server.url)
+    try:
+        yield connection.jetstream()
+    finally:
+        await connection.close()
+
+
+async def nothing(job):
+    pass
+
+
+async def until_gone(jobs, id):
+    """The last that was said of a job before it was gone."""
+    state = None
+    async with asyncio.timeout(BOUND):
+        while True:
+            try:
+                state = await jobs.state("", id)
+            except Gone:
+                return state
             await asyncio.sleep(0.05)
 
 
@@ -150,6 +178,199 @@ def test_a_full_queue_refuses_and_forgets_what_it_refused(server):
                 await submitted(front, key="third")
             async with queue(server) as wider:  # its bounds are the ones of the last start
                 assert (await submitted(wider, key="third")).status == "queued"
+
+    run(scenario())
+
+
+def test_a_full_queue_takes_no_accepted_job_back(server):
+    """The same idempotency key again, when JetStream has forgotten that the job's message is there."""
+
+    async def scenario():
+        async with queue(server, replace(QUICK, max_waiting=2)) as front, operator(server) as stream:
+            accepted = await submitted(front, key="first")
+            await submitted(front)
+            config = (await stream.stream_info(STREAM)).config
+            await stream.update_stream(config, duplicate_window=0.1)
+            await asyncio.sleep(0.3)
+            with pytest.raises(Overloaded):
+                await submitted(front, key="first")
+            assert (await front.state("", accepted.id)).status == "queued"
+            front.work(nothing)
+            ended = await over(front, accepted.id)
+            assert (ended.status, ended.pictures) == ("completed", accepted.pictures)
+
+    run(scenario())
+
+
+def test_a_refused_job_that_another_call_had_accepted_stays(server, monkeypatch):
+    """Two calls with one key: the queue has room again between the refusal of the first and its taking back."""
+
+    async def scenario():
+        async with queue(server, replace(QUICK, max_waiting=1)) as front:
+            await submitted(front)
+            publish, seconds = front._stream.publish, []
+
+            async def refused(subject, *arguments, **more):
+                try:
+                    return await publish(subject, *arguments, **more)
+                except Exception:
+                    if subject == STREAM:
+                        async with queue(server) as wider:
+                            seconds.append(await submitted(wider, key="both"))
+                    raise
+
+            monkeypatch.setattr(front._stream, "publish", refused)
+            with pytest.raises(Overloaded):
+                await submitted(front, key="both")
+            (accepted,) = seconds
+            assert (await front.state("", accepted.id)).status == "queued"
+            async with queue(server) as worker:
+                worker.work(nothing)
+                assert (await over(front, accepted.id)).pictures == accepted.pictures
+
+    run(scenario())
+
+
+def test_a_start_with_other_bounds_holds_for_what_is_there(server):
+    """Jobs and states are kept longer, and a job may be silent for longer: nothing is begun twice, nothing lost."""
+
+    async def scenario():
+        async with queue(server, replace(QUICK, silence_seconds=0.5, keep_seconds=1.0)) as before:
+            before.work(nothing)
+            await over(before, (await submitted(before)).id)
+        after = replace(QUICK, silence_seconds=30.0, keep_seconds=500.0)
+        async with queue(server, after) as front, queue(server, after) as other, operator(server) as stream:
+            kept = {name: (await stream.stream_info(name)).config.max_age for name in (STREAM, f"KV_{STREAM}")}
+            assert kept == {STREAM: 1000.0, f"KV_{STREAM}": 1500.0}
+            state = await submitted(front)
+            begun = []
+
+            async def long(job):
+                begun.append(job.id)
+                await asyncio.sleep(2)
+
+            front.work(long)
+            other.work(long)
+            assert (await over(front, state.id)).attempts == 1
+            assert begun == [state.id]
+            assert (await stream.consumer_info(STREAM, STREAM)).config.ack_wait == 30.0
+
+    run(scenario())
+
+
+def test_a_job_whose_state_is_lost_is_done_all_the_same(server):
+    async def scenario():
+        async with queue(server) as front, operator(server) as stream:
+            state = await submitted(front, key="k", n=2)
+            await (await stream.key_value(STREAM)).purge(state.id)
+            with pytest.raises(NotFound):
+                await front.state("", state.id)
+            front.work(nothing)
+            async with asyncio.timeout(BOUND):
+                while True:
+                    with contextlib.suppress(NotFound):
+                        if (ended := await front.state("", state.id)).over:
+                            break
+                    await asyncio.sleep(0.05)
+            assert (ended.status, ended.pictures, ended.prompt) == ("completed", state.pictures, state.prompt)
+            assert (await submitted(front, key="k", n=2)).status == "completed", "its key is known again"
+
+    run(scenario())
+
+
+def test_a_job_that_waited_too_long_fails_and_says_so(server):
+    async def scenario():
+        async with queue(server, replace(QUICK, keep_seconds=1.0)) as front:
+            state = await submitted(front)
+            await asyncio.sleep(1.3)
+            ran = []
+
+            async def make(job):
+                ran.append(job)
+
+            front.work(make)
+            ended = await over(front, state.id)
+            assert (ended.status, ended.attempts, ran) == ("failed", 0, [])
+            assert ended.error is not None
+            assert "waited" in ended.error["message"]
+
+    run(scenario())
+
+
+def test_a_job_that_nobody_ever_takes_is_not_queued_for_ever(server):
+    async def scenario():
+        async with queue(server, replace(QUICK, keep_seconds=0.5)) as front:
+            state = await submitted(front)
+            ended = await over(front, state.id)
+            assert ended.status == "failed"
+            assert ended.ended == pytest.approx(state.created + 1.0)
+
+    run(scenario())
+
+
+def test_an_ended_job_is_gone_after_its_time_and_its_key_is_free_again(server):
+    async def scenario():
+        async with queue(server, replace(QUICK, keep_seconds=2.0)) as front, operator(server) as stream:
+            front.work(nothing)
+            state = await submitted(front, key="k")
+            last = await until_gone(front, state.id)
+            assert last.status == "completed"
+            assert time.time() >= last.ended + 2.0
+            absent = "job-" + "0" * 32
+            for tenant, id in (("other", state.id), ("", absent), ("other", absent)):
+                with pytest.raises(NotFound) as unknown:
+                    await front.state(tenant, id)
+                assert type(unknown.value) is NotFound
+                assert unknown.value.message == "there is no such job"
+            assert (await stream.stream_info(f"KV_{STREAM}")).config.max_age == 6.0, "nor is that remembered for ever"
+            again = await submitted(front, "another prompt", key="k")
+            assert again.id == state.id
+            assert again.pictures != state.pictures
+            ended = await over(front, again.id)
+            assert (ended.status, ended.prompt) == ("completed", "another prompt")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("what", ["the consumer", "the queue", "the states", "everything"])
+def test_what_is_deleted_under_a_worker_is_made_again(server, what, monkeypatch):
+    monkeypatch.setattr("dynamo_epd.jobs.FETCH_SECONDS", 1.0)
+
+    async def scenario():
+        async with queue(server) as front, queue(server) as worker, operator(server) as stream:
+            worker.work(nothing)
+            await over(front, (await submitted(front)).id)
+            if what == "the consumer":
+                await stream.delete_consumer(STREAM, STREAM)
+            if what in ("the queue", "everything"):
+                await stream.delete_stream(STREAM)
+            if what in ("the states", "everything"):
+                await stream.delete_stream(f"KV_{STREAM}")
+            async with asyncio.timeout(BOUND):
+                while True:
+                    with contextlib.suppress(StageUnavailable):
+                        state = await submitted(front)
+                        break
+                    await asyncio.sleep(0.1)
+            assert (await over(front, state.id)).status == "completed"
+
+    run(scenario())
+
+
+def test_a_worker_survives_what_nobody_expected(server, monkeypatch):
+    async def scenario():
+        async with queue(server) as front:
+            one, two = front._one, []
+
+            async def broken_once(message, run):
+                if not two:
+                    two.append(message)
+                    raise ZeroDivisionError
+                await one(message, run)
+
+            monkeypatch.setattr(front, "_one", broken_once)
+            front.work(nothing)
+            assert (await over(front, (await submitted(front)).id)).status == "completed"
 
     run(scenario())
 
@@ -289,12 +510,17 @@ def test_a_job_that_kills_its_workers_fails(server, tmp_path_factory):
     run(scenario())
 
 
-def test_without_nats_nothing_is_accepted(server):
+def test_without_nats_nothing_is_accepted(server, monkeypatch):
+    monkeypatch.setattr("dynamo_epd.jobs.REQUEST_SECONDS", 1.0)
+
     async def scenario():
         async with queue(server) as front:
+            state = await submitted(front)
             server.kill()
-            with pytest.raises(StageUnavailable):
+            with pytest.raises(StageUnavailable, match="whether the job was accepted is not known"):
                 await submitted(front)
+            with pytest.raises(StageUnavailable, match=r"^the job queue does not answer$"):
+                await front.state("", state.id)
             await asyncio.to_thread(server.start)
             async with asyncio.timeout(BOUND):
                 while True:
