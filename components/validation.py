@@ -70,14 +70,14 @@ class Validation:
                     if made.pixels is not None:
                         self._release(worker, ReleaseRequest([made.pixels.lease]))
                 yield Validated(stage, caption=caption)
-                said = await self._embed(caption)
+                said = await self._embed(caption) if caption else None  # of no text there is no vector
                 vector = made.done.prompt_vector or (await (ahead or self._embed(prompt))).vectors[0]
                 yield Validated(
-                    Stage("similarity", said.queue_seconds, said.run_seconds),
-                    similarity=cosine(vector, said.vectors[0]),
+                    Stage("similarity", said.queue_seconds if said else 0.0, said.run_seconds if said else 0.0),
+                    similarity=cosine(vector, said.vectors[0]) if said else 0.0,
                     threshold=self._threshold,
                     prompt_vector=vector,
-                    caption_vector=said.vectors[0],
+                    caption_vector=said.vectors[0] if said else None,
                 )
         except (asyncio.CancelledError, GeneratorExit, TimeoutError) as error:
             if worker is not None:  # the client's file may lie there unread
@@ -120,7 +120,7 @@ class Validation:
             self._request.deadline,
         )
         body, queued = await self._processor.answered(request)
-        caption = json.loads(body)["choices"][0]["message"]["content"].strip()
+        caption = (json.loads(body)["choices"][0]["message"]["content"] or "").strip()
         return caption, Stage("caption", queued, perf_counter() - began - queued)
 
     async def _embed(self, text: str) -> Embedded:
