@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_epd.sdk import wire
+from dynamo_epd.sdk import wire, worker
+from dynamo_epd.sdk.context import dynamo_context
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/relay.py:Front"
@@ -216,6 +218,43 @@ def test_a_door_that_stands_still_is_made_again(relay: Served) -> None:
     relay.wait_for(r"Front-0 is back")
     assert "error" not in relay.call({"number": 1})["results"][0]
     assert relay.workers("Front")[0] != stopped
+
+
+class EndpointDouble:
+    """Enters discovery, by a file, when it is asked for the third time."""
+
+    def __init__(self, entry: Path):
+        self._entry = entry
+        self.asked = 0
+
+    async def register_endpoint_instance(self) -> None:
+        self.asked += 1
+        if self.asked < 3:
+            raise RuntimeError("discovery is not there")
+        self._entry.touch()
+
+
+def test_a_worker_tries_to_enter_discovery_again_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path))
+    monkeypatch.setitem(dynamo_context, "instance_id", 0xABC)
+    monkeypatch.setattr(worker, "REGISTRATION_CHECK", 0.001)
+    one, endpoint = object.__new__(worker.Worker), EndpointDouble(tmp_path / "abc")
+    one._draining = False
+    monkeypatch.setattr(one, "_served", lambda: [endpoint])
+
+    async def main() -> None:
+        staying = asyncio.create_task(one._stay_registered())
+        async with asyncio.timeout(20):
+            while not one._registered_in_files():
+                assert not staying.done()
+                await asyncio.sleep(0.001)
+        staying.cancel()
+
+    asyncio.run(main())
+    assert endpoint.asked == 3
+    assert sum(record.exc_info is not None for record in caplog.records) == 2
 
 
 def _registered(served: Served, instances: set[str]) -> list[Path]:

@@ -220,10 +220,13 @@ class Worker:
         """Enters this worker again after a pause (SIGSTOP, a laptop's sleep): others have let its lease lapse."""
         while True:
             await asyncio.sleep(REGISTRATION_CHECK)
-            if not self._draining and not self._registered_in_files():
-                log.warning("this worker had dropped out of discovery and enters it again")
-                for endpoint in self._served():
-                    await endpoint.register_endpoint_instance()
+            try:
+                if not self._draining and not self._registered_in_files():
+                    log.warning("this worker had dropped out of discovery and enters it again")
+                    for endpoint in self._served():
+                        await endpoint.register_endpoint_instance()
+            except Exception:  # nobody waits for this loop: ended, it would leave the worker outside after a next pause
+                log.exception("this worker could not look after its place in discovery")
 
     def _raise_if_ended(self) -> None:
         for one in self._serving:
