@@ -276,17 +276,6 @@ def test_another_scheme_is_refused(url: str) -> None:
     assert isinstance(asyncio.run(failing(url, OPEN)), UrlNotAllowed)
 
 
-def test_check_refuses_without_dialling() -> None:
-    async def run() -> None:
-        async with Fetcher(MediaConfig()) as fetcher:
-            fetcher.check("https://images.example/a.png")
-            fetcher.check("data:image/png;base64,AAAA")
-            with pytest.raises(UrlNotAllowed):
-                fetcher.check("https://169.254.169.254/latest/meta-data")
-
-    asyncio.run(run())
-
-
 # --- redirects
 
 

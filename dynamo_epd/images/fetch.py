@@ -98,11 +98,6 @@ class Fetcher:
         """Let the resolver's threads go. Fetches in flight end by themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def check(self, url: str) -> None:
-        """Refuse what can be refused without resolving or dialling. Raises `UrlNotAllowed`."""
-        if not _is_data(url):
-            check_url(url, self.media)
-
     async def fetch(self, url: str) -> bytes:
         """The bytes behind an http(s) or ``data:`` URL, at most ``media.max_bytes``.
 
