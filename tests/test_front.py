@@ -232,6 +232,48 @@ def test_what_vllm_refuses_is_refused_before_any_stage_is_asked(
     assert stages.prompts == []
 
 
+@pytest.mark.parametrize("defect", [ValueError, TypeError, OverflowError])
+def test_a_defect_beside_the_stages_is_no_refusal(
+    front: Any, monkeypatch: pytest.MonkeyPatch, defect: type[Exception]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise defect("secret of the house")
+
+    monkeypatch.setattr(front._engine.input_processor, "process_inputs", broken)
+    with pytest.raises(Exception, match="secret of the house") as caught:
+        ask(front, Stages(HELLO))
+    assert not isinstance(caught.value, EpdError), "the worker logs it, and says InternalError to others"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_token_ids": [999_999_937]},
+        {"max_tokens": 999_999_937},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "zq7mark"}}}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "zq7mark("}},
+            }
+        },
+        {"messages": [{"role": "user", "content": "zq7mark" * 5000}]},
+    ],
+    ids=["a token", "a number", "a type", "a pattern", "a text"],
+)
+def test_a_refusal_of_vllms_does_not_repeat_what_the_client_sent(front: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ask(front, Stages(HELLO), **fields)
+    assert "zq7mark" not in caught.value.message and "value=" not in caught.value.message
+
+
+def test_a_template_says_itself_what_it_does_not_take(front: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front._chat.online_renderer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    turn = {"role": "user", "content": "hi"}
+    with pytest.raises(InvalidRequest, match=r"^roles must alternate$"):
+        ask(front, Stages(HELLO), messages=[turn, turn])
+
+
 def test_a_json_schema_travels_as_a_grammar(front: Any):
     stages = Stages(HELLO, end="length")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}

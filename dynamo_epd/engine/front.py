@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -30,7 +31,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.outputs import RequestOutput
@@ -149,7 +150,8 @@ class OpenAIFront:
         """Answers one chat request. ``image_url`` parts hold references that ``conduct`` understands.
 
         Raises:
-            EpdError: before the first byte of the reply. Afterwards the stream of events raises it.
+            EpdError: before the first byte of the reply. Afterwards the stream of events raises it. Anything else is a
+                defect: what vLLM refuses it says by classes of its own.
         """
         return await self._answer(ChatCompletionRequest, self._chat.create_chat_completion, body, conduct)
 
@@ -174,11 +176,8 @@ class OpenAIFront:
             return Answer(200, None, _resume(first, events))
         except GenerationError as error:
             raise run.failure or InternalError("The answer could not be completed.") from error
-        except (VLLMValidationError, ValidationError) as error:
+        except (VLLMClientError, ValidationError) as error:
             raise _invalid(error) from error
-        except (ValueError, TypeError, OverflowError) as error:
-            # What vLLM cannot render (a template's own complaint, say) comes as a plain ValueError.
-            raise InvalidRequest(str(error)) from error
         finally:
             _current.reset(token)
             if not streaming:
@@ -241,13 +240,23 @@ def _refusal(response: ErrorResponse) -> EpdError:
     return kind(error.message, param=error.param)
 
 
-def _invalid(error: VLLMValidationError | ValidationError) -> InvalidRequest:
+def _invalid(error: VLLMClientError | ValidationError) -> InvalidRequest:
     """The first complaint, with the field it is about, and without the value that the client sent."""
-    if isinstance(error, VLLMValidationError):
-        return InvalidRequest(str(error), param=error.parameter)
+    if isinstance(error, VLLMClientError):
+        return InvalidRequest(_own_words(error), param=getattr(error, "parameter", None))
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(step) for step in first["loc"] if not str(step).startswith("Chat"))
     return InvalidRequest(f"{where}: {first['msg']}" if where else str(first["msg"]), param=where or None)
+
+
+def _own_words(error: VLLMClientError) -> str:
+    """What vLLM itself says. Its ``str`` adds the client's value, and other libraries quote what they cannot read."""
+    said = str(error.args[0]) if error.args else "the request is not valid"
+    if "grammar" in said.lower():
+        return "the schema cannot be made into a grammar"
+    if error.__cause__ is not None and not isinstance(error.__cause__, TemplateError):
+        return "the request cannot be rendered"
+    return said
 
 
 @MEDIA_CONNECTOR_REGISTRY.register("reference")
