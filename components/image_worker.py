@@ -35,6 +35,7 @@ from dynamo_epd.errors import (
     ModelNotFound,
     NotFound,
     Overloaded,
+    StageUnavailable,
 )
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.http.images import MAX_SEED, WantedPicture
@@ -81,6 +82,9 @@ class ImageConfig:
     compile: bool = False
     loras: dict[str, str] = field(default_factory=dict)
     """LoRA adapters by the name that requests give them: directory or name on the hub."""
+    max_batch: int = 8
+    """Pictures in one denoise step. 1 gives the very pixels of plain diffusers; with more they may differ by rounding,
+    depending on what else is made. With ``compile`` or ``cpu-offload`` it is 1."""
     store: StoreConfig = field(default_factory=StoreConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)
     arena_bytes: int = 128 * 1024 * 1024
@@ -92,7 +96,7 @@ class ImageConfig:
 
 @service(dynamo={"namespace": "dynamo"}, config=ImageConfig)
 class ImageWorker(ArenaOwner):
-    """Makes one picture at a time, each with a scheduler of its own, so that neighbours change no pixel."""
+    """Makes pictures, each with a scheduler of its own; those that are made at once share their denoise steps."""
 
     reads = ("EmbedWorker",)
 
@@ -110,7 +114,7 @@ class ImageWorker(ArenaOwner):
 
         config = self.config
         self.loop = asyncio.get_running_loop()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="denoise")
+        self.threads = ThreadPoolExecutor(config.max_batch, thread_name_prefix="denoise")
         metrics = Metrics(dynamo_context["namespace"], "ImageWorker", config.model)
         self.metrics = metrics.stage()
         self.steps = metrics.denoise_steps()
@@ -127,6 +131,8 @@ class ImageWorker(ArenaOwner):
             cpu_offload=config.cpu_offload,
             compile=config.compile,
             loras=config.loras,
+            max_batch=config.max_batch,
+            on_batch=metrics.denoise_batch_size().observe,
         )
         self.store = Store(config.store, on_stored=metrics.stored().inc)
         self.jobs = JobQueue(dynamo_context["namespace"], config.jobs)
@@ -185,7 +191,7 @@ class ImageWorker(ArenaOwner):
     @on_shutdown
     async def stop(self) -> None:
         await self.jobs.close()
-        self.thread.shutdown(wait=True)
+        self.threads.shutdown(wait=True)
         await self.close_arena()
 
     def _wanted(self, request: GenerateRequest) -> Wanted:
@@ -226,7 +232,12 @@ class ImageWorker(ArenaOwner):
 
     def _condition(self, row: Row) -> Conditioning:
         """Asked by the pipeline, in its thread, where its own T5 would be asked."""
-        return asyncio.run_coroutine_threadsafe(self._states(row), self.loop).result(self.config.lease_seconds)
+        asked = asyncio.run_coroutine_threadsafe(self._states(row), self.loop)
+        try:
+            return asked.result(self.config.lease_seconds)
+        except TimeoutError as error:
+            asked.cancel()
+            raise StageUnavailable("the EmbedWorker does not answer in time") from error
 
     async def _states(self, row: Row) -> Conditioning:
         from dynamo_epd.diffusion.text_encoder import Conditioning
@@ -264,7 +275,7 @@ class _Making:
             return worker.generator.generate(wanted, self._on_step, self.stop)
 
         limit = self._request.deadline - time.time() if self._request.deadline else None
-        task = asyncio.ensure_future(worker.loop.run_in_executor(worker.thread, work))
+        task = asyncio.ensure_future(worker.loop.run_in_executor(worker.threads, work))
         try:
             async with asyncio.timeout(limit):
                 async for step, partial in self._until(task):

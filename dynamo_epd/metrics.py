@@ -74,6 +74,10 @@ class Metrics:
             *self._labels
         )
 
+    def denoise_batch_size(self) -> Any:
+        """Pictures in one call of the denoiser."""
+        return self._histogram("epd_denoise_batch_size", "Pictures in one denoise step", (1, 2, 4, 8, 16, 32))
+
     def denoise_steps(self) -> Any:
         """Seconds of each denoise step."""
         return self._histogram("epd_denoise_step_seconds", "Seconds of one denoise step")

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynamo_epd.diffusion.loading import Switches, denoiser_of, device, dtype_of, load
-from dynamo_epd.diffusion.text_encoder import Ask, RemoteTextEncoder
+from dynamo_epd.diffusion.loading import Switches, denoiser_name, denoiser_of, device, dtype_of, load
+from dynamo_epd.diffusion.meeting import Meeting
+from dynamo_epd.diffusion.text_encoder import Ask, Conditioning, RemoteTextEncoder, Row
 from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
 
 
@@ -66,6 +67,10 @@ class Generator:
         dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         ask: where T5's states come from. With it the pipeline's own T5 is never loaded.
         loras: LoRA adapters by the name that requests give them; each where a model may be.
+        max_batch: pictures whose denoise steps are taken together. 1 gives the very pixels of plain diffusers; with
+            more they may differ by rounding. Compiled denoisers would have a form for each size of batch, and
+            offloading moves weights from under others: with either it is 1.
+        on_batch: told how many pictures each call of the denoiser was for.
 
     Raises:
         PipelineError, WeightsError: what cannot be loaded, or run in this way, in one line.
@@ -82,16 +87,26 @@ class Generator:
         cpu_offload: bool = False,
         compile: bool = False,
         loras: Mapping[str, str] | None = None,
+        max_batch: int = 1,
+        on_batch: Callable[[int], None] = lambda _: None,
     ):
         switches = Switches(attention_slicing, vae_slicing, cpu_offload, compile)
         # torch takes no dots in a module's name; requests may name an adapter as they like.
         self._loras = {name: f"lora_{index}" for index, name in enumerate(loras or {})}
         sources = {self._loras[name]: source for name, source in (loras or {}).items()}
-        remote = None if ask is None else lambda: RemoteTextEncoder(ask, dtype_of(dtype), device())
+        remote = None if ask is None else lambda: RemoteTextEncoder(self._asking(ask), dtype_of(dtype), device())
         self._pipeline = load(model, dtype_of(dtype), switches, sources, remote)
         self._remote = [one for one in self._pipeline.components.values() if isinstance(one, RemoteTextEncoder)]
         self._takes = inspect.signature(self._pipeline.__call__).parameters
-        self._turn = threading.Lock()
+        self._alone = max_batch == 1 or compile or cpu_offload
+        self._meeting = Meeting(denoiser_of(self._pipeline), 1 if self._alone else max_batch, on_batch)
+
+    def _asking(self, ask: Ask) -> Ask:
+        def asked(row: Row) -> Conditioning:
+            with self._meeting.away():
+                return ask(row)
+
+        return asked
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -108,19 +123,22 @@ class Generator:
         return int(self._takes["num_inference_steps"].default)
 
     def generate(self, wanted: Wanted, on_step: OnStep, stop: threading.Event) -> Made:
-        """The same seed gives the same pixels, whatever ran before. One call at a time; others wait for their turn.
+        """The same seed gives the same pixels, whatever ran before: up to rounding where pictures are batched.
+
+        Called from many threads; each of them is busy until its picture is there.
 
         Raises:
             InvalidRequest: what the pipeline cannot do, naming the field.
             Stopped: at the first step after ``stop`` is set.
         """
-        arguments = self._arguments(wanted)
-        with self._turn, torch.inference_mode():
-            pipeline = self._fresh()
-            self._choose_lora(pipeline, wanted.lora)
+        with self._meeting.attended(wanted.lora) as denoiser, torch.inference_mode():
+            arguments = self._arguments(wanted)
+            pipeline = self._fresh(denoiser)
+            self._choose_lora(wanted.lora)
             for encoder in self._remote:
                 encoder.vector = None
             arguments |= self._callback(pipeline, wanted, on_step, stop)
+            prompt_tokens = self._tokens(wanted.prompt)
             try:
                 found = pipeline(**arguments, output_type="np").images[0]
             except ValueError as error:
@@ -137,23 +155,26 @@ class Generator:
             raise ArithmeticError("the picture is not finite: this model needs another dtype")
         return Made(
             to_bytes(found),
-            self._tokens(wanted.prompt),
+            prompt_tokens,
             wanted.width * wanted.height // self._patch**2,
             next((encoder.vector for encoder in self._remote), None),
         )
 
-    def _fresh(self) -> Any:
+    def _fresh(self, denoiser: Any) -> Any:
         """The pipeline for one picture, with a scheduler of its own: a scheduler is the state of one picture."""
         pipeline = copy.copy(self._pipeline)
+        if not self._alone:
+            # Not by setattr, which would also have it in the configuration that all copies share.
+            vars(pipeline)[denoiser_name(pipeline)] = denoiser
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         return pipeline
 
-    def _choose_lora(self, pipeline: Any, name: str | None) -> None:
+    def _choose_lora(self, name: str | None) -> None:
         if name is not None:
-            pipeline.set_adapters(self._loras[name])
-            pipeline.enable_lora()
+            self._pipeline.set_adapters(self._loras[name])
+            self._pipeline.enable_lora()
         elif self._loras:
-            pipeline.disable_lora()
+            self._pipeline.disable_lora()
 
     def _arguments(self, wanted: Wanted) -> dict[str, Any]:
         """What the pipeline is called with. Raises `InvalidRequest` where a field would be ignored or cut."""

@@ -145,9 +145,14 @@ def _check_tokenizers(directory: str, index: Mapping[str, Any]) -> None:
             raise PipelineError(f"model {directory!r} has no vocabulary in its {name!r}")
 
 
+def denoiser_name(pipeline: Any) -> str:
+    """Of the component that `denoiser_of` gives."""
+    return "transformer" if pipeline.components.get("transformer") else "unet"
+
+
 def denoiser_of(pipeline: Any) -> Any:
     """The transformer or UNet that is called at every step."""
-    return pipeline.components.get("transformer") or pipeline.components.get("unet")
+    return pipeline.components.get(denoiser_name(pipeline))
 
 
 def _without_padding(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,8 +57,17 @@ class RemoteTextEncoder(nn.Module):
         self._ask = ask
         self._most = kept
         self._kept: OrderedDict[Row, Conditioning] = OrderedDict()
-        self.vector: bytes | None = None
-        """Of the first row since this was None: pipelines encode the prompt before what guides away from it."""
+        self._heard = threading.local()
+
+    @property
+    def vector(self) -> bytes | None:
+        """Of the first row since this was None in this thread: pipelines encode the prompt before what guides away from
+        it."""
+        return getattr(self._heard, "vector", None)
+
+    @vector.setter
+    def vector(self, value: bytes | None) -> None:
+        self._heard.vector = value
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object

@@ -19,6 +19,7 @@ import httpx
 import openai
 
 from models import world
+from tests.pixels import pixels, same_picture
 from tests.questions import data_url, picture
 from tests.serving import Graph, at_rest
 
@@ -31,6 +32,8 @@ PATIENCE = 120.0
 ROUNDED = 0.002
 """Two of the last place to which `KINDS` round numbers: a text's vector may differ in its last bits with what else is
 in the batch, and then be rounded to the other side."""
+PNG = "iVBORw0KGgo"
+"""How the base64 of one begins."""
 
 Answers = dict[tuple[str, int], str]
 """By a kind's name and a question's number."""
@@ -139,12 +142,19 @@ def in_peace(graph: Graph) -> Answers:
 
 
 def alike(first: str, second: str) -> bool:
-    """Whether two answers are the same; the numbers of a list are rounded."""
+    """Whether two answers are the same; numbers of a list are rounded, and so are pictures, bare or in a list."""
     if not (first.startswith("[") and second.startswith("[")):
-        return first == second
+        return _same(first, second)
     with suppress(ValueError):
-        pairs = list(zip(json.loads(first), json.loads(second), strict=True))
-        return all(abs(a - b) < ROUNDED if isinstance(a, float) else a == b for a, b in pairs)
+        return all(_same(a, b) for a, b in zip(json.loads(first), json.loads(second), strict=True))
+    return first == second
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, float) and isinstance(second, float):
+        return abs(first - second) < ROUNDED
+    if isinstance(first, str) and isinstance(second, str) and first.startswith(PNG) and second.startswith(PNG):
+        return same_picture(pixels(first), pixels(second))
     return first == second
 
 

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that are made at once meet at each denoise step, and the denoiser is called once for all of them.
+
+Each picture is a thread that runs its own pipeline of diffusers, with its own scheduler. Threads take turns: one alone
+computes at any time, so that nothing in a pipeline need stand two of them. Where a pipeline calls the denoiser its
+thread puts the call down and gives its turn away; when nobody is left who could put down another, the calls become one.
+A picture that comes later is therefore in after one step at most, whatever the others' step counts are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any
+
+import torch
+
+ROWS = frozenset(
+    {
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "guidance",
+        "hidden_states",
+        "pooled_projections",
+        "sample",
+        "text_embeds",
+        "time_ids",
+        "timestep",
+    }
+)
+"""Tensors of which diffusers' denoisers take one row a picture."""
+SHARED = frozenset({"img_ids", "txt_ids"})
+"""Tensors that are the same for all rows (FLUX)."""
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Meeting:
+    """Where pictures meet.
+
+    Args:
+        denoiser: called as diffusers' transformers and UNets are.
+        at_once: pictures that may be in here together. The others wait in line, in the order in which they came.
+        on_step: told how many pictures each call of the denoiser was for.
+    """
+
+    def __init__(self, denoiser: Any, at_once: int, on_step: Callable[[int], None]):
+        self._denoiser = denoiser
+        self._at_once = at_once
+        self._on_step = on_step
+        self._changed = threading.Condition()
+        self._line: deque[object] = deque()
+        self._kind: str | None = None
+        """Of those inside."""
+        self._inside = 0
+        self._awake = 0
+        """Of those inside: who has the turn or wants it. The others have put a call down, or are away."""
+        self._taken = False
+        self._calls: list[_Call] = []
+
+    @contextmanager
+    def attended(self, kind: str | None) -> Iterator[Any]:
+        """Around all that is computed for one picture, whose adapter is ``kind``: those inside all have the same.
+
+        Yields what stands in its pipeline where the denoiser would.
+        """
+        ticket = object()
+        with self._changed:
+            self._line.append(ticket)
+            self._changed.wait_for(lambda: self._line[0] is ticket and self._has_room_for(kind))
+            self._line.popleft()
+            self._inside += 1
+            if self._inside == 1:
+                self._kind = kind
+            self._awake += 1
+            self._take_turn()
+        try:
+            yield _Denoiser(self)
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._give_turn_away()
+
+    def _has_room_for(self, kind: str | None) -> bool:
+        return self._inside == 0 or (self._inside < self._at_once and kind == self._kind)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Around a wait for another process: nobody waits for who waits."""
+        with self._changed:
+            self._give_turn_away()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._awake += 1
+                self._take_turn()
+
+    def step(self, arguments: Arguments) -> Any:
+        """One call of the denoiser, with those of the others who are at theirs now."""
+        call = _Call(arguments)
+        with self._changed:
+            self._calls.append(call)
+            self._give_turn_away()
+            self._changed.wait_for(lambda: call.answered or self._is_to_begin(call))
+            if not call.answered:
+                self._taken = True
+                calls, self._calls = self._calls, []
+                self._changed.release()
+                try:
+                    self._answer(calls)
+                finally:
+                    self._changed.acquire()
+                    self._awake += len(calls)
+                    for one in calls:
+                        one.answered = True
+                    self._changed.notify_all()
+            else:
+                self._take_turn()
+        return call.result()
+
+    def _is_to_begin(self, call: _Call) -> bool:
+        return self._awake == 0 and not self._taken and self._calls[0] is call
+
+    def _take_turn(self) -> None:
+        self._changed.wait_for(lambda: not self._taken)
+        self._taken = True
+
+    def _give_turn_away(self) -> None:
+        self._awake -= 1
+        self._taken = False
+        self._changed.notify_all()
+
+    def _answer(self, calls: list[_Call]) -> None:
+        groups: list[list[_Call]] = []
+        for call in calls:
+            for group in groups:
+                if go_together(group[0].arguments, call.arguments):
+                    group.append(call)
+                    break
+            else:
+                groups.append([call])
+        for group in groups:
+            self._answer_group(group)
+
+    def _answer_group(self, group: list[_Call]) -> None:
+        if len(group) > 1:
+            try:
+                rows = [rows_of(call.arguments) for call in group]
+                given, named = together([call.arguments for call in group])
+                outputs = self._denoiser(*given, **named)
+                for call, *parts in zip(group, *(one.split(rows) for one in outputs), strict=True):
+                    call.output = tuple(parts)
+            except Exception:  # together they may want more memory than there is: then each has its own error, if any
+                for call in group:
+                    call.output = None
+            else:
+                self._on_step(len(group))
+                return
+        for call in group:
+            try:
+                call.output = self._denoiser(*call.arguments[0], **call.arguments[1])
+            except Exception as error:
+                call.error = error
+            self._on_step(1)
+
+
+class _Denoiser:
+    def __init__(self, meeting: Meeting):
+        self._meeting = meeting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._meeting._denoiser, name)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._meeting.step((given, named))
+
+
+class _Call:
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        self.output: Any = None
+        self.error: Exception | None = None
+        self.answered = False
+
+    def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+
+NAMED = ("sample", "timestep")
+"""What denoisers take by place, if they are given anything by place."""
+
+
+def rows_of(arguments: Arguments) -> int:
+    """How many rows the latents of a call have: two where guidance is computed with the picture."""
+    given, named = arguments
+    return len(given[0] if given else named["hidden_states"])
+
+
+def go_together(first: Arguments, second: Arguments) -> bool:
+    """Whether one call can do what two calls ask for: all that is no row is equal, and the rows are of one shape.
+
+    What is not known to be a row or shared is never merged: a denoiser that takes it is called once a picture.
+    """
+    (given, named), (others, other_named) = first, second
+    if len(given) != len(others) or len(given) > len(NAMED) or named.keys() != other_named.keys():
+        return False
+    if not (given or "hidden_states" in named) or named.get("return_dict") is not False:
+        return False
+    counts = rows_of(first), rows_of(second)
+    pairs = [*zip(NAMED, given, others, strict=False), *((name, named[name], other_named[name]) for name in named)]
+    return all(_fits(name, one, other, counts) for name, one, other in pairs)
+
+
+def _fits(name: str, first: Any, second: Any, counts: tuple[int, int]) -> bool:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_fits(key, first[key], second[key], counts) for key in first)
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return (
+            type(first) is type(second) and isinstance(first, bool | int | float | str | NoneType) and first == second
+        )
+    if first.dtype != second.dtype or first.device != second.device or first.shape[1:] != second.shape[1:]:
+        return False
+    if name in SHARED:
+        return torch.equal(first, second)
+    if name == "timestep" and first.ndim == second.ndim == 0:
+        return True
+    return name in ROWS and first.ndim == second.ndim > 0 and (len(first), len(second)) == counts
+
+
+def together(calls: Sequence[Arguments]) -> Arguments:
+    """Calls of which each goes together with the first, as one: rows under rows, in the order of the calls."""
+    rows = [rows_of(call) for call in calls]
+    given = tuple(
+        _joined(name, values, rows) for name, *values in zip(NAMED, *(call[0] for call in calls), strict=False)
+    )
+    return given, {name: _joined(name, [call[1][name] for call in calls], rows) for name in calls[0][1]}
+
+
+def _joined(name: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _joined(key, [value[key] for value in values], rows) for key in first}
+    if not isinstance(first, torch.Tensor) or name in SHARED:
+        return first
+    if first.ndim == 0:  # one time for all rows of a call, as UNets are given it; they take one for each row too
+        return torch.cat([value.expand(count) for value, count in zip(values, rows, strict=True)])
+    return torch.cat(list(values))

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures as tests compare them: pictures whose denoise steps were shared differ from one made alone by rounding."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+LEVELS = 1
+"""Of 255, by which two makings of one seed may differ."""
+
+
+def pixels(file: bytes | str | None) -> np.ndarray:
+    """uint8 (height, width, 3) of a file, or of its base64."""
+    data = base64.b64decode(file or "") if not isinstance(file, bytes) else file
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def same_picture(first: np.ndarray, second: np.ndarray) -> bool:
+    """Both uint8 (height, width, 3)."""
+    return first.shape == second.shape and int(np.abs(first.astype(int) - second).max()) <= LEVELS
