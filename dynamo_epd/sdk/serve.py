@@ -230,9 +230,9 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         on_death=lambda slot: _forget(plan, slot.instance),
         on_give_up=lambda slot: scaling.gave_up(slot),
     )
-    system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or -1)
-    # the planner reads every worker's metrics: without ports of the user's choice each gets a free one
-    with_ports = system_port > 0 or PLANNER in plan.services
+    system_port = int(plan.environment.get("DYN_SYSTEM_PORT") or 0)
+    # Without a port of the user's choice each worker gets a free one. -1 stands for none, but the planner reads them.
+    with_ports = system_port >= 0 or PLANNER in plan.services
     ports = SystemPorts(system_port if system_port > 0 else None) if with_ports else None
     scaling = Scaling(plan, supervisor, ports, _say)
     stop = asyncio.Event()

@@ -25,7 +25,7 @@ SHORTEST, LONGEST = 0.2, 60.0
 PLAIN_WIDTH = 160
 """Columns where there is no terminal to ask."""
 NONE = "-"
-NO_METRICS = "These workers have no metrics: serve the graph with DYN_SYSTEM_PORT=20000, or with its planner."
+NO_METRICS = "These workers have no metrics: the graph was served with DYN_SYSTEM_PORT=-1."
 
 
 @dataclasses.dataclass(frozen=True)
