@@ -9,7 +9,7 @@ GRAPH ?= graphs.cova:Frontend
 CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
 LONG := tests/acceptance tests/hardening/test_faults.py
-SOURCES := dynamo_epd dynamo components graphs models benchmarks tools tests build_hook.py
+SOURCES := dynamo_epd dynamo components graphs models benchmarks deploy tools tests build_hook.py
 
 .PHONY: serve setup check test acceptance chaos soak bench models llava-recipe image-recipe clean
 
