@@ -10,7 +10,7 @@ import uuid
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -37,7 +37,6 @@ from dynamo_epd.errors import (
     WorkerLost,
 )
 from dynamo_epd.exchange import ArenaOwner, instance_of
-from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.images import (
@@ -49,9 +48,13 @@ from dynamo_epd.http.images import (
     images_reply,
 )
 from dynamo_epd.http.predict import check_predict, predicted_pictures, predicted_texts
+from dynamo_epd.http.strict_json import parsed
 from dynamo_epd.http.validations import ValidationsBody, check_validations
 from dynamo_epd.sdk.client import twice
 from dynamo_epd.store import new_id
+
+if TYPE_CHECKING:
+    from components.frontend import Account
 
 Result = TypeVar("Result")
 
@@ -69,7 +72,7 @@ class BesideChat(Results, ArenaOwner):
         if not self.embed_worker:
             raise NotFound("this graph has no embedding model")
         with self.accounted(request.state.request_id) as account, self.admitted():
-            body = check_embeddings(parse_json(await request.body()))
+            body = await parsed(await request.body(), check_embeddings)
             message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
             found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
             account.status = 200
@@ -82,7 +85,7 @@ class BesideChat(Results, ArenaOwner):
         async with AsyncExitStack() as held:
             account = held.enter_context(self.accounted(request.state.request_id))
             held.enter_context(self.admitted())
-            body = check_images(parse_json(await request.body()))
+            body = await parsed(await request.body(), check_images)
             wanted, account.images = body.picture, body.n
             messages = [
                 self._generate(request, wanted, index, partial_images=body.partial_images, as_url=body.as_url)
@@ -92,7 +95,7 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
                 await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
-                stream = self._image_events(chained(head, call), wanted, held.pop_all())
+                stream = self._image_events(chained(head, call), wanted, account, held.pop_all())
                 return StreamingResponse(stream, media_type="text/event-stream")
             made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
@@ -107,7 +110,7 @@ class BesideChat(Results, ArenaOwner):
         async with AsyncExitStack() as held:
             account = held.enter_context(self.accounted(request.state.request_id))
             held.enter_context(self.admitted())
-            body = check_validations(parse_json(await request.body()))
+            body = await parsed(await request.body(), check_validations)
             account.images = body.n
             messages = [
                 ValidateRequest(
@@ -121,7 +124,8 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
-                stream = self._validation_events(request, chained(head, call), messages[0], body, held.pop_all())
+                results = chained(head, call)
+                stream = self._validation_events(request, results, messages[0], body, account, held.pop_all())
                 return StreamingResponse(stream, media_type="text/event-stream")
             found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
             account.status = 200
@@ -137,8 +141,8 @@ class BesideChat(Results, ArenaOwner):
 
     async def predict(self, request: Request, model: str) -> Response:
         """``POST /v1/models/{model}:predict``."""
-        instances = check_predict(parse_json(await request.body()))
         with self.accounted(request.state.request_id) as account, self.admitted():
+            instances = await parsed(await request.body(), check_predict)
             if await self._serves(self.embed_worker, model):
                 texts = check_embeddings({"input": predicted_texts(instances)}).texts
                 message = EmbedRequest(request.state.request_id, list(texts), model)
@@ -228,6 +232,7 @@ class BesideChat(Results, ArenaOwner):
         results: AsyncIterator[Validated],
         message: ValidateRequest,
         body: ValidationsBody,
+        account: Account,
         held: AsyncExitStack,
     ) -> AsyncGenerator[bytes, None]:
         """An event a stage, the moment its result is there. Where it breaks off it ends in an error event."""
@@ -241,6 +246,7 @@ class BesideChat(Results, ArenaOwner):
                     yield event(f"validation.{result.stage.name}", data)
                 await self._noted(message, found)
             except EpdError as error:
+                account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
                 yield b"data: " + error_body(error) + b"\n\n"
 
     async def _picture(self, request: Request, message: GenerateRequest) -> tuple[dict[str, Any], Generated]:
@@ -274,7 +280,7 @@ class BesideChat(Results, ArenaOwner):
             raise
 
     async def _image_events(
-        self, replies: AsyncIterator[Generated], wanted: WantedPicture, held: AsyncExitStack
+        self, replies: AsyncIterator[Generated], wanted: WantedPicture, account: Account, held: AsyncExitStack
     ) -> AsyncGenerator[bytes, None]:
         """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
         async with held:
@@ -291,6 +297,7 @@ class BesideChat(Results, ArenaOwner):
                         usage = usage_of(reply).to_openai()
                         yield image_event("completed", file, wanted, size_of(reply), usage=usage)
             except EpdError as error:
+                account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
                 yield b"data: " + error_body(error) + b"\n\n"
 
     async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the routes beside chat read their bodies, and how a stream that breaks off is counted. Without any stage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components import beside_chat
+from components.beside_chat import BesideChat
+from components.frontend import Account
+from components.protocol import Generated, Validated
+from dynamo_epd.errors import EpdError, InvalidRequest, Overloaded, StageUnavailable
+from dynamo_epd.http.strict_json import LARGE_BODY
+
+ROUTES = {
+    "embed": "check_embeddings",
+    "generate_images": "check_images",
+    "validate": "check_validations",
+    "predict": "check_predict",
+}
+"""Each with the check of its body."""
+
+
+class FakeFrontend(BesideChat):
+    """With stages that nobody asks, and room for a request or none."""
+
+    def __init__(self, *, full: bool = False):
+        self.embed_worker = self.image_worker = self.processor = object()
+        self.full = full
+
+    @contextmanager
+    def accounted(self, request_id: str) -> Iterator[Account]:  # type: ignore[override]
+        yield Account()
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:  # type: ignore[override]
+        if self.full:
+            raise Overloaded("full")
+        yield
+
+
+class FakeRequest:
+    """A body, and no client."""
+
+    def __init__(self, body: Any):
+        self.state = SimpleNamespace(request_id="r", tenant="")
+        self.raw = json.dumps(body).encode()
+        self.read = False
+
+    async def body(self) -> bytes:
+        self.read = True
+        return self.raw
+
+
+def call(frontend: FakeFrontend, route: str, request: Any) -> Any:
+    asked = getattr(frontend, route)
+    return asked(request, "model") if route == "predict" else asked(request)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("size", [10, LARGE_BODY])
+def test_a_large_body_is_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch, route: str, size: int) -> None:
+    threads = []
+
+    def check(body: dict[str, Any]) -> None:
+        threads.append(threading.current_thread())
+        raise InvalidRequest(f"{len(body['text'])} characters")
+
+    monkeypatch.setattr(beside_chat, ROUTES[route], check)
+    with pytest.raises(InvalidRequest, match=f"^{size} characters"):
+        asyncio.run(call(FakeFrontend(), route, FakeRequest({"text": "x" * size})))
+    assert (threads[0] is threading.current_thread()) == (size == 10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_body_is_not_read_before_there_is_room(route: str) -> None:
+    request = FakeRequest({})
+    with pytest.raises(Overloaded):
+        asyncio.run(call(FakeFrontend(full=True), route, request))
+    assert not request.read
+
+
+async def broken(error: EpdError | None) -> AsyncIterator[Any]:
+    if error is not None:
+        raise error
+    return
+    yield
+
+
+@pytest.mark.parametrize(("error", "status"), [(StageUnavailable("gone"), 503), (None, 200)])
+@pytest.mark.parametrize("kind", [Generated, Validated])
+def test_a_stream_is_counted_as_it_ended(kind: type, error: EpdError | None, status: int) -> None:
+    counted = []
+
+    async def read() -> list[bytes]:
+        held, account = AsyncExitStack(), Account(status=200)
+        held.callback(lambda: counted.append(account.status))
+        frontend: Any = FakeFrontend()
+        message: Any = SimpleNamespace(picture=SimpleNamespace(keep=None))
+        if kind is Generated:
+            stream = frontend._image_events(broken(error), None, account, held)
+        else:
+            stream = frontend._validation_events(None, broken(error), message, None, account, held)
+        return [event async for event in stream]
+
+    events = asyncio.run(read())
+    assert counted == [status]
+    assert [b"stage_unavailable" in event for event in events] == ([True] if error else [])
