@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gc
 import gzip
 import ipaddress
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,7 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from dynamo_epd.errors import EpdError, MediaError, MediaTimeout, MediaTooLarge, PayloadTooLarge, UrlNotAllowed
 from dynamo_epd.images.config import MediaConfig
-from dynamo_epd.images.fetch import MAX_REDIRECTS, Fetcher
+from dynamo_epd.images.fetch import LOOKUPS_PER_DOMAIN, MAX_REDIRECTS, Fetcher, domain_of
 
 OPEN = MediaConfig(allow_http=True, allow_private=True, max_bytes=100_000)
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
@@ -417,6 +420,74 @@ def test_a_slow_name_server_runs_out_of_time() -> None:
 
     error = asyncio.run(failing("https://images.example/", replace(OPEN, timeout=0.2), resolve=never))
     assert type(error) is MediaTimeout
+
+
+class SilentNameServerDouble:
+    """Stands where the system's resolver is. ``evil.example``'s names take until they are let go; others are here."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+        self.held = self.most_held = 0
+
+    def __call__(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        if host.endswith(".evil.example"):
+            self.held += 1
+            self.most_held = max(self.most_held, self.held)
+            self.let_go.wait(60)
+            self.held -= 1
+            raise OSError("no such host")
+        return [(0, 0, 0, "", ("127.0.0.1", port))]
+
+
+def test_a_silent_name_server_keeps_no_neighbour_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = SilentNameServerDouble()
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+
+    async def run() -> None:
+        async with serving(reply(b"picture")) as server, Fetcher(replace(OPEN, timeout=3)) as fetcher:
+
+            async def good() -> bytes:
+                return await fetcher.fetch(f"http://good.example:{server.port}/")
+
+            evil = [asyncio.create_task(fetcher.fetch(f"http://a{n}.evil.example/")) for n in range(100)]
+            try:
+                while names.held < LOOKUPS_PER_DOMAIN:
+                    await asyncio.sleep(0.01)
+                assert await good() == b"picture"
+                refused = await asyncio.gather(*evil, return_exceptions=True)
+                assert {type(error) for error in refused} == {MediaTimeout}
+                assert names.held == LOOKUPS_PER_DOMAIN, "their threads are still out"
+                assert await good() == b"picture"
+                again = asyncio.create_task(fetcher.fetch("http://b.evil.example/"))
+                await asyncio.sleep(0.1)
+            finally:
+                names.let_go.set()
+            with pytest.raises(MediaError, match="no address"):  # it had its turn when one came back
+                await again
+            assert names.most_held == LOOKUPS_PER_DOMAIN
+            del evil, refused, again  # tracebacks hold on to all that is in them
+            async with asyncio.timeout(20):
+                while fetcher._lookups:  # nothing is kept of a domain whose lookups are over
+                    gc.collect()
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("host", "domain"),
+    [
+        ("a.b.evil.example", "evil.example"),
+        ("evil.example", "evil.example"),
+        ("a.shop.co.uk", "shop.co.uk"),
+        ("a.co.com", "co.com"),
+        ("a.b.com.de", "b.com.de"),
+        ("co.uk", "co.uk"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_names_of_one_owner_are_one_domain(host: str, domain: str) -> None:
+    assert domain_of(host) == domain
 
 
 def test_slow_fetches_do_not_spend_the_time_of_those_behind_them() -> None:

@@ -14,9 +14,11 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 from urllib.parse import urljoin
+from weakref import WeakValueDictionary
 
 import httpcore
 
@@ -30,6 +32,10 @@ MAX_ADDRESSES = 4
 """Addresses of one name that are tried, one after the other."""
 CONNECT_TIMEOUT = 1.5
 """Seconds for one address while another is left to try."""
+LOOKUPS_PER_DOMAIN = 8
+"""Names of one domain that are looked up at once: its owner can let each of them take as long as the resolver waits."""
+_SECOND_LEVEL = frozenset({"ac", "co", "com", "edu", "go", "gob", "gov", "gv", "mil", "ne", "net", "nom", "or", "org"})
+"""Under the two letters of a country these are no domain of anyone's (``co.uk``)."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -77,8 +83,10 @@ class Fetcher:
 
     def __init__(self, media: MediaConfig, *, max_concurrent: int = 256, resolve: Resolve | None = None):
         self.media = media
-        # Its own threads: a name server that a client runs must not hold the threads that decode pictures.
-        self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="resolve")
+        # Its own threads: a name server that a client runs must not hold the threads that decode pictures. One for
+        # every fetch, since a lookup cannot be cancelled and may outlive its fetch.
+        self._threads = ThreadPoolExecutor(max_workers=max_concurrent, thread_name_prefix="resolve")
+        self._lookups: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._backend = CheckedBackend(media, resolve or self._system_resolve)
         self._turn = asyncio.Semaphore(max_concurrent)
         # A given authority file replaces the public ones: an operator who names his own wants no other.
@@ -181,11 +189,28 @@ class Fetcher:
         return bytes(body)
 
     async def _system_resolve(self, host: str, port: int) -> list[str]:
+        domain = domain_of(host)
+        turn = self._lookups.get(domain)
+        if turn is None:
+            self._lookups[domain] = turn = asyncio.Semaphore(LOOKUPS_PER_DOMAIN)
+        await turn.acquire()
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )
+
+        def returned(_: object) -> None:
+            with suppress(RuntimeError):  # after this process' loop
+                loop.call_soon_threadsafe(turn.release)
+
+        lookup = self._threads.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        lookup.add_done_callback(returned)  # and not when the fetch gives up: the thread goes on
+        found = await asyncio.wrap_future(lookup)
         return [str(entry[4][0]) for entry in found]
+
+
+def domain_of(host: str) -> str:
+    """The part of a name that someone registered, whose name servers are one's own: by rule of thumb, not by list."""
+    labels = host.split(".")
+    own = 3 if len(labels[-1]) == 2 and len(labels) > 2 and labels[-2] in _SECOND_LEVEL else 2
+    return ".".join(labels[-own:])
 
 
 def _is_data(url: str) -> bool:
