@@ -30,9 +30,9 @@ check: setup
 test: setup
 	@$(BIN)/pytest -q tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
-# Two recipes side by side, one core each. What is trained already is not trained again.
+# Two recipes side by side, which share the cores. What is trained already is not trained again.
 models: setup
-	@OMP_NUM_THREADS=1 $(MAKE) -j2 --no-print-directory llava-recipe image-recipe
+	@$(MAKE) -j2 --no-print-directory llava-recipe image-recipe
 	@$(BIN)/python -m models.evaluate
 
 llava-recipe:

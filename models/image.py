@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import T5EncoderModel, T5Tokenizer
 
 from models import t5, world
-from models.training import Run, autocast, device
+from models.training import Run, autocast, device, share_cores
 
 DIRECTORY = Path("models/tiny/image")
 SEED = 3
@@ -267,6 +267,7 @@ def phase(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     """Train what is not yet trained, and write the directory."""
+    share_cores("image")
     vae, vae_runs = train_vae()
     tokenizer = T5Tokenizer.from_pretrained(t5.DIRECTORY)
     text = T5EncoderModel.from_pretrained(t5.DIRECTORY).to(device()).eval().requires_grad_(False)

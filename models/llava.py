@@ -36,7 +36,7 @@ from transformers import (
 
 from models import talks, world
 from models.talks import Talk
-from models.training import Run, device, fuse
+from models.training import Run, device, fuse, share_cores
 from models.untrained import rename_tensors
 
 DIRECTORY = Path("models/tiny/llava")
@@ -329,6 +329,7 @@ def train_whole(
 
 def main() -> None:
     """Train what is not yet trained, and write the checkpoint."""
+    share_cores("llava")
     made = processor()
     pixels = Pixels(made.image_processor)
     model = model_of(made.tokenizer)

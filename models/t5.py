@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 
 from models import world
-from models.training import Run, device
+from models.training import Run, device, share_cores
 
 DIRECTORY = Path("models/tiny/t5")
 SEED = 2
@@ -255,6 +255,7 @@ def _loss(
 
 def main() -> None:
     """Train what is not yet trained, judge it, and write the directory."""
+    share_cores("t5")
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
     whole = WithHeads(model)

@@ -27,6 +27,9 @@ WARM_UP = 0.05
 """Part of the steps in which the learning rate rises; then it falls along a cosine to nothing."""
 GRADIENT_NORM = 1.0
 
+_at_work: list[IO[str]] = []
+"""This process's place among those that `share_cores`, as long as it lives."""
+
 Loss = Callable[[random.Random], tuple[torch.Tensor, dict[str, float]]]
 """One step's loss from that step's own source of chance, and figures to show."""
 
@@ -41,6 +44,32 @@ def autocast() -> torch.autocast:
     where = device().type
     fast = where == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.autocast(where, dtype=torch.bfloat16, enabled=fast)
+
+
+def share_cores(recipe: str) -> None:
+    """Called by a recipe's process before anything else: with it each `Run` takes as many cores as there are for it."""
+    place = WORK / "at-work" / recipe
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file = place.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    _at_work.append(file)
+
+
+def take_cores() -> None:
+    """Shares this machine's cores evenly among the recipes that are at work now. Alone, a recipe has them all."""
+    if not _at_work:
+        return
+    others = 0
+    for place in (WORK / "at-work").iterdir():
+        with place.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                others += place.name != Path(_at_work[0].name).name
+    cores = max(1, len(os.sched_getaffinity(0)) // (1 + others))
+    if cores != torch.get_num_threads():
+        torch.set_num_threads(cores)
+        torch.compiler.reset()  # a compiled layer has its number of threads in it
 
 
 def fuse(layers: Iterable[nn.Module]) -> None:
@@ -83,6 +112,7 @@ class Run:
         """Do the steps that are not yet done. Returns the module, in evaluation mode."""
         self._directory.mkdir(parents=True, exist_ok=True)
         alone = self._alone()
+        take_cores()
         self._resume()
         self.module.train()
         began, saved, reported, first = time.monotonic(), time.monotonic(), time.monotonic(), self._done

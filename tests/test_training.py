@@ -6,6 +6,9 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from torch import nn
 
 from models import training
+from tests.toys.running import ROOT
 
 
 class Layer(nn.Module):
@@ -44,6 +48,34 @@ def test_a_fused_layer_computes_and_learns_the_same() -> None:
         fused.square().sum().backward()
         torch.testing.assert_close(fused.detach(), value)
         torch.testing.assert_close(layer.linear.weight.grad, gradient)
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_recipes_at_work_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "WORK", tmp_path)
+    monkeypatch.setattr(training, "_at_work", [])
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(4)))
+    training.share_cores("one")
+    training.take_cores()
+    assert torch.get_num_threads() == 4
+    hold = "from pathlib import Path; from models import training; training.WORK = Path({!r}); "
+    code = hold.format(str(tmp_path)) + "training.share_cores('two'); print('there', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "there\n"
+        training.take_cores()
+        assert torch.get_num_threads() == 2
+        other.communicate("\n")
+    training.take_cores()
+    assert torch.get_num_threads() == 4, "the other one has ended"
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_without_a_compiler_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
