@@ -8,9 +8,14 @@ import contextlib
 import socket
 
 import pytest
+from starlette.testclient import TestClient
 
+from dynamo_epd.errors import Overloaded
+from dynamo_epd.sdk import api, service
 from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.http_server import app_of
 from dynamo_epd.sdk.port import bound, hold
+from dynamo_epd.sdk.service import info_of
 
 
 def test_a_connection_sends_small_writes_at_once() -> None:
@@ -68,3 +73,17 @@ def test_a_held_port_is_its_graphs_alone_and_any_number_of_workers_listen_at_it(
         for one in (*clients, *workers):
             one.close()
     hold("127.0.0.1", port).close()  # free again at once
+
+
+@service
+class Full:
+    @api
+    async def ask(self) -> str:
+        raise Overloaded("\N{GRINNING FACE}" * 1500, retry_after=2.2)
+
+
+def test_a_service_without_an_app_of_its_own_refuses_as_all_do() -> None:
+    reply = TestClient(app_of(info_of(Full), Full())).post("/ask")
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "3")
+    assert reply.json()["error"]["code"] == "overloaded"
+    assert len(reply.content) <= 2048

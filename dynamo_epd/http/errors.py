@@ -51,7 +51,7 @@ def error_response(error: EpdError) -> Response:
 
 def answer_errors(app: FastAPI) -> None:
     """Make every error of ``app`` an OpenAI error body. Call before any other middleware is added."""
-    app.add_exception_handler(EpdError, _on_epd_error)
+    app.add_exception_handler(EpdError, on_epd_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_middleware(ErrorBoundary)
@@ -91,7 +91,8 @@ class ErrorBoundary:
             await error_response(error)(scope, receive, send)
 
 
-async def _on_epd_error(request: Request, error: Exception) -> Response:
+async def on_epd_error(request: Request, error: Exception) -> Response:
+    """`error_response` as a handler of FastAPI's."""
     assert isinstance(error, EpdError)
     return error_response(error)
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from dynamo_epd.errors import EpdError
 from dynamo_epd.http.connection import BoundedConnection
+from dynamo_epd.http.errors import on_epd_error
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, bound
 from dynamo_epd.sdk.service import ServiceInfo
@@ -110,7 +111,7 @@ def app_of(info: ServiceInfo, instance: Any) -> Any | None:
             f"/{mark.name}", _answering(getattr(instance, attribute)), methods=["POST"], response_model=None
         )
     if info.app is None:
-        app.add_exception_handler(EpdError, _refuse)
+        app.add_exception_handler(EpdError, on_epd_error)
     _answer_probes(app)
     return app
 
@@ -164,9 +165,3 @@ def _text(item: Any) -> str | bytes:
     import msgspec
 
     return msgspec.json.encode(item)
-
-
-async def _refuse(_: Any, error: Exception) -> Response:
-    assert isinstance(error, EpdError)
-    headers = {"Retry-After": str(max(1, round(error.retry_after)))} if error.retry_after else None
-    return JSONResponse(error.to_openai(), status_code=error.status, headers=headers)
