@@ -120,8 +120,12 @@ class Arm:
 
     def processes(self) -> list[psutil.Process]:
         """All that it runs."""
-        found = [psutil.Process(process.pid) for process in self._processes]
-        return [*found, *(child for one in found for child in one.children(recursive=True))]
+        found: list[psutil.Process] = []
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                one = psutil.Process(process.pid)
+                found += [one, *one.children(recursive=True)]
+        return found
 
     def close(self) -> None:
         """Ends what was started here, the last first."""

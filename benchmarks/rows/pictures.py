@@ -50,10 +50,8 @@ def _measure(repeats: int, model: Path, steps: int) -> Row:
         f"{model.name}, {AT_ONCE} pictures of {SIDE} by {SIDE}, {steps} steps, guidance {GUIDANCE}, {repeats} repeats"
     )
     row = Row(NUMBER, TITLE, setting)
-    # As the image worker makes it by default, with as many pictures in a batch.
-    most = getattr(ImageConfig(model=str(model)), "max_batch", None)
-    batched: dict[str, Any] = {} if most is None else {"max_batch": most}
-    generator, plain = Generator(str(model), dtype="float32", **batched), Plain(model)
+    most = ImageConfig(model=str(model)).max_batch
+    generator, plain = Generator(str(model), dtype="float32", max_batch=most), Plain(model)
     wanted = eight(steps)
     seconds: dict[str, list[float]] = {"at once": [], "plain diffusers, one after another": []}
     furthest, waits, waited = [], [], []
