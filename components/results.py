@@ -9,8 +9,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -19,10 +19,12 @@ from fastapi.responses import JSONResponse, Response
 from components.image_worker import generate_request
 from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, StageUnavailable, WorkerLost
 from dynamo_epd.http.auth import Signer
-from dynamo_epd.http.body import parse_json
 from dynamo_epd.http.files import plan
+from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.images import ImagesBody, check_job
-from dynamo_epd.jobs import JobQueue, JobState
+from dynamo_epd.http.strict_json import parsed
+from dynamo_epd.job import JobState
+from dynamo_epd.jobs import JobQueue
 from dynamo_epd.page.graph_api import HERE
 from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.sdk.nats import nats_url
@@ -70,6 +72,8 @@ class Results:
                 expired = await self.store.sweep()
             except EpdError as error:
                 log.warning("the store was not swept: %s", error)
+            except Exception:  # nobody awaits this task: it must not end of a defect
+                log.exception("the store was not swept")
             else:
                 log.info("%d pictures expired", expired)
 
@@ -89,35 +93,34 @@ class Results:
         return f"{base.rstrip('/')}{path}{query}"
 
     async def submit_job(self, request: Request) -> Response:
-        """``POST /v1/images/jobs``: 202 once the job cannot be lost any more."""
-        raw = await request.body()
-        state = await self._submitted(request, check_job(parse_json(raw)), raw)
-        place = f"/v1/images/jobs/{state.id}"
-        return JSONResponse(await self._shown_job(request, state), 202, headers={"Location": place})
-
-    async def _submitted(self, request: Request, body: ImagesBody, raw: bytes) -> JobState:
+        """``POST /v1/images/jobs``: 202 once the queue has the job on its disk."""
         self._need_images()
         with self.accounted(request.state.request_id) as account, self.admitted():
-            account.images = body.n
-            key = request.headers.get("idempotency-key")
-            if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
-                raise InvalidRequest("an Idempotency-Key has 1 to 255 visible ASCII characters")
-            message = generate_request(
-                request.state.request_id, body.picture, 0, tenant=request.state.tenant, keep=None
-            )
-            # A worker refuses at once what it would refuse in its turn. Without one the job waits, as jobs do.
-            with suppress(StageUnavailable, WorkerLost, TimeoutError):
-                async with asyncio.timeout(CHECK_SECONDS):
-                    await self.image_worker.check(message).only()
-            digest = hashlib.sha256(raw).hexdigest()
-            state = await self.jobs.submit(request.state.tenant, body.picture, body.n, digest=digest, key=key)
-            account.status = 202
-            return state
+            raw = await request.body()
+            state = await self._submitted(request, account, await parsed(raw, check_job), raw)
+            place = f"/v1/images/jobs/{state.id}"
+            return JSONResponse(await self._shown_job(request, state), 202, headers={"Location": place})
+
+    async def _submitted(self, request: Request, account: Account, body: ImagesBody, raw: bytes) -> JobState:
+        account.images = body.n
+        key = request.headers.get("idempotency-key")
+        if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+            raise InvalidRequest("an Idempotency-Key has 1 to 255 visible ASCII characters")
+        message = generate_request(request.state.request_id, body.picture, 0, tenant=request.state.tenant, keep=None)
+        # A worker refuses at once what it would refuse in its turn. Without one the job waits, as jobs do.
+        with suppress(StageUnavailable, WorkerLost, TimeoutError):
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self.image_worker.check(message).only()
+        digest = hashlib.sha256(raw).hexdigest()
+        state = await self.jobs.submit(request.state.tenant, body.picture, body.n, digest=digest, key=key)
+        account.status = 202
+        return state
 
     async def job(self, request: Request, id: str) -> Response:
         """``GET /v1/images/jobs/{id}``."""
         self._need_images()
-        return JSONResponse(await self._shown_job(request, await self.jobs.state(request.state.tenant, id)))
+        with self.admitted():
+            return JSONResponse(await self._shown_job(request, await self.jobs.state(request.state.tenant, id)))
 
     async def _shown_job(self, request: Request, state: JobState) -> dict[str, Any]:
         shown: dict[str, Any] = {
@@ -161,38 +164,48 @@ class Results:
         self._need_images()
         if not 1 <= limit <= MOST_LISTED:
             raise InvalidRequest(f"'limit' must be from 1 to {MOST_LISTED}", param="limit")
-        found = await self.store.recent(request.state.tenant, limit)
-        return JSONResponse({"object": "list", "data": [self._shown_picture(request, one) for one in found]})
+        with self.admitted():
+            found = await self.store.recent(request.state.tenant, limit)
+            return JSONResponse({"object": "list", "data": [self._shown_picture(request, one) for one in found]})
 
     async def picture(self, request: Request, id: str) -> Response:
         """``GET`` and ``HEAD /v1/images/{id}``: the file, or the part of it that is asked for."""
         self._need_images()
-        stored = await self.store.head(request.state.tenant, id)
-        planned = plan(stored, request.headers, request.method)
-        body = planned.body
-        if request.method == "GET" and planned.end > planned.start:
-            body = await self.store.read(request.state.tenant, stored, planned.start, planned.end)
-        return Response(body, planned.status, planned.headers)
+        async with AsyncExitStack() as held:
+            held.enter_context(self.admitted())
+            stored = await self.store.head(request.state.tenant, id)
+            planned = plan(stored, request.headers, request.method)
+            if request.method != "GET" or planned.end == planned.start:
+                return Response(planned.body, planned.status, planned.headers)
+            pieces = self.store.pieces(request.state.tenant, stored, planned.start, planned.end)
+            await held.enter_async_context(aclosing(pieces))
+            first = await anext(pieces)  # what cannot be read at all is an error, and no file that breaks off
+            reply = HeldStream(begun(first, pieces), held.pop_all(), planned.status)
+            reply.init_headers(planned.headers)  # a file's, not those of events
+            return reply
 
     async def remove_picture(self, request: Request, id: str) -> Response:
         """``DELETE /v1/images/{id}``."""
         self._need_images()
-        await self.store.delete(request.state.tenant, id)
+        with self.admitted():
+            await self.store.delete(request.state.tenant, id)
         return JSONResponse({"id": id, "object": "image", "deleted": True})
 
     async def text_to_image(self, request: Request, text: str = "") -> Response:
         """``POST /text-to-image?text=``: a job by another name."""
-        body = check_job({"prompt": text})
-        state = await self._submitted(request, body, text.encode())
+        self._need_images()
+        with self.accounted(request.state.request_id) as account, self.admitted():
+            state = await self._submitted(request, account, check_job({"prompt": text}), text.encode())
         return JSONResponse({"job-id": state.id, "message": "the picture is being made"}, 202)
 
     async def result(self, request: Request, id: str) -> Response:
         """``GET /results/{uid}``: PENDING, SUCCESS with the picture's address, or ERROR with a message."""
         self._need_images()
-        state = await self.jobs.state(request.state.tenant, id)
+        with self.admitted():
+            state = await self.jobs.state(request.state.tenant, id)
+            there = await self._still_there(state) if state.over and state.error is None else []
         if not state.over:
             return JSONResponse({"status": "PENDING", "message": f"the job is {state.status.replace('_', ' ')}"})
-        there = await self._still_there(state) if state.error is None else []
         if there:
             return JSONResponse({"status": "SUCCESS", "url": self.address_of(request, there[0])})
         message = state.error["message"] if state.error else "the picture is not kept any more"
@@ -201,3 +214,9 @@ class Results:
     def _need_images(self) -> None:
         if not self.image_worker:
             raise NotFound("this graph has no image model")
+
+
+async def begun(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for piece in rest:
+        yield piece

@@ -40,6 +40,8 @@ CONNECT_SECONDS = 5.0
 PAGE = 1000
 """Entries of a listing that are taken at once; S3 gives no more."""
 LOCK_PAUSE = 0.005
+_FULL = re.compile(r"os error (?:27|28|122)\b")
+"""What the system says through obstore of a file, a disk or a quota that can take no more (EFBIG, ENOSPC, EDQUOT)."""
 _STAGED = re.compile(r".*#\d+")
 """obstore writes a file under such a name first, and a listing leaves it out."""
 
@@ -77,6 +79,9 @@ class Backend:
             elif isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
                 log.error("the object store refuses: %s", _first_line(text))
                 message = "the object store refuses this service's credentials"
+            elif _FULL.search(text):
+                log.error("the object store is full: %s", _first_line(text))
+                message = "the object store is full"
             else:
                 log.warning("the object store fails: %s", _first_line(text) or type(error).__name__)
                 message = "the object store cannot be reached"

@@ -3,7 +3,8 @@
 
 ``data/<tenant>/<id>.<expiry>.<writer>`` holds the bytes, under a name that no other writer has, and
 ``about/<tenant>/<id>.json`` is the record, created once and never by two. Readers start at the record, so they never
-see half an object, and bytes without a record are a dead writer's, to be swept.
+see half an object, and bytes without a record are a dead writer's, to be swept. ``gone/<tenant>/<id>`` is empty and
+says for a while that there was an object whose time is over.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import re
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import xxhash
 
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound, PayloadTooLarge, StageUnavailable
+from dynamo_epd.errors import EpdError, Gone, InternalError, InvalidRequest, NotFound, PayloadTooLarge, StageUnavailable
 from dynamo_epd.store.config import StoreConfig
 from dynamo_epd.store.stored import Stored
 
@@ -40,6 +41,12 @@ by key."""
 
 MAX_ABOUT = 512 * 1024
 """Bytes of a record: two prompts of the longest kind, and more."""
+PIECE = 1024 * 1024
+"""Bytes of an object that are in memory at once for one reader."""
+GONE_SECONDS = 86_400.0
+"""How long it is remembered that an object was there until its time was over."""
+MAX_GONE = 100_000
+"""Objects of which that is remembered; beyond them the oldest are forgotten sooner."""
 MAX_RECENT = 1000
 MAX_PASSED_OVER = 1000
 """Records that `Store.recent` reads in vain (expired, damaged) before it gives what it has."""
@@ -54,6 +61,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _TENANT = re.compile(r"[A-Za-z0-9_-]{0,128}")
 _MEDIA_TYPE = re.compile(r"[a-z]{1,32}/[a-z0-9.+-]{1,64}")
 _RECORD = re.compile(r"about/(?P<tenant>[\w-]+)/(?P<id>[\w-]+)\.json", re.ASCII)
+_GONE = re.compile(r"gone/[\w-]+/[\w-]+", re.ASCII)
 _DATA = re.compile(r"data/(?P<tenant>[\w-]+)/(?P<key>(?P<id>[\w-]+)\.(?P<expires>\d{1,12})\.[0-9a-f]{16})", re.ASCII)
 
 
@@ -84,11 +92,6 @@ class Store:
 
             self._opened = open_backend(self.config)
         return self._opened
-
-    async def check(self) -> None:
-        """Raises StageUnavailable, saying why, unless the store answers."""
-        async for _ in self._backend.pages(f"about/{_folder('')}"):
-            break
 
     async def put(
         self, tenant: str, id: str, data: bytes, media_type: str, about: dict[str, Any], *, ttl: float | None = None
@@ -128,33 +131,39 @@ class Store:
         return stored
 
     async def head(self, tenant: str, id: str) -> Stored:
-        """What is known of an object. Raises NotFound where there is none, or none any more."""
+        """What is known of an object. Raises NotFound where there is none, and Gone (one of those) where there was one
+        until its time was over."""
         return (await self._head(tenant, id))[0]
 
     async def get(self, tenant: str, id: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end). Raises NotFound as `head` does, and what `read` raises."""
-        return await self.read(tenant, await self.head(tenant, id), start, end)
+        """Bytes [start, end) at once. Raises what `head` and `pieces` raise."""
+        stored = await self.head(tenant, id)
+        return b"".join([piece async for piece in self.pieces(tenant, stored, start, end)])
 
-    async def read(self, tenant: str, stored: Stored, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of what `head` gave.
+    async def pieces(
+        self, tenant: str, stored: Stored, start: int = 0, end: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes [start, end) of what `head` gave, at most `PIECE` at a time. An error comes before the last piece:
+        whoever passes them on has not passed on what looks whole.
 
         Raises:
             NotFound: it was deleted since.
             InternalError: the bytes are not those that were stored (checked where all are read).
         """
         end = stored.size if end is None else min(end, stored.size)
-        if not 0 <= start < end:
-            return b""
         path = _data(_folder(tenant), stored.key)
-        for _ in range(2):
-            data = await self._backend.read_range(path, start, end)
-            if data is None:
+        digest = xxhash.xxh3_128()
+        for first in range(start, end, PIECE):
+            last = min(first + PIECE, end)
+            piece = await self._backend.read_range(path, first, last)
+            if piece is None:
                 raise _no_such_object()
-            whole = end - start == stored.size
-            if len(data) == end - start and (not whole or xxhash.xxh3_128_hexdigest(data) == stored.etag):
-                return data
-        log.error("the bytes of %s are damaged", stored.id)
-        raise InternalError("the stored object is damaged")
+            digest.update(piece)
+            wrong = (start, last) == (0, stored.size) and digest.hexdigest() != stored.etag
+            if wrong or len(piece) != last - first:
+                log.error("the bytes of %s are damaged", stored.id)
+                raise InternalError("the stored object is damaged")
+            yield piece
 
     async def annotate(self, tenant: str, id: str, about: dict[str, Any]) -> Stored:
         """Merges into an object's ``about``, whoever else does so at the same time. Raises NotFound."""
@@ -224,7 +233,15 @@ class Store:
         random.shuffle(suspects)  # several sweeps at once then share the work
         expired = sum(await _side_by_side(lambda suspect: self._sweep_one(*suspect), suspects))
         await self._backend.remove_staged(self.config.leftover_seconds)
+        await self._forget(now - GONE_SECONDS)
         return expired
+
+    async def _forget(self, before: float) -> None:
+        """Bounds what is remembered of objects that are gone."""
+        gone = [entry async for page in self._backend.pages("gone") for entry in page if _GONE.fullmatch(entry.key)]
+        gone.sort(key=lambda entry: entry.modified, reverse=True)
+        old = [entry.key for index, entry in enumerate(gone) if index >= MAX_GONE or entry.modified < before]
+        await _side_by_side(self._backend.delete, old)
 
     async def _sweep_one(self, folder: str, id: str, data: Listed, record_is_old: bool) -> bool:
         """Sweeps what a listing knew of one id. Returns whether its object expired by this."""
@@ -238,6 +255,7 @@ class Store:
             return False
         expired = False
         if stored is not None and stored.expired:
+            await self._backend.create(_gone(folder, id), b"")
             expired = await self._remove(folder, stored, version)
             if expired:
                 self._on_expired()
@@ -263,10 +281,14 @@ class Store:
 
     async def _head(self, tenant: str, id: str) -> tuple[Stored, str]:
         folder = _folder(tenant)
-        stored, version = await self._read(folder, id) if _ID.fullmatch(id) else (None, "")
-        if stored is None or stored.expired:
+        if not _ID.fullmatch(id):
             raise _no_such_object()
-        return stored, version
+        stored, version = await self._read(folder, id)
+        if stored is not None and not stored.expired:
+            return stored, version
+        if stored is not None or await self._backend.read(_gone(folder, id), 0) is not None:
+            raise Gone("the picture's time is over")
+        raise _no_such_object()
 
     async def _read(self, folder: str, id: str) -> tuple[Stored | None, str]:
         """A record and its version; no record where there is none or it is being deleted (then with a version).
@@ -310,6 +332,10 @@ def _about(folder: str, id: str) -> str:
 
 def _data(folder: str, key: str) -> str:
     return f"data/{folder}/{key}"
+
+
+def _gone(folder: str, id: str) -> str:
+    return f"gone/{folder}/{id}"
 
 
 def _record(stored: Stored) -> bytes:
