@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 
 from dynamo_epd.http.connection import MAX_CONNECTIONS, BoundedConnection, most_connections
 from dynamo_epd.http.limits import guard
+from dynamo_epd.http.rates import Rates
 
 
 class Impatient(BoundedConnection):
@@ -30,9 +31,9 @@ open_streams = 0
 
 
 @contextmanager
-def running(protocol: type[BoundedConnection]) -> Iterator[int]:
+def running(protocol: type[BoundedConnection], rates: Rates | None = None) -> Iterator[int]:
     app = FastAPI()
-    guard(app)
+    guard(app, rates=rates)
 
     @app.get("/")
     async def root() -> str:
@@ -219,6 +220,12 @@ def test_a_stream_that_nobody_reads_is_cut_off_and_its_route_ends(port: int) -> 
         eventually(lambda: cut_off(connection), "it is reset")
         eventually(lambda: open_streams == 0, "what the route held is free")
     assert httpx.get(f"http://127.0.0.1:{port}").text == '"here"'
+
+
+def test_a_stream_that_nobody_reads_gives_its_place_among_the_tenants_requests_back() -> None:
+    with running(Impatient, Rates(None, 1)) as port, reader(port, "/stream?pieces=400"):
+        eventually(lambda: open_streams == 1, "the stream begins")
+        eventually(lambda: httpx.get(f"http://127.0.0.1:{port}").status_code == 200, "no more 429")
 
 
 def test_a_whole_reply_that_nobody_reads_is_cut_off(port: int) -> None:

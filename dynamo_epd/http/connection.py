@@ -31,7 +31,7 @@ def most_connections() -> int:
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with a bound on each request's head, and OpenAI's body for what it cannot read."""
+    """uvicorn's HTTP/1.1 protocol with bounds, and OpenAI's body for what is over them or cannot be read."""
 
     max_connections = most_connections()
     """Open at once. One more closes the one that has been idle for longest, or is refused where none is."""
@@ -39,7 +39,6 @@ class BoundedConnection(HttpToolsProtocol):
     """From the connection's start, or from a request's first byte, to the end of its headers."""
     head_bytes = 256 * 1024
     """Above what `RequestLimits` takes, so that its reply is the usual one; this one stops what never ends."""
-
     trailer_bytes = 16 * 1024
     """Between two pieces of a chunked body, and behind the last: chunk extensions and trailers, which nobody reads."""
     unread_seconds = 30.0
