@@ -219,8 +219,9 @@ def test_dollars_are_left_alone_by_kubernetes(desk: Desk) -> None:
 
 def test_a_variable_is_there_once(desk: Desk) -> None:
     made = made_of(desk, "--env", "A=1", "--env", "A=2", "--env", "DYN_SYSTEM_HOST=::", "--env-from-secret", "B=b")
-    assert [one["name"] for one in made["spec"]["env"]] == ["DYN_DEPLOYMENT_CONFIG", "DYN_SYSTEM_HOST", "A", "B"]
-    assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "2", None]
+    names = ["DYN_DEPLOYMENT_CONFIG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "A", "B"]
+    assert [one["name"] for one in made["spec"]["env"]] == names
+    assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "9090", "2", None]
 
 
 def test_a_model_that_lies_here_is_pointed_out(desk: Desk) -> None:

@@ -94,6 +94,8 @@ def render(
     env: dict[str, dict[str, Any]] = {
         CONFIG: {"value": _literal(_json(carried(order.configuration)))},
         "DYN_SYSTEM_HOST": {"value": "0.0.0.0"},
+        # The operator sets it for workers alone; the frontend has metrics too.
+        "DYN_SYSTEM_PORT": {"value": str(SYSTEM_PORT)},
     }
     env |= {key: {"value": value} for key, value in order.envs.items()}
     for key, (secret, inner) in order.secrets.items():
