@@ -357,9 +357,8 @@ class Fuzzer:
 def judged(reply: Reply) -> str | None:
     """What is wrong with a reply, if anything: it must be an answer, or a refusal in OpenAI's form."""
     if reply.status in (200, 202):
-        if b'{"error"' in reply.body and b'"internal_error"' in reply.body:
-            return "an internal error in a stream"
-        return None
+        streamed = reply.headers["content-type"].startswith("text/event-stream")
+        return _fault_of_stream(reply) if streamed else _fault_of_answer(reply)
     if reply.status == 503 and "retry-after" in reply.headers:
         return None if b"overloaded" in reply.body else f"503 {reply.body[:300]!r}"  # a bound was reached, as it should
     if reply.status >= 500:
@@ -368,6 +367,44 @@ def judged(reply: Reply) -> str | None:
         refused(reply, (400, 404, 413, 415, 422, 431))
     except (AssertionError, ValueError, KeyError) as error:
         return f"no refusal of ours ({str(error)[:300]})"
+    return None
+
+
+def _fault_of_answer(reply: Reply) -> str | None:
+    try:
+        found = json.loads(reply.body)
+    except ValueError:
+        return f"{reply.status} that is no JSON {reply.body[:300]!r}"
+    return f"{reply.status} with an error {reply.body[:300]!r}" if "error" in found else None
+
+
+LAST = ("image_generation.completed", "validation.similarity")
+"""What ends a stream beside chat that went well; one of chat ends in ``[DONE]``."""
+
+
+def _fault_of_stream(reply: Reply) -> str | None:
+    """It goes on to its end, or says why not in an error event; the reason may be the client or a bound."""
+    *whole, rest = reply.body.split(b"\n\n")
+    lines = [line[6:] for event in whole for line in event.split(b"\n") if line.startswith(b"data: ")]
+    if rest or not lines:
+        return f"a stream that breaks off {reply.body[-300:]!r}"
+    done = lines[-1] == b"[DONE]"
+    try:
+        events = [json.loads(line) for line in (lines[:-1] if done else lines)]
+    except ValueError:
+        return f"a stream with an event that is no JSON {reply.body[-300:]!r}"
+    errors = [index for index, event in enumerate(events) if "error" in event]
+    if not errors:
+        ended = done or events[-1].get("type") in LAST
+        return None if ended else f"a stream without an end {reply.body[-300:]!r}"
+    if done or errors != [len(events) - 1]:
+        return f"a stream that goes on after an error {reply.body[-300:]!r}"
+    if b'"overloaded_error"' in lines[-1]:
+        return None
+    try:
+        refused(Reply(400, {"content-type": "application/json"}, lines[-1], reply.seconds), 400)
+    except (AssertionError, ValueError, KeyError) as fault:
+        return f"an error in a stream ({str(fault)[:300]})"
     return None
 
 

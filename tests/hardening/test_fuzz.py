@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hardening.edge import Door
-from tests.hardening.fuzz import Fuzzer, shots
+from tests.hardening.edge import Door, Reply
+from tests.hardening.fuzz import Fuzzer, judged, shots
 
 COUNT = 300
 SEED = 7
@@ -24,3 +24,58 @@ def test_no_body_breaks_anything(door: Door) -> None:
 def test_a_seed_gives_the_same_bodies_again() -> None:
     assert list(shots(50, 3)) == list(shots(50, 3))
     assert list(shots(50, 3)) != list(shots(50, 4))
+
+
+def stream(*lines: str) -> Reply:
+    body = "".join(f"{line}\n\n" for line in lines).encode()
+    return Reply(200, {"content-type": "text/event-stream; charset=utf-8"}, body, 0.1)
+
+
+def answer(status: int, body: bytes) -> Reply:
+    return Reply(status, {"content-type": "application/json"}, body, 0.1)
+
+
+def said(kind: str, code: str) -> str:
+    return f'{{"error": {{"message": "no", "type": "{kind}", "param": null, "code": "{code}"}}}}'
+
+
+CHUNK = 'data: {"id": "x", "choices": []}'
+DONE = "data: [DONE]"
+REFUSED = "data: " + said("invalid_request_error", "invalid_image")
+SOUND = {
+    "an answer": answer(200, b'{"choices": []}'),
+    "a job": answer(202, b'{"id": "job-1"}'),
+    "a refusal": answer(400, said("invalid_request_error", "invalid_json").encode()),
+    "a stream": stream(CHUNK, CHUNK, DONE),
+    "a stream of a picture": stream('event: image_generation.completed\ndata: {"type": "image_generation.completed"}'),
+    "a stream of stages": stream('data: {"type": "validation.image"}', 'data: {"type": "validation.similarity"}'),
+    "a stream that ends in a refusal": stream(CHUNK, REFUSED),
+    "a stream that ends in a full queue": stream("data: " + said("overloaded_error", "overloaded")),
+}
+UNSOUND = {
+    "an internal error": answer(500, said("internal_error", "internal_error").encode()),
+    "an answer that is none": answer(200, b"<html>"),
+    "an answer with an error": answer(200, said("invalid_request_error", "invalid_json").encode()),
+    "a refusal that is none": answer(400, b'{"detail": "no"}'),
+    "an empty stream": stream(),
+    "a stream without its end": stream(CHUNK, CHUNK),
+    "a stream that breaks off within an event": Reply(200, stream().headers, b'data: {"id"', 0.1),
+    "a stream of stages without its last": stream('data: {"type": "validation.image"}'),
+    "a stream that goes on after an error": stream(REFUSED, CHUNK, DONE),
+    "an error before the end": stream(CHUNK, REFUSED, DONE),
+    "an internal error in a stream": stream(CHUNK, "data: " + said("internal_error", "internal_error")),
+    "a lost stage in a stream": stream(CHUNK, "data: " + said("service_unavailable", "stage_unavailable")),
+    "a deadline in a stream": stream(CHUNK, "data: " + said("timeout_error", "deadline_exceeded")),
+    "an event that is no JSON": stream("data: nothing", DONE),
+    "an error of another form in a stream": stream(CHUNK, 'data: {"error": "no"}'),
+}
+
+
+@pytest.mark.parametrize("reply", SOUND.values(), ids=SOUND)
+def test_a_sound_reply_is_no_fault(reply: Reply) -> None:
+    assert judged(reply) is None
+
+
+@pytest.mark.parametrize("reply", UNSOUND.values(), ids=UNSOUND)
+def test_anything_else_is_a_fault(reply: Reply) -> None:
+    assert judged(reply)

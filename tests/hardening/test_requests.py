@@ -55,6 +55,9 @@ JSONS: dict[str, bytes] = {
     "lists opened 100 000 times": b'{"a": ' + b"[" * 10**5,
     "objects 100 000 deep": b'{"a":' * 10**5 + b"1" + b"}" * 10**5,
     "brackets of both kinds": b'{"a": ' + b'[{"a":' * 10**5,
+    "a million closing brackets": b'{"a": ' + b"]" * 10**6,
+    "a million closing braces": b'{"a": ' + b"}" * 10**6,
+    "closed before they are opened": b'{"a": 1' + b"}" * 1000 + b"{" * 1000,
     "a million empty lists": b'{"a": [' + b",".join([b"[]"] * 10**6) + b"]}",
     "duplicate keys": b'{"model": "a", "model": "b"}',
     "duplicate keys below": b'{"messages": [{"role": "user", "role": "system"}]}',
@@ -96,6 +99,14 @@ class TestJson:
     @pytest.mark.parametrize("raw", JSONS.values(), ids=JSONS)
     def test_what_is_no_json_of_ours_is_refused(self, door: Door, entry: Entry, raw: bytes) -> None:
         refused(door.post(entry, raw), 400, "invalid_json")
+
+    @pytest.mark.parametrize("entry", EVERY, ids=name_of)
+    def test_48_mb_of_closing_brackets_hold_nobody_up(self, door: Door, entry: Entry) -> None:
+        """Two at once: a frontend whose loop stood still for 5 s would be killed, and its process another one."""
+        raw = b'{"a": ' + b"]" * (48 << 20)
+        with ThreadPoolExecutor(2) as pool:
+            for reply in pool.map(lambda _: door.post(entry, raw), range(2)):
+                refused(reply, 400, "invalid_json")
 
     @pytest.mark.parametrize("entry", EVERY, ids=name_of)
     @pytest.mark.parametrize(
