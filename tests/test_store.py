@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, NotFound, PayloadTooLarge, StageUnavailable
+from dynamo_epd.errors import EpdError, Gone, InternalError, InvalidRequest, NotFound, PayloadTooLarge, StageUnavailable
 from dynamo_epd.store import Store, StoreConfig, Stored, new_id
 from tests.s3_server import CREDENTIALS, S3Server, s3_server
 from tests.toys.running import ROOT
@@ -350,6 +351,123 @@ def test_what_has_expired_is_not_found_and_is_swept_once(held: Held) -> None:
         assert await store.get("ann", kept.id) == PNG
 
     run(test)
+
+
+def test_what_has_expired_is_gone_for_its_tenant_and_not_for_ever(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        store = Store(held.config)
+        for id in ("img-1", "img-2", "img-3"):
+            await store.put("ann", id, PNG, "image/png", {}, ttl=0.2)
+        deleted = await store.put("ann", "img-4", PNG, "image/png", {}, ttl=60)
+        await store.delete("ann", deleted.id)
+        await asyncio.sleep(0.3)
+        for swept in (False, True):
+            if swept:
+                assert await sweep_later(store, monkeypatch) == 3
+                assert len(held.objects()) == 3
+            for ask in (store.head, store.get, store.delete):
+                assert isinstance(await refusal(ask("ann", "img-1")), Gone)
+                for tenant, id in (("bob", "img-1"), ("", "img-1"), ("ann", "img-0"), ("ann", "img-4")):
+                    assert type(await refusal(ask(tenant, id))) is NotFound
+        again = await store.put("ann", "img-1", b"anew", "image/png", {})
+        assert await store.head("ann", "img-1") == again
+        monkeypatch.setattr("dynamo_epd.store.store.MAX_GONE", 2)
+        assert await store.sweep() == 0
+        gone = [key for key in held.objects() if key.startswith("gone/")]
+        assert len(gone) == 2
+        monkeypatch.setattr("dynamo_epd.store.store.GONE_SECONDS", 7000.0)
+        assert await sweep_later(store, monkeypatch) == 0
+        assert len(held.objects()) == 2, "one record and its bytes"
+        assert type(await refusal(store.head("ann", "img-2"))) is NotFound
+
+    run(test)
+
+
+def test_an_object_is_read_piece_by_piece(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_epd.store.store.PIECE", 1000)
+
+    async def test() -> None:
+        store = Store(held.config)
+        stored = await store.put("", "img-1", PNG, "image/png", {})
+
+        async def pieces(start: int = 0, end: int | None = None) -> list[bytes]:
+            return [piece async for piece in store.pieces("", stored, start, end)]
+
+        whole = await pieces()
+        assert b"".join(whole) == PNG
+        assert {len(piece) for piece in whole[:-1]} == {1000}
+        assert b"".join(await pieces(10, 5000)) == PNG[10:5000]
+        (key,) = (key for key in held.objects() if key.startswith("data/"))
+        held.write(key, b"?" + PNG[1:])
+        passed = []
+
+        async def pass_on() -> None:
+            async for piece in store.pieces("", stored):
+                passed.append(piece)
+
+        with pytest.raises(InternalError):
+            await pass_on()
+        assert sum(map(len, passed)) == len(PNG) - len(whole[-1]), "all but the last"
+
+    run(test)
+
+
+FILLING = """
+import asyncio, json, resource, sys
+from dynamo_epd.errors import EpdError
+from dynamo_epd.store import Store, StoreConfig
+
+config, limit = json.loads(sys.argv[1])
+
+async def main():
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    store = Store(StoreConfig(**config))
+    await store.put("ann", "img-small", b"s" * 1000, "image/png", {})
+    try:
+        await store.put("ann", "img-large", b"x" * 2_000_000, "image/png", {})
+    except EpdError as error:
+        print(json.dumps([type(error).__name__, error.message, error.retry_after]))
+
+asyncio.run(main())
+"""
+"""Puts a small object, and a large one that does not fit, and says what was said of it."""
+
+
+@pytest.mark.parametrize("how", ["a full disk", "a limit of file sizes"])
+def test_what_no_room_is_left_for_is_not_there_and_can_be_stored_later(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = how == "a full disk"
+    if disk and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        config = StoreConfig(url=str(tmp_path / "store"))
+        held = Held(config, None)
+        arguments = [sys.executable, "-c", FILLING, json.dumps([asdict(config), 0 if disk else 100_000])]
+        filled = subprocess.run(arguments, cwd=ROOT, timeout=120, capture_output=True, text=True)
+        assert json.loads(filled.stdout) == ["StageUnavailable", "the object store is full", 5.0]
+
+        async def test() -> None:
+            store = Store(config)
+            assert [stored.id for stored in await store.recent("ann", 9)] == ["img-small"]
+            assert await store.get("ann", "img-small") == b"s" * 1000
+            assert type(await refusal(store.head("ann", "img-large"))) is NotFound
+            assert await sweep_later(store, monkeypatch) == 0
+            assert len(held.objects()) == 2, "half a file is swept"
+
+        async def later() -> None:
+            store = Store(config)
+            await store.put("ann", "img-large", b"x" * 2_000_000, "image/png", {})
+            assert await store.get("ann", "img-large") == b"x" * 2_000_000
+
+        run(test)
+        if disk:
+            subprocess.run(["mount", "-o", "remount,size=8m", tmp_path], check=True)
+        run(later)
+    finally:
+        if disk:
+            subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_annotations_of_many_are_all_kept(held: Held) -> None:
@@ -733,6 +851,112 @@ def test_a_put_that_waits_for_the_server_ends_when_it_is_back() -> None:
             assert stored == await store.head("", "img-1")
 
         run(test)
+
+
+class Torn:
+    """A TCP proxy before an S3 server that passes on so many bytes of a connection, and then cuts both its sides."""
+
+    def __init__(self, server: S3Server):
+        self._server = server
+        self.sent: int | None = None
+        """Bytes that a client may send; None: all."""
+        self.received: int | None = None
+        """Bytes that it may receive."""
+        self.cuts = 0
+
+    async def __aenter__(self) -> Torn:
+        self._listening = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
+        self.port = self._listening.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listening.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
+        copies = [
+            asyncio.create_task(self._copy(reader, back, self.sent)),
+            asyncio.create_task(self._copy(there, writer, self.received)),
+        ]
+        with contextlib.suppress(asyncio.CancelledError):  # the test is over
+            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+        for copy in copies:
+            copy.cancel()
+        for one in (back, writer):
+            one.transport.abort()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int | None) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536 if left is None else min(65536, left)):
+                writer.write(data)
+                await writer.drain()
+                if left is not None:
+                    left -= len(data)
+                    if left == 0:
+                        self.cuts += 1
+                        return
+
+
+@pytest.mark.parametrize("at", [100, 900, 2000, 60_000])
+def test_an_upload_that_is_torn_leaves_nothing_to_see(server: S3Server, at: int) -> None:
+    """``at``: bytes of each connection that arrive: a part of the headers, and more and more of the body."""
+    data = PNG * 10
+
+    async def test() -> None:
+        async with Torn(server) as torn:
+            whole = in_bucket(server, new_id(), timeout=5.0)
+            store, straight = Store(replace(whole, endpoint=f"http://127.0.0.1:{torn.port}")), Store(whole)
+            torn.sent = at
+            error = await refusal(store.put("ann", "img-1", data, "image/png", {}))
+            assert isinstance(error, StageUnavailable)
+            assert error.message == "the object store cannot be reached"
+            assert torn.cuts >= 1
+            assert await straight.recent("ann", 9) == []
+            assert type(await refusal(straight.head("ann", "img-1"))) is NotFound
+            torn.sent = None
+            stored = await store.put("ann", "img-1", data, "image/png", {})
+            assert await straight.head("ann", "img-1") == stored
+            assert await straight.get("ann", "img-1") == data
+
+    run(test)
+
+
+def test_a_record_whose_upload_is_torn_is_none(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes arrive, and half the record does."""
+
+    async def test() -> None:
+        async with Torn(server) as torn:
+            whole = in_bucket(server, new_id(), timeout=5.0)
+            store, straight = Store(replace(whole, endpoint=f"http://127.0.0.1:{torn.port}")), Store(whole)
+            monkeypatch.setattr(store._backend, "write", straight._backend.write)
+            torn.sent = 5_000
+            error = await refusal(store.put("ann", "img-1", PNG, "image/png", {"prompt": "x" * 20_000}))
+            assert isinstance(error, StageUnavailable)
+            assert torn.cuts >= 1
+            assert type(await refusal(straight.head("ann", "img-1"))) is NotFound
+            torn.sent = None
+            await store.put("ann", "img-1", PNG, "image/png", ABOUT)
+            assert (await straight.head("ann", "img-1")).about == ABOUT
+            assert await straight.get("ann", "img-1") == PNG
+
+    run(test)
+
+
+def test_a_download_that_is_torn_is_gone_on_with_or_an_error(server: S3Server) -> None:
+    async def test() -> None:
+        async with Torn(server) as torn:
+            whole = in_bucket(server, new_id(), timeout=5.0)
+            store, straight = Store(replace(whole, endpoint=f"http://127.0.0.1:{torn.port}")), Store(whole)
+            stored = await straight.put("ann", "img-1", PNG, "image/png", {})
+            torn.received = len(PNG) // 2  # obstore asks for the rest
+            assert await anext(store.pieces("ann", stored)) == PNG
+            assert torn.cuts >= 1
+            torn.received = 100  # a part of the headers
+            assert isinstance(await refusal(anext(store.pieces("ann", stored))), StageUnavailable)
+            torn.received = None
+            assert await store.get("ann", "img-1") == PNG
+
+    run(test)
 
 
 @pytest.mark.parametrize(
