@@ -93,7 +93,7 @@ class Results:
         return f"{base.rstrip('/')}{path}{query}"
 
     async def submit_job(self, request: Request) -> Response:
-        """``POST /v1/images/jobs``: 202 once the queue has the job on its disk."""
+        """``POST /v1/images/jobs``: 202 once the queue has taken the job."""
         self._need_images()
         with self.accounted(request.state.request_id) as account, self.admitted():
             raw = await request.body()

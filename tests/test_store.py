@@ -470,6 +470,28 @@ def test_what_no_room_is_left_for_is_not_there_and_can_be_stored_later(
             subprocess.run(["umount", tmp_path], check=True)
 
 
+def test_a_full_disk_is_swept(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+
+        async def test() -> None:
+            store = Store(StoreConfig(url=str(tmp_path / "store")))
+            await store.put("ann", "img-1", bytes(300_000), "image/png", {}, ttl=0.1)
+            with pytest.raises(OSError, match="No space"):
+                (tmp_path / "other").write_bytes(bytes(2_000_000))
+            end = time.monotonic() + 60
+            while not await store.sweep():
+                assert time.monotonic() < end
+                await asyncio.sleep(0.1)
+            assert isinstance(await refusal(store.head("ann", "img-1")), Gone)
+            await store.put("ann", "img-2", bytes(200_000), "image/png", {})
+
+        run(test)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_annotations_of_many_are_all_kept(held: Held) -> None:
     async def test() -> None:
         stores = [Store(held.config) for _ in range(3)]

@@ -255,6 +255,7 @@ class Store:
             return False
         expired = False
         if stored is not None and stored.expired:
+            await self._backend.delete(_data(folder, stored.key))  # first: a full disk has no room for what follows
             await self._backend.create(_gone(folder, id), b"")
             expired = await self._remove(folder, stored, version)
             if expired:
