@@ -63,7 +63,7 @@ def one(monkeypatch: pytest.MonkeyPatch) -> Frontend:
     """A frontend with nothing behind it, on an app of its own."""
     monkeypatch.setattr(frontend, "app", FastAPI())
     made = Frontend()
-    made.metrics = CountedDouble()
+    made.metrics = CountedDouble()  # type: ignore[assignment]
     return made
 
 
@@ -97,7 +97,7 @@ def test_a_client_that_leaves_while_it_waits_for_room_is_noticed(one: Frontend) 
     async def main() -> None:
         memory = Memory(2 * ALIGNMENT)
         slots = Slots(memory, max_waiters=8)
-        one.arena = SimpleNamespace(reserve=slots.reserve)
+        one.arena = SimpleNamespace(reserve=slots.reserve)  # type: ignore[assignment]
         part = {"image_url": {"url": "data:image/png;base64," + base64.b64encode(b"picture").decode()}}
         with await slots.reserve([ALIGNMENT], 1), pytest.raises(ClientDisconnect):
             async with asyncio.timeout(20), one._pictures(Request(SCOPE, gone), (ImageRef(part, "image"),)):
@@ -149,7 +149,7 @@ def test_a_stream_is_counted_and_logged_as_it_ended(
         body = b"".join(message.get("body", b"") for message in sent)
         assert body.startswith(b"data: 0\n\ndata: 1\n\n")
         assert (b'"stage_unavailable"' in body) == (error is not None)
-    assert one.metrics.statuses == [status]
+    assert one.metrics.statuses == [status]  # type: ignore[attr-defined]
     assert [record.getMessage().split()[:2] for record in caplog.records] == [["id", str(status)]]
     assert one.in_flight == 0
 

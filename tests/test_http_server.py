@@ -83,7 +83,9 @@ class Full:
 
 
 def test_a_service_without_an_app_of_its_own_refuses_as_all_do() -> None:
-    reply = TestClient(app_of(info_of(Full), Full())).post("/ask")
+    app = app_of(info_of(Full), Full())
+    assert app is not None
+    reply = TestClient(app).post("/ask")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "3")
     assert reply.json()["error"]["code"] == "overloaded"
     assert len(reply.content) <= 2048
