@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from components.giving_back import afterwards, drawing, give_back
@@ -39,6 +39,7 @@ from dynamo_epd.errors import (
 from dynamo_epd.exchange import ArenaOwner, instance_of
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
 from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.images import (
     Usage,
     WantedPicture,
@@ -95,8 +96,8 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
                 await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
-                stream = self._image_events(chained(head, call), wanted, account, held.pop_all())
-                return StreamingResponse(stream, media_type="text/event-stream")
+                streamed = held.pop_all()
+                return HeldStream(self._image_events(chained(head, call), wanted, account, streamed), streamed)
             made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
             usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
@@ -124,9 +125,9 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
-                results = chained(head, call)
-                stream = self._validation_events(request, results, messages[0], body, account, held.pop_all())
-                return StreamingResponse(stream, media_type="text/event-stream")
+                results, streamed = chained(head, call), held.pop_all()
+                stream = self._validation_events(request, results, messages[0], body, account, streamed)
+                return HeldStream(stream, streamed)
             found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
             account.status = 200
             return JSONResponse(
@@ -236,7 +237,7 @@ class BesideChat(Results, ArenaOwner):
         held: AsyncExitStack,
     ) -> AsyncGenerator[bytes, None]:
         """An event a stage, the moment its result is there. Where it breaks off it ends in an error event."""
-        async with held:
+        async with held:  # a client that leaves is an exception here, and none to the response
             try:
                 found: dict[str, Any] = {}
                 async for result in results:
@@ -283,7 +284,7 @@ class BesideChat(Results, ArenaOwner):
         self, replies: AsyncIterator[Generated], wanted: WantedPicture, account: Account, held: AsyncExitStack
     ) -> AsyncGenerator[bytes, None]:
         """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
-        async with held:
+        async with held:  # a client that leaves is an exception here, and none to the response
             partial = 0
             try:
                 async for reply in replies:

@@ -48,6 +48,7 @@ from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.http.rates import Rates
+from dynamo_epd.http.strict_json import LARGE_BODY
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
@@ -118,9 +119,6 @@ class FrontendConfig:
     public_url: str | None = None
     """Under which clients reach this frontend, for the addresses of pictures. Default: as the request came."""
 
-
-LARGE_BODY = 256 * 1024
-"""Bytes from which a body is parsed in a thread: a 16 MB one would hold everybody else up for 80 ms."""
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only metrics and log ever see it."""

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from components import beside_chat
 from components.beside_chat import BesideChat
 from components.frontend import Account
 from components.protocol import Generated, Validated
 from dynamo_epd.errors import EpdError, InvalidRequest, Overloaded, StageUnavailable
+from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.strict_json import LARGE_BODY
 
 ROUTES = {
@@ -114,3 +116,28 @@ def test_a_stream_is_counted_as_it_ended(kind: type, error: EpdError | None, sta
     events = asyncio.run(read())
     assert counted == [status]
     assert [b"stage_unavailable" in event for event in events] == ([True] if error else [])
+
+
+@pytest.mark.parametrize("kind", ["_image_events", "_validation_events"])
+def test_a_stream_that_never_begins_gives_back_what_it_holds(kind: str) -> None:
+    """Its client leaves before the first byte: the generator that holds all of it is never run."""
+
+    async def gone(message: Any) -> None:
+        raise OSError
+
+    async def main() -> list[str]:
+        freed: list[str] = []
+        held = AsyncExitStack()
+        held.callback(freed.append, "held")
+        replies: Any = None
+        arguments: dict[str, tuple[Any, ...]] = {
+            "_image_events": (replies, None, Account(), held),
+            "_validation_events": (None, replies, None, None, Account(), held),
+        }
+        stream = getattr(FakeFrontend(), kind)(*arguments[kind])
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        with pytest.raises(ClientDisconnect):
+            await HeldStream(stream, held)(scope, gone, gone)  # type: ignore[arg-type]
+        return freed
+
+    assert asyncio.run(main()) == ["held"]

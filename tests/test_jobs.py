@@ -360,7 +360,7 @@ def test_what_is_deleted_under_a_worker_is_made_again(server, what, monkeypatch)
 def test_a_worker_survives_what_nobody_expected(server, monkeypatch):
     async def scenario():
         async with queue(server) as front:
-            one, two = front._one, []
+            one, two = front._one, list[object]()
 
             async def broken_once(message, run):
                 if not two:

@@ -90,9 +90,13 @@ def test_a_late_one_is_in_after_one_step() -> None:
     late: list[threading.Thread] = []
     begun = threading.Event()
 
+    def come_late() -> None:
+        begun.set()
+        picture(meeting, 50, steps=4)
+
     def told(step: int) -> None:
         if step == 3:
-            late.append(threading.Thread(target=lambda: (begun.set(), picture(meeting, 50, steps=4))))
+            late.append(threading.Thread(target=come_late))
             late[0].start()
             assert begun.wait(BOUND)
 

@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, default=HERE / "trace.json")
     arguments = parser.parse_args()
     try:
-        measured = asyncio.run(run_seconds(find(arguments.graph, []), arguments.url, arguments.requests))
+        measured = asyncio.run(run_seconds(find(arguments.graph, [])["socket"], arguments.url, arguments.requests))
         how = (
             f"Means of {arguments.requests} validations, one at a time, on {os.cpu_count()} cores "
             f"({platform.machine()}): `python -m benchmarks.planner.measure {arguments.graph}`. Spreads are assumed."

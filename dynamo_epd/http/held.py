@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 class HeldStream(StreamingResponse):
     """Server-sent ``events``; ``held`` is closed after them, whatever ends them.
 
-    Not by the generator itself: one that was never begun, since the client left before the first byte, runs none of
+    Not by the generator alone: one that was never begun, since the client left before the first byte, runs none of
     its own ``finally``.
     """
 

@@ -289,7 +289,7 @@ def doubling(depth: int) -> dict[str, Any]:
 
 def spelled(spellings: int) -> dict[str, Any]:
     """A wide list, and references to one place in it whose index has more and more zeros before it."""
-    wide = [{"enum": [[]] * 1000}] * 8
+    wide: list[dict[str, Any]] = [{"enum": [[]] * 1000}] * 8
     return {"anyOf": wide, "allOf": [{"$ref": f"#/anyOf/{'0' * zeros}1"} for zeros in range(spellings)]}
 
 
