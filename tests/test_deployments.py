@@ -422,14 +422,15 @@ class Pod:
             added |= {
                 "DYN_SYSTEM_ENABLED": "true",
                 "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": '["generate"]',
-                "DYN_SYSTEM_PORT": str(self.ports[9090]),
+                "DYN_SYSTEM_PORT": "9090",
                 "DYN_HEALTH_CHECK_ENABLED": "false",
                 "DYN_NAMESPACE_WORKER_SUFFIX": "0a1b2c3d",
             }
         own = [*stored["spec"]["env"], *self.main.get("env", [])]
         environment = clean_environment() | added | {one["name"]: one["value"] for one in own}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        # One machine has one port 8000, and that may be another's.
+        # One machine has one port of each number, and that may be another's.
+        environment["DYN_SYSTEM_PORT"] = str(self.ports[int(environment["DYN_SYSTEM_PORT"])])
         arguments = [str(self.ports[8000]) if word == "8000" else word for word in self.main["args"]]
         self._log = code / f"{self.name}.log"
         with self._log.open("w") as log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def test_triggers_have_the_keys_that_keda_reads(objects: list[Object]) -> None:
         assert float(found["metadata"]["threshold"]) >= target
 
 
+@pytest.fixture
+def registry_as_before() -> Iterator[None]:
+    """What a test makes of metrics is gone after it: a process has each once."""
+    before = set(REGISTRY._collector_to_names)
+    yield
+    for made in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(made)
+
+
+@pytest.mark.usefixtures("registry_as_before")
 def test_the_metric_is_ours() -> None:
     stage = Metrics("dynamo-epd-epd", "EncodeWorker", "m").stage()
     with stage.visit() as visit:
