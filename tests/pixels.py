@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as tests compare them: pictures whose denoise steps were shared differ from one made alone by rounding."""
+"""Pictures as tests compare them where denoise steps may have been shared.
+
+A row of a batch is rounded in another way than a row alone, so one seed is the same picture up to rounding. Where steps
+are not shared (`max-batch: 1`) it is the same to the bit: tests/test_generator.py compares with plain diffusers.
+"""
 
 from __future__ import annotations
 
