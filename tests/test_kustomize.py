@@ -162,11 +162,13 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
     for component in graph["spec"]["components"]:
         spec = component["podTemplate"]["spec"]
         mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
+        volumes = {one["name"]: one for one in spec["volumes"]}
+        assert mounts.pop("temporary") == "/tmp" and volumes.pop("temporary")
         if component["name"] == "Frontend":
-            assert mounts == {"keys": "/etc/graph"}
+            assert mounts == {"keys": "/etc/graph"} and volumes["keys"]["secret"]["secretName"] in secrets
         else:
             assert mounts == {"models": "/workspace/models"}
-            assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] in claims
+            assert volumes["models"]["persistentVolumeClaim"]["claimName"] in claims
         assert spec["containers"][0]["readinessProbe"] and component["sharedMemorySize"]
         gpus = component["podTemplate"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
         assert place == "overlays/gpu" or "nvidia.com/gpu" not in gpus

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 import yaml
 
 from dynamo_epd.sdk.config import ConfigError, Document, resolve, split_overrides
-from dynamo_epd.sdk.deployment import builds, manifest
+from dynamo_epd.sdk.deployment import builds, images, manifest
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, placed
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import CRDS, Refused, check, schema_of
+from tests.manifests import unrestricted
 from tests.toys.running import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -65,6 +67,35 @@ def test_every_configuration_passes_the_schemas(config: str, version: str) -> No
     made = rendered(config, version, "--Planner.no-operation=false")
     check("dynamographdeployments", made)
     assert json.loads(json.dumps(made)) == made
+
+
+def pods(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each component, in either version."""
+    if "components" in made["spec"]:
+        return {name: one["podTemplate"]["spec"] for name, one in components(made).items()}
+    extra = {name: one["extraPodSpec"] for name, one in made["spec"]["services"].items()}
+    return {name: one | {"containers": [{"name": "main"} | one["mainContainer"]]} for name, one in extra.items()}
+
+
+@pytest.mark.parametrize("version", manifest.VERSIONS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_pod_is_restricted_and_writes_to_one_volume_alone(config: str, version: str) -> None:
+    found = pods(rendered(config, version, "--Planner.no-operation=false"))
+    assert "Planner" in found
+    for name, pod in found.items():
+        assert not unrestricted(pod), name
+        assert {pod["securityContext"][key] for key in ("runAsUser", "runAsGroup", "fsGroup")} == {images.USER}
+        (main,) = pod["containers"]
+        assert main["securityContext"]["readOnlyRootFilesystem"] is True
+        assert main["volumeMounts"] == [{"name": "temporary", "mountPath": "/tmp"}]
+        assert pod["volumes"] == [{"name": "temporary", "emptyDir": {}}]
+        assert pod["terminationGracePeriodSeconds"] == manifest.GRACE_SECONDS
+
+
+def test_the_images_are_of_the_user_whom_pods_run_as() -> None:
+    text = images.dockerfile(with_library=True, version="1")
+    assert f"useradd --uid {images.USER} " in text
+    assert re.findall(r"(?m)^USER (.+)$", text) == [str(images.USER)] * len(images.DEVICES)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +190,7 @@ def test_a_pod_resolves_the_same_settings(config: str, monkeypatch: pytest.Monke
         there = resolve(graph, document)
         assert there[name].workers == 1
         envs = {each["name"]: each["value"] for each in main_of(one).get("env", [])}
-        assert envs == here[name].envs
+        assert envs == {"HOME": "/tmp"} | here[name].envs
         assert {key: (each.config, each.resources, each.resources_configured) for key, each in there.items()} == {
             key: (each.config, each.resources, each.resources_configured) for key, each in here.items()
         }
@@ -182,10 +213,20 @@ def test_what_the_code_says_reaches_kubernetes(desk: Desk) -> None:
     }
     assert "Store asks for 0.5 of a GPU; Kubernetes gives it a whole one" in desk.noted
     assert store["podTemplate"]["metadata"]["labels"] == {"street": "main"}
-    assert main_of(store)["env"] == [{"name": "PAINT", "value": "blue"}]
+    assert main_of(store)["env"] == [{"name": "HOME", "value": "/tmp"}, {"name": "PAINT", "value": "blue"}]
     assert main_of(store)["command"] == ["dynamo"]
     assert main_of(store)["args"][:4] == ["serve", "shop:Door", "--service-name", "Store"]
     assert (till["type"], main_of(till)["image"], main_of(till)["args"]) == ("prefill", "example/till:1.2.3", ["till"])
+
+
+def test_an_image_that_the_code_names_keeps_its_user_and_its_files(desk: Desk) -> None:
+    """But root it may not be, and it gets no more rights than the others."""
+    pod = pods(made_of(desk))["Till"]
+    assert not unrestricted(pod)
+    assert "runAsUser" not in pod["securityContext"] and "volumes" not in pod
+    (main,) = pod["containers"]
+    assert "readOnlyRootFilesystem" not in main["securityContext"]
+    assert not {"env", "volumeMounts"} & main.keys()
 
 
 def test_v1alpha1_says_the_same_in_its_own_words(desk: Desk) -> None:
@@ -197,7 +238,7 @@ def test_v1alpha1_says_the_same_in_its_own_words(desk: Desk) -> None:
         "limits": {"memory": "4Gi", "gpu": "1"},
     }
     assert (store["componentType"], till["componentType"], till["subComponentType"]) == ("worker", "worker", "prefill")
-    assert store["envs"] == [{"name": "PAINT", "value": "red"}]
+    assert store["envs"] == [{"name": "HOME", "value": "/tmp"}, {"name": "PAINT", "value": "red"}]
     assert {"name": "A", "value": "1"} in made["spec"]["envs"]
     assert store["extraPodSpec"]["mainContainer"]["args"][:2] == ["serve", "shop:Door"]
 
@@ -214,7 +255,7 @@ def test_variables_and_secrets_reach_every_pod(desk: Desk) -> None:
 def test_dollars_are_left_alone_by_kubernetes(desk: Desk) -> None:
     made = made_of(desk, "--Store.gate=$(HOME)/$x", "--Store.ServiceArgs.envs.PAINT=$(HOME)")
     assert made["spec"]["env"][0]["value"] == '{"Store":{"gate":"$$(HOME)/$$x"}}'
-    assert main_of(components(made)["Store"])["env"] == [{"name": "PAINT", "value": "$$(HOME)"}]
+    assert main_of(components(made)["Store"])["env"][-1] == {"name": "PAINT", "value": "$$(HOME)"}
 
 
 def test_a_variable_is_there_once(desk: Desk) -> None:

@@ -13,11 +13,13 @@ from dynamo_epd.sdk.deployment import DeploymentError
 REGISTRY = "DYNAMO_REGISTRY"
 """Environment: where images of builds are pushed to and pulled from, as ``registry.example/team``."""
 IMAGE = "DYNAMO_IMAGE"
-"""Environment: an image that was made by other means and has the graph's code."""
+"""Environment: an image that was made by other means, has the graph's code, and runs as `USER` too."""
 BASE = "python:3.11.13-slim-bookworm"
 """For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
 TORCH = "torch==2.13.0"
 DEVICES = ("cpu", "gpu")
+USER = 1000
+"""Of both images. A number: of a name Kubernetes cannot tell whether it is root."""
 ANSWER_SECONDS = 20.0
 """For a daemon to say that it is there."""
 
@@ -27,16 +29,16 @@ FROM {BASE} AS base
 RUN apt-get update \\
  && apt-get install -y --no-install-recommends g++ libnuma1 \\
  && rm -rf /var/lib/apt/lists/* \\
- && useradd --uid 1000 --create-home dynamo
+ && useradd --uid {USER} --create-home dynamo
 # An index that offers torch without CUDA makes the CPU image smaller by some gigabytes.
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /workspace
 
 """
-_TAIL = """\
+_TAIL = f"""\
 COPY code /workspace
-USER 1000
+USER {USER}
 ENTRYPOINT ["dynamo"]
 """
 

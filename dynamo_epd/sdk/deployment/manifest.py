@@ -21,6 +21,7 @@ from typing import Any
 
 from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, ServiceSettings
 from dynamo_epd.sdk.deployment.builds import Build
+from dynamo_epd.sdk.deployment.images import USER
 from dynamo_epd.sdk.graph import Graph
 from dynamo_epd.sdk.operator import CONFIG
 from dynamo_epd.sdk.service import info_of
@@ -38,6 +39,8 @@ MAX_LABEL = 63
 GRACE_SECONDS = 60
 """For a pod to end: `dynamo serve` lets running requests finish for 30 s and ends what is left 20 s later."""
 SHARED_MEMORY, SHARED_MEMORY_WITH_GPU = "1Gi", "8Gi"
+TEMPORARY = "/tmp"
+"""All that a pod of an image of ours may write to, its home included: a volume of its own that goes with the pod."""
 TYPES = ("frontend", "worker", "prefill", "decode", "planner", "epp")
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -157,20 +160,23 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
     kind = component_type(graph, one)
     info = info_of(graph.services[one.name])
     gpus = _gpus(one)
-    main: dict[str, Any] = {
-        "name": "main",
-        "image": build.facts["services"][one.name].get("image", image),
-        **_command(build, graph, one),
-    }
-    if one.envs:
-        main["env"] = [{"name": key, "value": _literal(value)} for key, value in one.envs.items()]
+    named = build.facts["services"][one.name].get("image")
+    main: dict[str, Any] = {"name": "main", "image": named or image, **_command(build, graph, one)}
+    envs = one.envs if named else {"HOME": TEMPORARY} | one.envs
+    if envs:
+        main["env"] = [{"name": key, "value": _literal(value)} for key, value in envs.items()]
     resources = _resources(one, gpus)
     if resources:
         main["resources"] = resources
     scheme = "HTTPS" if getattr(one.config, "tls", None) is not None else "HTTP"
     main |= _probes(HTTP_PORT if kind == "frontend" else SYSTEM_PORT, scheme if kind == "frontend" else "HTTP")
+    main |= _fence_of_container(ours=not named)
     template: dict[str, Any] = {
-        "spec": {"containers": [main], "terminationGracePeriodSeconds": GRACE_SECONDS},
+        "spec": {
+            "containers": [main],
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            **_fence_of_pod(ours=not named),
+        },
     }
     if info.labels:
         template["metadata"] = {"labels": dict(info.labels)}
@@ -252,6 +258,29 @@ def _probes(port: int, scheme: str) -> dict[str, Any]:
     }
 
 
+def _fence_of_pod(*, ours: bool) -> dict[str, Any]:
+    """With `_fence_of_container` what Pod Security's restricted profile asks for. Who an image that is not ours runs as
+    is for that image to say, as long as it is not root.
+    """
+    context: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if not ours:
+        return {"securityContext": context}
+    user = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), USER)
+    # Without a bound, as the container's own files would be: checkpoints from the hub may land there.
+    return {"securityContext": context | user, "volumes": [{"name": "temporary", "emptyDir": {}}]}
+
+
+def _fence_of_container(*, ours: bool) -> dict[str, Any]:
+    """What an image that is not ours writes to is not known here, so its files stay writable."""
+    context: dict[str, Any] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    if not ours:
+        return {"securityContext": context}
+    return {
+        "securityContext": context | {"readOnlyRootFilesystem": True},
+        "volumeMounts": [{"name": "temporary", "mountPath": TEMPORARY}],
+    }
+
+
 def _alpha(component: dict[str, Any]) -> dict[str, Any]:
     """A v1beta1 component in the words of v1alpha1, where it is the value of its name."""
     template = component["podTemplate"]
@@ -279,8 +308,8 @@ def _alpha(component: dict[str, Any]) -> dict[str, Any]:
         }
     if "metadata" in template:
         found["labels"] = template["metadata"]["labels"]
-    grace = template["spec"]["terminationGracePeriodSeconds"]
-    return found | {"extraPodSpec": {"mainContainer": main, "terminationGracePeriodSeconds": grace}}
+    rest = {key: value for key, value in template["spec"].items() if key != "containers"}
+    return found | {"extraPodSpec": {"mainContainer": main} | rest}
 
 
 def check_environment(name: str) -> str:
