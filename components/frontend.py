@@ -32,7 +32,7 @@ from components.protocol import (
     ModelsQuery,
     Picture,
 )
-from dynamo_epd.errors import EpdError, InternalError, Overloaded
+from dynamo_epd.errors import EpdError, InternalError, NotFound, Overloaded
 from dynamo_epd.flights import Flights
 from dynamo_epd.http.auth import AuthConfig, Callers, Keys, Signer, signing_key
 from dynamo_epd.http.body import (
@@ -208,20 +208,28 @@ class Frontend(BesideChat):
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         limits = BodyLimits(max_images=self.config.media.max_images)
-        return await self._answer(request, self.processor.chat, lambda raw: check_chat(parse_json(raw), limits))
+        return await self._answer(request, self._chain().chat, lambda raw: check_chat(parse_json(raw), limits))
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         limits = BodyLimits()
         return await self._answer(
-            request, self.processor.complete, lambda raw: check_completion(parse_json(raw), limits)
+            request, self._chain().complete, lambda raw: check_completion(parse_json(raw), limits)
         )
+
+    def _chain(self) -> Any:
+        """The processor, where the graph links one."""
+        if not self.processor:
+            raise NotFound("this graph has no chat model")
+        return self.processor
 
     async def models(self) -> Response:
         """``GET /v1/models``: of every linked stage that clients name a model to."""
         query = ModelsQuery()
-        reply = await twice(lambda: self.processor.models(query).only())
-        models = json.loads(reply.body)
+        models: dict[str, Any] = {"object": "list", "data": []}
+        if self.processor:
+            reply = await twice(lambda: self.processor.models(query).only())
+            models = json.loads(reply.body)
         for stage in self._beside():
             named = await self._asked(stage.models, query)
             models["data"] += [
@@ -234,23 +242,29 @@ class Frontend(BesideChat):
         return [stage for stage in (self.embed_worker, self.image_worker) if stage]
 
     async def health(self) -> Response:
-        """``GET /health``: 200 while a chain of stages is whole, 503 else; both list every stage."""
+        """``GET /health``, with every stage: 200 while the chat chain is whole, or all that a graph without one has."""
         if time.monotonic() > self._looked + HEALTH_KEPT:
             await self._looks.join("health", self._look)
         whole, stages = self._health
         return JSONResponse({"status": "ready" if whole else "unavailable", "stages": stages}, 200 if whole else 503)
 
     async def _look(self) -> None:
-        """Finds whether a chain of stages is whole, and how many workers each linked stage has."""
-        stages = {"Frontend": 1, "Processor": len(self.processor.instances())}
+        """Finds whether what must be there is, and how many workers each linked stage has."""
         beside = {stage.name: len(stage.instances()) for stage in self._beside()}
+        whole, stages = all(beside.values()), {"Frontend": 1}
+        if self.processor:
+            whole, chain = await self._look_at_chain()
+            stages |= chain
+        self._health, self._looked = (whole, stages | beside), time.monotonic()
+
+    async def _look_at_chain(self) -> tuple[bool, dict[str, int]]:
+        stages = {"Processor": len(self.processor.instances())}
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 stages |= (await twice(lambda: self.processor.health(HealthQuery()).only())).stages
-            whole = all(stages.values())
         except (EpdError, TimeoutError):
-            whole = False
-        self._health, self._looked = (whole, stages | beside), time.monotonic()
+            return False, stages
+        return all(stages.values()), stages
 
     async def live(self) -> Response:
         """``GET /live``: this process answers."""

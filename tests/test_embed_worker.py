@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -65,6 +67,14 @@ def test_vectors_are_those_of_plain_transformers_in_order(client: openai.OpenAI)
     tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
     assert reply.usage.prompt_tokens == sum(len(tokenizer(text).input_ids) for text in texts)
     assert reply.model == MODEL
+
+
+def test_a_graph_without_chat_says_that_it_is_ready_and_names_its_model(client: openai.OpenAI, graph: Graph) -> None:
+    assert [one.id for one in client.models.list()] == [MODEL]
+    with urllib.request.urlopen(f"{graph.url}/health", timeout=60) as reply:
+        assert json.load(reply) == {"status": "ready", "stages": {"Frontend": 1, "EmbedWorker": 2}}
+    with pytest.raises(openai.NotFoundError, match="no chat model"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hello?"}])
 
 
 def test_base64_and_float_say_the_same(client: openai.OpenAI) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from starlette.types import Message
 from components import frontend
 from components.frontend import Admission, Frontend, events
 from components.protocol import HttpReply
-from dynamo_epd.errors import StageUnavailable
+from dynamo_epd.errors import NotFound, StageUnavailable
 from dynamo_epd.http.body import ImageRef
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.transfer.allocator import ALIGNMENT
@@ -56,6 +57,22 @@ class ProcessorDouble:
         self.asked += 1
         await self.go.wait()
         return SimpleNamespace(stages={"DecodeWorker": self.asked})
+
+
+class StageDouble:
+    """One beside the chat chain, with so many workers and one model."""
+
+    def __init__(self, name: str, workers: int):
+        self.name, self.workers = name, workers
+
+    def instances(self) -> list[int]:
+        return list(range(self.workers))
+
+    def models(self, _: Any) -> Any:
+        return self
+
+    async def only(self) -> Any:
+        return SimpleNamespace(names=[f"model of {self.name}"])
 
 
 @pytest.fixture
@@ -189,5 +206,30 @@ def test_many_who_ask_for_health_are_one_question_and_its_answer_is_kept(one: Fr
         one._looked -= 120  # ... and again when it is not
         await one.health()
         assert processor.asked == 2
+
+    asyncio.run(main())
+
+
+def test_a_graph_without_a_chat_chain_is_ready_once_every_stage_is_there(one: Frontend) -> None:
+    async def main() -> None:
+        embed, image = StageDouble("EmbedWorker", 2), StageDouble("ImageWorker", 0)
+        one.processor, one.embed_worker, one.image_worker = None, embed, image
+
+        async def health() -> tuple[int, Any]:
+            one._looked = -math.inf
+            reply = await one.health()
+            return reply.status_code, json.loads(bytes(reply.body))
+
+        stages = {"Frontend": 1, "EmbedWorker": 2, "ImageWorker": 0}
+        assert await health() == (503, {"status": "unavailable", "stages": stages})
+        image.workers = 1
+        assert await health() == (200, {"status": "ready", "stages": stages | {"ImageWorker": 1}})
+        one.image_worker = None
+        assert await health() == (200, {"status": "ready", "stages": {"Frontend": 1, "EmbedWorker": 2}})
+        models = json.loads(bytes((await one.models()).body))
+        assert (models["object"], [model["id"] for model in models["data"]]) == ("list", ["model of EmbedWorker"])
+        for route in (one.chat, one.complete):
+            with pytest.raises(NotFound, match="this graph has no chat model"):
+                await route(Request(SCOPE, never))
 
     asyncio.run(main())
