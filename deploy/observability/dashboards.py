@@ -56,6 +56,15 @@ def rate(name: str, labels: str, by: str) -> str:
     return f"sum by ({by}) (rate({name}{{{labels}}}[$__rate_interval]))"
 
 
+def by_stage(name: str, labels: str) -> tuple[str, str]:
+    """The rate of a counter, with a line a stage."""
+    return rate(name, labels, "dynamo_component"), BY_STAGE
+
+
+def by_worker(name: str, labels: str) -> tuple[str, str]:
+    return rate(name, labels, "worker"), BY_WORKER
+
+
 def mean(name: str, labels: str, by: str) -> str:
     return f"{rate(f'{name}_sum', labels, by)} / {rate(f'{name}_count', labels, by)}"
 
@@ -168,13 +177,13 @@ STAGE = (
         "Requests per second",
         "reqps",
         "That ended in the stage. Flat while requests in the stage grow: this is all it can do.",
-        (rate("epd_stage_run_seconds_count", S, "dynamo_component"), BY_STAGE),
+        by_stage("epd_stage_run_seconds_count", S),
     ),
     lines(
         "Requests that run at once",
         "short",
         "The mean. At workers times concurrency (Planner.stages) the stage is full: grow it.",
-        (rate("epd_stage_run_seconds_sum", S, "dynamo_component"), BY_STAGE),
+        by_stage("epd_stage_run_seconds_sum", S),
     ),
     lines(
         "Requests in each worker",
@@ -186,7 +195,7 @@ STAGE = (
         "CPU of each worker",
         "short",
         "Cores. An engine's own process is not counted here. A worker at 1 is bound by its Python thread: grow.",
-        (rate("process_cpu_seconds_total", S, "worker"), BY_WORKER),
+        by_worker("process_cpu_seconds_total", S),
     ),
     lines(
         "Memory of each worker",
@@ -243,7 +252,7 @@ ENGINES = (
         "Generated tokens per second",
         "short",
         "Decode's are answers; prefill samples one per prompt, which is thrown away.",
-        (rate("vllm:generation_tokens_total", G, "dynamo_component"), BY_STAGE),
+        by_stage("vllm:generation_tokens_total", G),
     ),
     lines(
         "Requests that run in the engine",
@@ -277,7 +286,7 @@ ENGINES = (
         "Preemptions per second",
         "short",
         "Each costs a whole request again. Above 0: the KV cache is too small for the batch.",
-        (rate("vllm:num_preemptions_total", G, "dynamo_component"), BY_STAGE),
+        by_stage("vllm:num_preemptions_total", G),
     ),
     lines(
         "Engine's time to first token, 95th percentile",
@@ -310,13 +319,13 @@ HAND_OFFS = (
         "READs per second",
         "ops",
         "By the stage that READs. More than its requests bring: hand-offs are repeated, see failures.",
-        (rate("nixl_transfer_seconds_count", G, "dynamo_component"), BY_STAGE),
+        by_stage("nixl_transfer_seconds_count", G),
     ),
     lines(
         "KV cache taken per second",
         "Bps",
         "What decode takes from prefill. 0 under load: all is prefilled where it decodes.",
-        (rate("vllm:nixl_bytes_transferred_sum", G, "dynamo_component"), BY_STAGE),
+        by_stage("vllm:nixl_bytes_transferred_sum", G),
     ),
     lines(
         "Seconds of one KV transfer, 95th percentile",
@@ -342,7 +351,7 @@ HAND_OFFS = (
         "Leases that ended by time, per second",
         "ops",
         "Nobody gave them back. After a death that is right; without one a reader is too slow for its lease.",
-        (rate("epd_arena_leases_expired_total", G, "dynamo_component"), BY_STAGE),
+        by_stage("epd_arena_leases_expired_total", G),
     ),
     lines(
         "Arenas in use",
@@ -363,7 +372,7 @@ HAND_OFFS = (
         "Bytes of calls over NATS per second",
         "Bps",
         "Control only: tensors and pictures never go here. Megabytes per call are prompts of that size.",
-        (rate("dynamo_component_request_bytes_total", G, "dynamo_component"), BY_STAGE),
+        by_stage("dynamo_component_request_bytes_total", G),
     ),
 )
 
@@ -373,7 +382,7 @@ IMAGES = (
         "Pictures made per second",
         "ops",
         "By worker. Uneven for long: one of them is slower, or dead.",
-        (rate("epd_images_generated_total", G, "worker"), BY_WORKER),
+        by_worker("epd_images_generated_total", G),
     ),
     lines(
         "Seconds of one denoise step",
@@ -416,7 +425,7 @@ IMAGES = (
         "Texts per second",
         "ops",
         "By worker, prompts to condition pictures and texts to compare alike.",
-        (rate("epd_embed_batch_size_sum", G, "worker"), BY_WORKER),
+        by_worker("epd_embed_batch_size_sum", G),
     ),
     lines(
         "Wait for T5",
