@@ -98,9 +98,7 @@ def write(size: Size, directory: Path) -> None:
         num_attention_heads=max(2, size.text_width // 64),
         num_key_value_heads=max(2, size.text_width // 64),
         max_position_embeddings=4 * MAX_MODEL_LEN,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     config = LlavaConfig(
         vision_config=vision,

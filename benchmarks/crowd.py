@@ -30,11 +30,17 @@ from dynamo_epd.sdk.service import info_of
 
 
 @dataclass(frozen=True)
-class CrowdConfig(DecodeConfig):
-    """Keys of the ``CrowdWorker`` section beside those of a ``DecodeWorker``."""
+class Crowded:
+    """A key of both sections."""
 
     members: int = 1
     """Workers in one process."""
+
+
+@dataclass(frozen=True)
+class CrowdConfig(DecodeConfig, Crowded):
+    """Keys of the ``CrowdWorker`` section beside those of a ``DecodeWorker``."""
+
     slots: int = 64
     """Answers at once, of one member; others wait."""
     prefill_seconds: float = 0.03
@@ -42,10 +48,9 @@ class CrowdConfig(DecodeConfig):
 
 
 @dataclass(frozen=True)
-class CrowdEncodeConfig(EncodeConfig):
+class CrowdEncodeConfig(EncodeConfig, Crowded):
     """Keys of the ``CrowdEncodeWorker`` section beside those of an ``EncodeWorker``."""
 
-    members: int = 1
     forward_seconds: float = 0.004
     """Of a batch, and besides for each of its pictures:"""
     picture_seconds: float = 0.006

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -21,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.arms import CPU, QUIET, ROOT, STOCK, TUNED, WORK, environment_without_graphs, install_stock
+from benchmarks.obedient import Obedient
 
 ALL = 16
 """Pictures in one of our forwards, as the configurations have it."""
@@ -29,11 +28,10 @@ LINE = 16 * 2**20
 KINDS = ("OURS", "STOCK", "STOCK-tuned")
 
 
-class EncodeStage:
+class EncodeStage(Obedient):
     """The measuring end. The other process loads its model at construction, and is stopped while it is not asked."""
 
     def __init__(self, kind: str, model: Path):
-        self.kind = kind
         environment = environment_without_graphs() | QUIET
         if kind != "OURS":  # ours prepares its own, as a stage of a graph does
             install_stock()
@@ -41,47 +39,22 @@ class EncodeStage:
         if kind == "STOCK-tuned":
             environment |= TUNED
         (WORK / "logs").mkdir(parents=True, exist_ok=True)
-        self._log = WORK / "logs" / f"encode-{kind}.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.encoders", kind, str(model)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
+        command = [sys.executable, "-m", "benchmarks.encoders", kind, str(model)]
+        log = WORK / "logs" / f"encode-{kind}.log"
+        super().__init__(f"{kind}'s encode stage", command, environment=environment, directory=ROOT, log=log)
 
     def wait(self) -> None:
         """Until it has loaded. It spins from then on, if it does, only while it is asked."""
-        self._answer()
-        self._process.send_signal(signal.SIGSTOP)
+        self.answer()
+        self.pause()
 
     def encode(self, pictures: Sequence[str], most: int = ALL) -> dict[str, Any]:
         """All of them at once, as so many requests: ``seconds``, and ``images`` that went through the tower (None where
         it does not say). ``most``: pictures in one forward of ours."""
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"pictures": list(pictures), "most": most}) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        self._process.send_signal(signal.SIGSTOP)
+        self.go_on()
+        answer: dict[str, Any] = self.ask("encode", pictures=list(pictures), most=most)
+        self.pause()
         return answer
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        while not (line := self._process.stdout.readline()).startswith("{"):  # engines log where they like
-            if not line:
-                self._process.wait()
-                raise RuntimeError(f"{self.kind} has ended:\n{self._log.read_text(errors='replace')[-2000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Ends the process. What it holds is memory."""
-        self._process.kill()
-        self._process.wait()
 
 
 @contextlib.contextmanager
@@ -91,7 +64,7 @@ def encode_stages(model: Path) -> Iterator[dict[str, EncodeStage]]:
         stages = {}
         for kind in KINDS:
             stages[kind] = EncodeStage(kind, model)
-            stack.callback(stages[kind].close)
+            stack.callback(stages[kind].kill)  # what it holds is memory
         for stage in stages.values():
             stage.wait()
         yield stages

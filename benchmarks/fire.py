@@ -16,7 +16,6 @@ import asyncio
 import base64
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -29,6 +28,7 @@ import msgspec
 
 from benchmarks.arms import WORK
 from benchmarks.figures import percentile, shown
+from benchmarks.obedient import Obedient
 from benchmarks.report import machine
 from dynamo_epd.errors import HandOffFailed
 from dynamo_epd.transfer import Arena, Handle
@@ -119,42 +119,16 @@ def plan(hand_offs: int, faults: int, planted: int, seed: int) -> Iterator[list[
         yield [ready.popleft() for _ in range(min(count, len(ready)))]
 
 
-class Owner:
+class Owner(Obedient):
     """The reader's end of an owner in a process of its own. Each answer is waited for."""
 
     def __init__(self, name: str):
-        self.name = name
-        command = [sys.executable, "-m", "benchmarks.fire", "--owner", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__(f"the owner {name!r}", [sys.executable, "-m", "benchmarks.fire", "--owner", name])
         self.card = base64.b64decode(self.answer()["card"])
-
-    def ask(self, what: str, **arguments: Any) -> Any:
-        self.begin(what, **arguments)
-        return self.answer()
-
-    def begin(self, what: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self._process.stdout is not None
-        while not (line := self._process.stdout.readline()).startswith("{"):  # UCX reports errors on stdout
-            if not line:
-                raise RuntimeError(f"the owner {self.name!r} has ended")
-        return json.loads(line)
 
     def lay_out(self, one: HandOff, seconds: float = LEASE_SECONDS) -> Handle:
         laid_out = self.ask("lay", number=one.number, nbytes=one.nbytes, seconds=seconds, wrong=one.fault == PLANTED)
         return msgspec.convert(laid_out, Handle)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is dead."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 class Fire:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that lay bytes out for others to READ: over an arena, over NIXL alone, over Dynamo's own connector.
 
-Each runs in a process of its own and obeys one word at a time: a number of bytes, which it lays out anew, filled from a
-seed. It replies with what a reader needs.
+Each runs in a process of its own and obeys one command: so many bytes are laid out anew, filled from a seed. It replies
+with what a reader needs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import asyncio
 import base64
 import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.obedient import Obedient
 
 MIB = 2**20
 ROOM = 160 * MIB
@@ -30,39 +31,16 @@ def content(nbytes: int) -> bytes:
     return np.random.default_rng(SEED).bytes(nbytes)
 
 
-class Owner:
-    """The reader's end: `lay_out` waits for the other process's answer."""
+class Owner(Obedient):
+    """The reader's end."""
 
     def __init__(self, kind: str):
-        self.kind = kind
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.owners", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.card: Any = self._answer()
+        super().__init__(f"the {kind} owner", [sys.executable, "-m", "benchmarks.owners", kind])
+        self.card: Any = self.answer()
 
     def lay_out(self, nbytes: int) -> Any:
         """What it takes to READ ``nbytes`` that were laid out just now."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{nbytes}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        while not (line := self._process.stdout.readline()).startswith("{"):  # UCX reports errors on stdout
-            if not line:
-                raise RuntimeError(f"the {self.kind} owner has ended")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End of input: the process ends."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        return self.ask("lay out", nbytes=nbytes)
 
 
 @contextlib.contextmanager
@@ -82,7 +60,7 @@ def say(answer: dict[str, Any]) -> None:
 async def asked() -> int | None:
     """The next number of bytes; None at the end."""
     line = await asyncio.to_thread(sys.stdin.readline)
-    return int(line) if line else None
+    return int(json.loads(line)["nbytes"]) if line else None
 
 
 async def own_arena() -> None:

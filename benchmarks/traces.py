@@ -9,10 +9,14 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 KEPT = 50_000
 """The newest spans."""
@@ -29,16 +33,18 @@ class Span:
     ended: float
 
 
-class Traces:
-    """``with Traces() as traces``: a graph with `environment` records the requests whose headers are `headers`."""
+class Receiver:
+    """A collector of traces on this machine, within ``with``: OTLP over HTTP, as OpenTelemetry's exporters speak it."""
 
-    def __init__(self) -> None:
-        self._spans: deque[Span] = deque(maxlen=KEPT)
-        spans = self._spans
+    def __init__(self, take: Callable[[ExportTraceServiceRequest], None]):
+        """``take`` is called with all that comes, from threads of the server."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                spans.extend(_spans_of(self.rfile.read(int(self.headers["content-length"]))))
+                from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+                body = self.rfile.read(int(self.headers["content-length"]))
+                take(ExportTraceServiceRequest.FromString(body))
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -50,14 +56,35 @@ class Traces:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Only what a client's ``traceparent`` asks for is recorded."""
+    def environment(self) -> dict[str, Any]:
+        """Makes a graph send its spans here."""
         return {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-            "OTEL_TRACES_SAMPLER": "parentbased_always_off",
             "OTEL_BSP_SCHEDULE_DELAY": "300",
         }
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Traces(Receiver):
+    """``with Traces() as traces``: a graph with `environment` records the requests whose headers are `new_trace`'s."""
+
+    def __init__(self) -> None:
+        self._spans: deque[Span] = deque(maxlen=KEPT)
+        super().__init__(lambda request: self._spans.extend(_spans_of(request)))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Only what a client's ``traceparent`` asks for is recorded."""
+        return super().environment | {"OTEL_TRACES_SAMPLER": "parentbased_always_off"}
 
     async def trace(self, id: str, counts: Mapping[str, int]) -> list[Span]:
         """The spans of one trace, once there are so many of each name. Raises TimeoutError if there never are."""
@@ -70,15 +97,6 @@ class Traces:
             if time.monotonic() > end:
                 raise TimeoutError(f"spans that have not arrived: {dict(missing)}")
             await asyncio.sleep(0.2)
-
-    def __enter__(self) -> Traces:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def new_trace() -> tuple[str, dict[str, str]]:
@@ -97,12 +115,10 @@ def overlap(one: Sequence[Span], other: Sequence[Span]) -> float:
     )
 
 
-def _spans_of(body: bytes) -> list[Span]:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
+def _spans_of(request: ExportTraceServiceRequest) -> list[Span]:
     return [
         Span(span.trace_id.hex(), span.name, span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9)
-        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans
+        for of_resource in request.resource_spans
         for scope in of_resource.scope_spans
         for span in scope.spans
     ]

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.obedient import Obedient
 from dynamo_epd.errors import HandOffFailed
 from dynamo_epd.transfer import Arena, Entry, Handle
 
@@ -28,66 +27,32 @@ def content(seed: int, nbytes: int) -> bytes:
     return random.Random(seed).randbytes(nbytes)
 
 
-class ArenaOwner:
+class ArenaOwner(Obedient):
     """The test's end. Its calls wait for the other process's answer."""
 
     def __init__(self, name: str, nbytes: int, **environment: str):
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)} | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.begin("open", name=name, nbytes=nbytes)
-        self.card = base64.b64decode(self.answer()["card"])
+        root = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+        super().__init__(name, [sys.executable, __file__], environment=os.environ | root | environment)
+        self.card = base64.b64decode(self.ask("open", name=name, nbytes=nbytes)["card"])
 
     async def resolve(self, owner: str) -> bytes:
         """For the reader's `Arena.open`."""
         assert owner == self.name
         return self.card
 
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        self.begin(what, **arguments)
-        return self.answer()
-
-    def begin(self, what: str, **arguments: Any) -> None:
-        """Ask without waiting: `answer` does."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        while not (line := self._process.stdout.readline()).startswith("{"):  # UCX reports errors on stdout
-            assert line, "the owner has died"
-        return json.loads(line)
-
     def publish(self, seed: int, nbytes: int, *, seconds: float = 60.0, **arguments: Any) -> Handle:
         """Publish `content` of ``seed`` and lease it. Arguments: key, shape, dtype, ends_on_read."""
         return msgspec.convert(self.ask("publish", seed=seed, nbytes=nbytes, seconds=seconds, **arguments), Handle)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Any:
         return self.ask("stats")
 
     def stop(self) -> None:
-        """SIGSTOP, and wait until no thread of it runs: NIXL's own would still send for a while."""
-        self._process.send_signal(signal.SIGSTOP)
+        """`pause`, and wait until no thread of it runs: NIXL's own would still send for a while."""
+        self.pause()
         tasks = Path(f"/proc/{self._process.pid}/task")
         while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
             time.sleep(0.001)
-
-    def go_on(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is dead."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 class Commands:
