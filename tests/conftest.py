@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that many tests share: they take most of a minute to start."""
+"""What many tests share: engines, which take most of a minute to start, and smaller things."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.collector import Collector
+from tests.exporters import Exporters
 from tests.reference import Reference, plain_engine
 from tests.serving import Graph, serve, untrained
 
@@ -47,3 +49,15 @@ def seeing(collector: Collector) -> Iterator[Graph]:
     """What `make serve` starts, content validation on the trained models, with traces."""
     with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", **collector.environment) as graph:
         yield graph
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state directory of the one graph that the tests of a module look at."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture
+def exporters() -> Iterator[Exporters]:
+    with Exporters() as found:
+        yield found

@@ -27,11 +27,6 @@ GRAPH = "tests/toys/scaled.py:Front"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
 def served(home: Path) -> Iterator[Served]:
     with Served(home, GRAPH, "--Planner.stages.Calm.max=2", "--Calm.fail-from=1") as graph:
         yield graph.wait_until_up()
@@ -48,23 +43,28 @@ def scale(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def resized(home: Path, service: str, before: int, after: int) -> None:
+    """By `dynamo scale`, which waits until it is so and says it."""
+    ran = scale(home, GRAPH, f"{service}={after}")
+    said = f"{service}: {before} → {after} workers\n{service}: {after} ready\n"
+    assert (ran.returncode, ran.stdout) == (0, said), ran.stderr
+
+
 def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, home: Path) -> None:
     with Callers(served, seconds=0.1) as callers:
         callers.number(4)
-        ran = scale(home, GRAPH, "Busy=3")
-        assert (ran.returncode, ran.stdout) == (0, "Busy: 1 → 3 workers\nBusy: 3 ready\n"), ran.stderr
+        resized(home, "Busy", 1, 3)
         first = served.workers("Busy")
         assert set(first) == {0, 1, 2}
         assert served.workers("Calm").keys() == {0}
         grown = len(callers.answers)
         eventually(lambda: {busy_worker(one) for one in callers.answers[grown:]} == {0, 1, 2}, "work reaches all three")
-        ran = scale(home, GRAPH, "Busy=1")
-        assert (ran.returncode, ran.stdout) == (0, "Busy: 3 → 1 workers\nBusy: 1 ready\n"), ran.stderr
+        resized(home, "Busy", 3, 1)
         assert served.workers("Busy") == {0: first[0]}, "the highest go first"
         shrunk = len(callers.answers)
         eventually(lambda: len(callers.answers) > shrunk + 8, "more answers")
-        ran = scale(home, GRAPH, "Busy=2")
-        assert ran.returncode == 0 and set(served.workers("Busy")) == {0, 1}, "an index is used again"
+        resized(home, "Busy", 1, 2)
+        assert set(served.workers("Busy")) == {0, 1}, "an index is used again"
     assert callers.lost == []
     assert "died" not in served.text
     shown = [line for line in served.lines if "→" in line or "has left" in line]
@@ -75,8 +75,7 @@ def test_workers_come_and_go_under_load_and_no_request_is_lost(served: Served, h
 def test_workers_of_the_service_with_http_share_its_port(served: Served, home: Path) -> None:
     with Callers(served, seconds=0.01) as callers:
         callers.number(2)
-        ran = scale(home, GRAPH, "Front=2")
-        assert (ran.returncode, ran.stdout) == (0, "Front: 1 → 2 workers\nFront: 2 ready\n"), ran.stderr
+        resized(home, "Front", 1, 2)
         fronts = served.workers("Front")
         grown = len(callers.answers)
         both = set(fronts.values())

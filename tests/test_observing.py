@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import pytest
 
 from dynamo_epd.planning.doors import Staffed, Worker
-from dynamo_epd.planning.observing import SCRAPE_BYTES, Observer, stage_samples
+from dynamo_epd.planning.observing import Observer, stage_samples
 from dynamo_epd.planning.policy import Observed
+from tests.exporters import Exporters
 
 TEXT = """# HELP epd_stage_queue_depth Requests that wait or run in this stage
 epd_stage_queue_depth{{dynamo_component="A",model="a {{}} b"}} {depth}
@@ -26,46 +22,8 @@ vllm:request_success_total 12
 """
 
 
-class Exporters:
-    """One server; a path per worker. ``texts``: path → what it says, or bytes that never end for None."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str | None] = {}
-        exporters = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                text = exporters.texts.get(self.path, "")
-                self.send_response(200)
-                self.end_headers()
-                try:
-                    if text is None:
-                        for _ in range(2 * SCRAPE_BYTES // 65536):
-                            self.wfile.write(b"#" * 65536)
-                    else:
-                        self.wfile.write(text.encode())
-                except OSError:
-                    return  # the observer has had enough
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def says(self, path: str, depth: float, count: float, seconds: float) -> None:
-        self.texts[path] = TEXT.format(depth=depth, count=count, seconds=seconds)
-
-    def worker(self, name: str, ready: bool = True) -> Worker:
-        return Worker(name, ready, f"http://127.0.0.1:{self.server.server_address[1]}/{name}")
-
-
-@pytest.fixture
-def exporters() -> Iterator[Exporters]:
-    found = Exporters()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+def says(exporters: Exporters, worker: str, depth: float, count: float, seconds: float) -> None:
+    exporters.texts[f"/{worker}"] = TEXT.format(depth=depth, count=count, seconds=seconds)
 
 
 def test_a_stages_samples_are_found_among_others() -> None:
@@ -89,14 +47,14 @@ def test_workers_add_up_and_sums_outlive_restarts_and_departures(exporters: Expo
             workers = tuple(exporters.worker(name) for name in names)
             found.append((await observer.look({"A": Staffed(replicas, workers)}))["A"])
 
-        exporters.says("/a", 2, 10, 5)
-        exporters.says("/b", 1, 6, 3)
+        says(exporters, "a", 2, 10, 5)
+        says(exporters, "b", 1, 6, 3)
         await look(2, "a", "b")
-        exporters.says("/b", 0, 2, 1)  # started again: it counts from zero
+        says(exporters, "b", 0, 2, 1)  # started again: it counts from zero
         await look(2, "a", "b")
-        exporters.says("/a", 0, 11, 6)
+        says(exporters, "a", 0, 11, 6)
         await look(1, "a", "b")  # b drains, and finishes one more
-        exporters.says("/b", 0, 3, 2)
+        says(exporters, "b", 0, 3, 2)
         await look(1, "a", "b")
         await look(1, "a")
         await observer.close()
@@ -114,7 +72,7 @@ def test_who_does_not_answer_counts_with_what_it_said_last_and_who_reports_no_st
 ) -> None:
     async def looks() -> list[dict[str, Observed]]:
         observer = Observer()
-        exporters.says("/a", 2, 10, 5)
+        says(exporters, "a", 2, 10, 5)
         exporters.texts["/front"] = "epd_requests_total 3\n"
         services = {
             "A": Staffed(2, (exporters.worker("a"), Worker("starts", False, None))),

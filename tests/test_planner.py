@@ -33,11 +33,6 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
 def served(home: Path) -> Iterator[Served]:
     with Served(home, GRAPH, *SETTINGS) as graph:
         yield graph.wait_until_up()

@@ -28,7 +28,7 @@ from dynamo_epd.sdk.control import ControlError
 from dynamo_epd.sdk.scaling import SystemPorts
 from dynamo_epd.sdk.top import duration, number, seconds, size
 from dynamo_epd.sdk.watching import Stage, Watch, quantile, samples_of
-from tests.test_observing import Exporters
+from tests.exporters import Exporters
 from tests.toys.calling import door
 from tests.toys.running import ROOT, Served, clean_environment
 
@@ -37,11 +37,6 @@ SECONDS = 300.0
 """For a busy machine; nothing here is measured by it."""
 COLUMNS = 140
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
 
 
 @pytest.fixture(scope="module")
@@ -250,14 +245,6 @@ nixl_transfer_bytes_total {nixl}
 # TYPE epd_digest_failures counter
 epd_digest_failures_total {broken}
 """
-
-
-@pytest.fixture
-def exporters() -> Iterator[Exporters]:
-    found = Exporters()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
 
 
 def test_counters_of_workers_that_restart_come_late_or_fall_silent_are_counted_once(
