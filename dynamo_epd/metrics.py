@@ -29,6 +29,11 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Any:
         return Histogram(name, text, LABELS, buckets=buckets).labels(*self._labels)
 
+    def restarts(self, count: int) -> None:
+        """For any worker: its supervisor counts and its process says so, lest a death fall between two scrapes."""
+        restarts = Counter("epd_worker_restarts", "Times that this worker was started again after a death", LABELS)
+        restarts.labels(*self._labels).inc(count)
+
     def requests(self) -> RequestMetrics:
         """For the stage that sees whole requests."""
         return RequestMetrics(

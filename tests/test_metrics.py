@@ -33,6 +33,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         visit.waited = 0.3
         assert re.search(r"(?m)^epd_stage_queue_depth\{.*\} 1\.0$", generate_latest().decode())
     metrics.batch_size().observe(4)
+    metrics.restarts(3)
     text = generate_latest().decode()
     labels = 'dynamo_component="Stage",dynamo_namespace="space",model="model"'
     for name, value in {
@@ -44,6 +45,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         "epd_stage_run_seconds_count": 1.0,
         "epd_stage_run_seconds_sum": 0.0,  # it is not said to have run while it waited
         "epd_encode_batch_size_sum": 4.0,
+        "epd_worker_restarts_total": 3.0,
         "epd_embedding_cache_hits_total": 7.0,
         "epd_embedding_cache_misses_total": 8.0,
         "epd_embedding_cache_bytes": 64.0,

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a worker's lines are shown. How processes are kept and ended: test_serve.py."""
+"""Which of a worker's lines are shown, and what a process is told. How they are kept and ended: test_serve.py."""
 
 from __future__ import annotations
 
-from dynamo_epd.sdk.supervisor import Slot, _Output
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from dynamo_epd.sdk.supervisor import MAX_FIRST_STARTS, GraphFailed, Slot, Supervisor, _Output
 
 
 def shown(*chunks: bytes, verbose: bool = False) -> tuple[list[str], Slot]:
@@ -59,3 +65,23 @@ def test_a_line_without_end_is_cut() -> None:
     lines, slot = shown(*[b"x" * 1024] * 80, verbose=True)
     assert len(lines) == 1
     assert len(slot.tail[0]) > 64 * 1024
+
+
+def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    async def main() -> None:
+        supervisor = Supervisor([["Back"]], drain=1, show=lambda _: None)
+        await supervisor.open()
+        try:
+            command = ["sh", "-c", f"echo $DYNAMO_RESTARTS >> {told}; exit 1"]
+            await supervisor.start(Slot("Back", 0, command, os.environ | {"DYNAMO_RESTARTS": "7"}))
+            with pytest.raises(GraphFailed, match="Back-0 keeps dying"):
+                async with asyncio.timeout(60):
+                    await supervisor.failed()
+            await supervisor.stop()
+        finally:
+            supervisor.close()
+
+    asyncio.run(main())
+    assert told.read_text().split() == [str(number) for number in range(MAX_FIRST_STARTS)]

@@ -221,6 +221,12 @@ STAGE = (
         "Sockets too. Near the limit (ulimit -n) connections fail; a steady rise is a leak.",
         (f"process_open_fds{{{S}}}", BY_WORKER),
     ),
+    lines(
+        "Restarts of each worker",
+        "short",
+        "After deaths, since the graph was served. A step is a death (DynamoWorkerDied): read the worker's last lines.",
+        (f"epd_worker_restarts_total{{{S}}}", BY_WORKER),
+    ),
 )
 
 ENGINES = (

@@ -83,6 +83,9 @@ class Slot:
     url: str | None = None
     instance: str | None = None
     deaths: int = 0
+    """In a row."""
+    restarts: int = 0
+    """Since the graph was served, or the worker added: its processes are told, and report it."""
     started: float = 0.0
     ready_at: float = 0.0
     added: bool = False
@@ -197,6 +200,7 @@ class Supervisor:
         environment = slot.environment | {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
             "DYNAMO_SUPERVISOR_PID": str(os.getpid()),
+            "DYNAMO_RESTARTS": "0",
         }
         slot.watcher = Watcher(
             slot.name,
@@ -315,6 +319,8 @@ class Supervisor:
     async def _restart(self, slot: Slot, delay: float) -> None:
         await asyncio.sleep(delay)
         if not self.stopping and slot.ending is None:
+            slot.restarts += 1
+            slot.watcher.env["DYNAMO_RESTARTS"] = str(slot.restarts)
             await self._spawn(slot)
 
     def _fail(self, slot: Slot, message: str, status: int = 1) -> None:

@@ -40,6 +40,8 @@ from dynamo_epd.sdk.service import info_of
 log = logging.getLogger("dynamo_epd.sdk.worker")  # __name__ is __main__ here
 
 SUPERVISOR = "DYNAMO_SUPERVISOR_PID"
+RESTARTS = "DYNAMO_RESTARTS"
+"""How often the supervisor has started this worker again."""
 DEPENDS = "DYNAMO_DEPENDS"
 """JSON of ``{service: "namespace/component"}``: dependencies that are served elsewhere."""
 DRAIN = "DYNAMO_DRAIN_SECONDS"
@@ -239,6 +241,9 @@ class Worker:
             return
         from prometheus_client import generate_latest
 
+        from dynamo_epd.metrics import Metrics
+
+        Metrics(self.settings.namespace, self.settings.name, "").restarts(int(os.environ.get(RESTARTS) or 0))
         self._endpoints[0].metrics.register_prometheus_expfmt_callback(lambda: generate_latest().decode())
 
     async def _wait(self) -> None:
