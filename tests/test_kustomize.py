@@ -179,7 +179,8 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
     assert str(scraped["portNumber"]) == told["DYN_SYSTEM_PORT"]
     # as rules and panels want it: deploy/observability/README.md
     assert {one["targetLabel"] for one in scraped["relabelings"]} == {"graph", "dynamo_component", "worker"}
-    assert scraped["honorLabels"] is True
+    assert not scraped.get("honorLabels")
+    assert {"action": "labeldrop", "regex": "exported_dynamo_component"} in scraped["metricRelabelings"]
 
 
 def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[Object]], tmp_path: Path) -> None:

@@ -35,11 +35,6 @@ PROMPTS = ("a large red star on a blue background", "a small green ring on a yel
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state")
-
-
-@pytest.fixture(scope="module")
 def toy(home: Path) -> Iterator[Served]:
     with Served(home, TOY, *PLANNED) as graph:
         graph.wait_for(r"^http://", START_SECONDS)
@@ -110,6 +105,8 @@ def test_a_killed_worker_is_seen_and_its_alert_fires(toy: Served, prometheus: Pr
     eventually(lambda: died(prometheus), "the alert fires", 120)
     assert died(prometheus) == {"Calm-0"}, "nobody else has died"
     assert prometheus.query('up{worker="Calm-0"} == 1'), "it is back"
+    restarts = {labels["worker"]: value for labels, value in prometheus.query("epd_worker_restarts_total")}
+    assert restarts.pop("Calm-0") == 1 and {"Front-0", "Busy-0"} <= restarts.keys() and set(restarts.values()) == {0}
 
 
 def test_a_worker_that_is_let_go_is_no_alert(toy: Served, prometheus: Prometheus, home: Path) -> None:
@@ -129,6 +126,10 @@ def test_every_panel_has_data_after_traffic(seeing: Graph, tmp_path: Path) -> No
         ask_everything(seeing, 1)  # a rate is of what came after the first look
         has_data(prometheus, boards)
         assert prometheus.values("dynamo_component", "epd_stage_queue_depth") == sorted(STAGES - {"Frontend"})
+        # Dynamo's own metrics too
+        assert prometheus.query('dynamo_component_requests_total{dynamo_component="EncodeWorker"} > 0')
+        assert set(prometheus.values("dynamo_component", '{dynamo_component!=""}')) == STAGES | {"Processor"}
+        assert prometheus.values("exported_dynamo_component", '{dynamo_component!=""}') == []
 
 
 def ask_everything(graph: Graph, turn: int) -> None:
