@@ -195,8 +195,8 @@ def test_json_is_for_scripts(served: Served, home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ((), 1, "error: no graph runs for this user; running: none\n"),
-        ((GRAPH,), 1, f"error: no graph {GRAPH} runs for this user; running: none\n"),
+        ((), 2, "error: no graph runs for this user; running: none\n"),
+        ((GRAPH,), 2, f"error: no graph {GRAPH} runs for this user; running: none\n"),
         (("--interval", "0"), 2, "error: --interval must be from 0.2 to 60 seconds\n"),
         ((GRAPH, "--Busy.fail-from=1"), 2, "error: --Busy.fail-from: watching takes no configuration\n"),
     ],

@@ -41,8 +41,8 @@ class Graph:
 def top(arguments: argparse.Namespace) -> int:
     """Shows the graph until Ctrl-C, or once where that is asked for or nobody watches.
 
-    Exit status 0; 1 when the graph is not there, or goes; 130 for Ctrl-C before there was anything to show. Raises
-    ConfigError for an interval that is too short or too long.
+    Exit status 0; 1 when the graph goes; 130 for Ctrl-C before there was anything to show. Raises ConfigError for a
+    graph that does not run, and for an interval that is too short or too long.
     """
     if not SHORTEST <= arguments.interval <= LONGEST:
         raise ConfigError(f"--interval must be from {SHORTEST:g} to {LONGEST:g} seconds")
@@ -53,7 +53,7 @@ def top(arguments: argparse.Namespace) -> int:
         record = find(arguments.graph, [], arguments.pid)
         graph = Graph(record["graph"], record["pid"], psutil.Process(record["pid"]).create_time(), record["socket"])
         asyncio.run(_watch(graph, arguments.interval, console, live=live, as_json=arguments.json))
-    except (ConfigError, ControlError, psutil.NoSuchProcess) as error:
+    except (ControlError, psutil.NoSuchProcess) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
