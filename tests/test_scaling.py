@@ -20,7 +20,7 @@ from dynamo_epd.sdk.scaling import (
     free_share,
     split_assignments,
 )
-from dynamo_epd.sdk.serve import Plan, make_plan, slots_of
+from dynamo_epd.sdk.serve import MOST_SYSTEM_PORT, Plan, make_plan, slots_of
 from dynamo_epd.sdk.supervisor import Slot
 
 
@@ -59,9 +59,9 @@ def plan_of(monkeypatch: pytest.MonkeyPatch, gpus: str = "", **overrides: str) -
     return make_plan(arguments, dotted)
 
 
-async def running(plan: Plan, shown: list[str]) -> tuple[Scaling, SupervisorThatStartsNothing]:
+async def running(plan: Plan, shown: list[str], first_port: int = 20000) -> tuple[Scaling, SupervisorThatStartsNothing]:
     supervisor: Any = SupervisorThatStartsNothing()
-    ports = SystemPorts(20000)
+    ports = SystemPorts(first_port)
     for slot in slots_of(plan, ports):
         await supervisor.start(slot)
     return Scaling(plan, supervisor, ports, shown.append), supervisor
@@ -117,6 +117,22 @@ def test_what_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         supervisor.stopping = True
         with pytest.raises(ScalingRefused, match="is being stopped"):
             await scaling.resize("Busy", 1, "a test")
+
+    asyncio.run(ask())
+
+
+def test_without_a_port_for_each_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers and the first of two more take all that the runtime reads."""
+    plan = plan_of(monkeypatch)
+
+    async def ask() -> None:
+        scaling, supervisor = await running(plan, [], MOST_SYSTEM_PORT - 3)
+        before = scaling.status()
+        with pytest.raises(ScalingRefused, match=f"no free system port from 32764 to {MOST_SYSTEM_PORT}"):
+            await scaling.resize("Busy", 3, "a test")
+        assert scaling.status() == before
+        assert await scaling.resize("Busy", 2, "a test") == 1, "the one that was left was given back"
+        assert environments(supervisor, "DYN_SYSTEM_PORT")["Busy-1"] == str(MOST_SYSTEM_PORT)
 
     asyncio.run(ask())
 

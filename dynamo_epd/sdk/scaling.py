@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import socket
 import time
@@ -41,11 +40,12 @@ class SystemPorts:
         self._taken: dict[str, int] = {}
 
     def take(self, worker: str) -> int:
+        """Raises ScalingRefused when there is none left that the runtime reads."""
         taken = set(self._taken.values())
-        if self._first is not None:
-            port = next(port for port in itertools.count(self._first) if port not in taken)
-        else:
+        if self._first is None:
             port = _free_port(taken)
+        elif (port := next((one for one in range(self._first, MOST_SYSTEM_PORT + 1) if one not in taken), 0)) == 0:
+            raise ScalingRefused(f"no free system port from {self._first} to {MOST_SYSTEM_PORT}")
         self._taken[worker] = port
         return port
 
@@ -115,13 +115,14 @@ class Scaling:
             self._check(service, before, count)
             indices = self._free_indices(service, count - before)
             shares = self._shares_for(service, indices)
+            ports = self._ports_for(service, indices)
             if count != before:
                 self._show(f"{service}: {before} → {count} workers ({why})")
             for index in indices:
                 name = f"{service}-{index}"
                 if (share := shares.get(name)) is not None:
                     self._shares[name] = share
-                slot = slot_for(self._plan, service, index, share, self._ports.take(name) if self._ports else None)
+                slot = slot_for(self._plan, service, index, share, ports.get(name))
                 slot.added = True
                 await self._supervisor.start(slot)
             for slot in staying[count:]:
@@ -190,6 +191,20 @@ class Scaling:
                 hint = "; a worker that drains still has its own" if leaving else ""
                 raise ScalingRefused(f"too few GPUs: {service}-{index} finds none left{hint}")
             found[f"{service}-{index}"] = held[f"{service}-{index}"] = share
+        return found
+
+    def _ports_for(self, service: str, indices: list[int]) -> dict[str, int]:
+        """Raises ScalingRefused, and takes none then."""
+        found: dict[str, int] = {}
+        if self._ports is None:
+            return found
+        try:
+            for index in indices:
+                found[f"{service}-{index}"] = self._ports.take(f"{service}-{index}")
+        except ScalingRefused:
+            for name in found:
+                self._ports.give_back(name)
+            raise
         return found
 
 
