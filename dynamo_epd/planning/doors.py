@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dynamo_epd.sdk.control import SOCKET, ControlError, ask
-from dynamo_epd.sdk.operator import DEPLOYMENT
+from dynamo_epd.sdk.operator import DEPLOYMENT, SYSTEM_PORT
 
 GROUP, VERSION, ADAPTERS = "nvidia.com", "v1beta1", "dynamographdeploymentscalingadapters"
 DEPLOYMENT_NAMESPACE = "DYN_PARENT_DGD_K8S_NAMESPACE"
 DEPLOYMENT_LABEL = "nvidia.com/dynamo-graph-deployment-name"
 COMPONENT_LABEL = "nvidia.com/dynamo-component"
-SYSTEM_PORT = 9090
-"""Of every worker's container: the operator sets ``DYN_SYSTEM_PORT`` so."""
 REQUEST_SECONDS = 5.0
 
 

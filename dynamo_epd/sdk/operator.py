@@ -24,6 +24,8 @@ DEPLOYMENT = "DYN_PARENT_DGD_K8S_NAME"
 NAMESPACE = "DYN_NAMESPACE"
 WORKER_SUFFIX = "DYN_NAMESPACE_WORKER_SUFFIX"
 HEALTH_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
+HTTP_PORT, SYSTEM_PORT = 8000, 9090
+"""Of pods: where the operator sends clients of the frontend, and where it has a worker's metrics and health."""
 
 
 def configuration(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:

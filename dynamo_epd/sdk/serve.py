@@ -22,6 +22,7 @@ from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.nats import SECRET, VARIABLES, split_credentials
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.operator import check_nats, configuration, placed
+from dynamo_epd.sdk.port import HOST, PORT
 from dynamo_epd.sdk.service import info_of
 
 if TYPE_CHECKING:
@@ -318,10 +319,7 @@ def slot_for(plan: Plan, name: str, index: int, share: Share | None, system_port
     environment = dict(os.environ) | plan.environment | one.envs
     with_http = [service for service in plan.services if has_http(plan.graph.services[service])]
     if name in with_http:
-        environment["DYNAMO_HTTP_HOST"] = plan.host
-        environment["DYNAMO_HTTP_PORT"] = str(plan.port if name == with_http[0] else 0)
-        if one.workers > 1:
-            environment["DYNAMO_HTTP_SHARED_PORT"] = "1"
+        environment |= {HOST: plan.host, PORT: str(plan.port if name == with_http[0] else 0)}
     if system_port is not None:
         environment["DYN_SYSTEM_PORT"] = str(system_port)
     if share is not None:

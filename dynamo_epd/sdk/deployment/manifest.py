@@ -23,7 +23,7 @@ from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, ServiceSet
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.deployment.images import USER
 from dynamo_epd.sdk.graph import Graph
-from dynamo_epd.sdk.operator import CONFIG
+from dynamo_epd.sdk.operator import CONFIG, HTTP_PORT, SYSTEM_PORT
 from dynamo_epd.sdk.service import info_of
 
 GROUP = "nvidia.com"
@@ -33,7 +33,6 @@ VERSIONS = ("v1beta1", "v1alpha1")
 BUILD = "dynamo-epd/build"
 """Annotation: the tag of what is deployed."""
 ORDER = "dynamo-epd/order"
-HTTP_PORT, SYSTEM_PORT = 8000, 9090
 MAX_COMPONENTS = 25
 MAX_LABEL = 63
 GRACE_SECONDS = 60

@@ -6,7 +6,8 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from dynamo_epd.sdk.deployment.manifest import BUILD, HTTP_PORT
+from dynamo_epd.sdk.deployment.manifest import BUILD
+from dynamo_epd.sdk.operator import HTTP_PORT
 
 READY = "ready"
 
