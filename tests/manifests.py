@@ -56,7 +56,9 @@ def kustomized(place: str, work: Path) -> list[Object]:
         )
         (secrets / "keys.yaml").write_text("[]\n")
         (secrets / "signing.key").write_text("0" * 96)
-    ran = subprocess.run(["kubectl", "kustomize", str(tree / place)], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        ["kubectl", "kustomize", str(tree / place)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     return list(yaml.load_all(ran.stdout, Loader=yaml.CSafeLoader))
 

@@ -381,7 +381,7 @@ def nats(log: Path) -> Iterator[str]:
         yield f"nats://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait()
+        process.wait(30)
 
 
 def low_port() -> int:

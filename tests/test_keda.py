@@ -106,5 +106,5 @@ def test_queries_say_the_mean_wait_and_never_nothing(objects: list[Object], tmp_
     }
     file = tmp_path / "queries.yaml"
     file.write_text(yaml.safe_dump(test))
-    ran = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    ran = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout + ran.stderr

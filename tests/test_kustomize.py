@@ -135,7 +135,12 @@ def test_the_graph_is_what_the_command_renders(device: str, tmp_path: Path) -> N
     for name in ("DYNAMO_IMAGE", "DYNAMO_REGISTRY", "KUBE_NS", "DYNAMO_CLOUD"):
         environment.pop(name, None)
     ran = subprocess.run(
-        ["deploy/kubernetes/render", device, str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["deploy/kubernetes/render", device, str(file)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
     rendered, held = (
@@ -203,7 +208,9 @@ def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[O
 
 
 def test_no_secret_and_no_host_of_a_registry_is_committed(made: dict[str, list[Object]]) -> None:
-    kept = subprocess.run(["git", "ls-files", "deploy"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    kept = subprocess.run(
+        ["git", "ls-files", "deploy"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    ).stdout.split()
     assert not [path for path in kept if Path(path).name in SECRETS]
     for objects in made.values():
         for one in objects:
@@ -380,20 +387,22 @@ def test_routes_lead_to_services(made: dict[str, list[Object]]) -> None:
 def test_an_overlay_without_secrets_says_what_is_missing(tmp_path: Path) -> None:
     tree = tmp_path / "kubernetes"
     shutil.copytree(DEPLOY, tree, ignore=shutil.ignore_patterns(*SECRETS))
-    ran = subprocess.run(["kubectl", "kustomize", str(tree / "overlays/cpu")], capture_output=True, text=True)
+    ran = subprocess.run(
+        ["kubectl", "kustomize", str(tree / "overlays/cpu")], capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 1 and "secrets/graph.env" in ran.stderr
 
 
 def test_make_secrets_draws_what_the_graph_and_nats_take(tmp_path: Path) -> None:
     command = [str(ROOT / "deploy" / "make-secrets"), str(tmp_path)]
     environment = {**os.environ, "DYNAMO": str(BIN / "dynamo")}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     key = ran.stdout.splitlines()[-1]
     assert Keys(tmp_path / "keys.yaml").tenant_of(key) == "client"
     assert len(signing_key(tmp_path / "signing.key")) == 96
     assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in SECRETS)
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 1 and "is there" in again.stderr
     assert key not in "".join((tmp_path / name).read_text() for name in SECRETS)
 
@@ -441,7 +450,7 @@ def test_kubectl_applies_the_graph(made: dict[str, list[Object]], device: str, t
         environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(tmp_path / "kubeconfig"))}
         environment["HOME"] = str(tmp_path)
         command = ["kubectl", "apply", "--server-side", "-f", str(file)]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
         assert server.deployment("epd", "dynamo-epd")["spec"] == graph["spec"]
 
@@ -482,7 +491,9 @@ def test_the_readmes_kubectl_runs(tmp_path: Path) -> None:
         def said(words: str) -> str:
             (command,) = [one for one in COMMANDS if one.startswith(f"kubectl {words}")]
             more = " --dry-run=client -o yaml" if words.startswith("create") else " -o yaml"
-            ran = subprocess.run(["bash", "-c", command + more], env=environment, capture_output=True, text=True)
+            ran = subprocess.run(
+                ["bash", "-c", command + more], env=environment, capture_output=True, text=True, timeout=120
+            )
             assert ran.returncode == 0, ran.stderr
             return ran.stdout
 

@@ -20,6 +20,7 @@ from dynamo_epd.sdk.deployment import builds, images, manifest
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, placed
+from dynamo_epd.sdk.service import info_of
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import CRDS, Refused, check, schema_of
 from tests.manifests import unrestricted
@@ -304,7 +305,14 @@ def test_a_wrong_order_is_said_in_one_line(desk: Desk, arguments: list[str], wor
     assert words in errors[0]
 
 
-def test_too_many_services_and_unknown_overrides_are_refused() -> None:
+def test_what_the_code_overrides_is_the_command_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph = graph_of("disagg.yaml")
+    monkeypatch.setitem(info_of(graph.services["Frontend"]).kubernetes_overrides, "nodeSelector", {})
+    with pytest.raises(ConfigError, match="Frontend: kubernetes_overrides takes entrypoint and cmd, not nodeSelector"):
+        rendered("disagg.yaml")
+
+
+def test_too_many_services_are_refused() -> None:
     build, graph = graph_of("disagg.yaml")
     settings = resolve(graph, read("disagg.yaml"))
     order = manifest.Order(build.tag, "i", {})
