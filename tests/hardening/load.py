@@ -6,29 +6,37 @@ Greedy tokens and seeded pictures are the same every time, so each answer is fir
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import httpx
 import openai
 
 from models import world
 from tests.pixels import pixels, same_picture
-from tests.questions import data_url, picture
+from tests.questions import NEAR_TIE, data_url, picture
 from tests.serving import Graph, at_rest
 
 CHAT = ("Frontend", "Processor", "EncodeWorker", "PrefillWorker", "DecodeWorker")
 STAGES = (*CHAT, "ImageWorker", "EmbedWorker")
+NATS = "nats"
 QUESTIONS = 6
 """Of each kind."""
+TOKENS, STEPS = 48, 8
+"""Of an answer, and of a picture."""
 PATIENCE = 120.0
 """Seconds that one request may take before it counts as failed."""
+REST = 1.0
+"""Seconds until a client whose request has failed asks its next question, as one that reads ``Retry-After`` does."""
 ROUNDED = 0.002
 """Two of the last place to which `KINDS` round numbers: a text's vector may differ in its last bits with what else is
 in the batch, and then be rounded to the other side."""
@@ -43,6 +51,10 @@ class SilentEnd(Exception):
     """A stream ended with neither ``[DONE]`` nor an error event."""
 
 
+class CutOff(Exception):
+    """The connection of a stream that had begun broke off, or fell silent."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of request. ``ask(client, number)`` returns the answer as text."""
@@ -52,6 +64,8 @@ class Kind:
     ask: Callable[[openai.OpenAI, int], str]
     retried: bool = True
     """Whether a client may ask again for itself: nobody can for a stream that has begun."""
+    tokens: int = 0
+    """That a chat is asked for; 0 for what is no chat."""
 
 
 def messages(number: int) -> list[dict[str, object]]:
@@ -65,23 +79,27 @@ def prompt(number: int) -> str:
     return next(scenes).caption
 
 
-def chat(client: openai.OpenAI, number: int) -> str:
-    reply = client.chat.completions.create(
-        model="tiny-llava",
-        messages=messages(number),  # type: ignore[arg-type]
-        max_tokens=48,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
-    return str(reply.choices[0].message.content)
+def chat(client: openai.OpenAI, number: int, tokens: int = TOKENS) -> str:
+    return str(_chat(client, number, tokens).choices[0].message.content)
 
 
-def streamed_chat(client: openai.OpenAI, number: int) -> str:
-    """The text of a stream. Raises SilentEnd, or APIError for an error event."""
+def _chat(client: openai.OpenAI, number: int, tokens: int, **more: Any) -> Any:
+    fields: dict[str, Any] = {
+        "model": "tiny-llava",
+        "messages": messages(number),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    return client.chat.completions.create(**fields, **more)
+
+
+def streamed_chat(client: openai.OpenAI, number: int, tokens: int = TOKENS) -> str:
+    """The text of a stream. Raises SilentEnd, CutOff, or APIError for an error event."""
     body = {
         "model": "tiny-llava",
         "messages": messages(number),
-        "max_tokens": 48,
+        "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -91,27 +109,30 @@ def streamed_chat(client: openai.OpenAI, number: int) -> str:
         if reply.status_code != 200:
             reply.read()
             raise openai.OpenAIError(f"status {reply.status_code}")
-        for line in reply.iter_lines():
-            if line == "data: [DONE]":
-                ended = True
-            elif line.startswith("data: "):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise openai.OpenAIError("error event")
-                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        try:
+            for line in reply.iter_lines():
+                if line == "data: [DONE]":
+                    ended = True
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise openai.OpenAIError("error event")
+                    text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        except (httpx.TransportError, ValueError) as error:  # ValueError: half an event
+            raise CutOff from error
     if not ended:
         raise SilentEnd
     return text
 
 
-def image(client: openai.OpenAI, number: int) -> str:
-    reply = client.images.generate(prompt=prompt(number), extra_body={"seed": number, "num_inference_steps": 8})
+def image(client: openai.OpenAI, number: int, steps: int = STEPS) -> str:
+    reply = client.images.generate(prompt=prompt(number), extra_body={"seed": number, "num_inference_steps": steps})
     assert reply.data is not None
     return str(reply.data[0].b64_json)
 
 
-def validation(client: openai.OpenAI, number: int) -> str:
-    body = {"prompt": prompt(number), "seed": number, "num_inference_steps": 8}
+def validation(client: openai.OpenAI, number: int, steps: int = STEPS) -> str:
+    body = {"prompt": prompt(number), "seed": number, "num_inference_steps": steps}
     one = client.post("/validations", body=body, cast_to=dict[str, object])["data"][0]  # type: ignore[index]
     return json.dumps([one["b64_json"], one["caption"], round(one["similarity"], 4)])
 
@@ -122,23 +143,58 @@ def embedding(client: openai.OpenAI, number: int) -> str:
     return json.dumps([round(value, 3) + 0.0 for value in vector])
 
 
-KINDS = (
-    Kind("chat", CHAT, chat),
-    Kind("streamed chat", CHAT, streamed_chat, retried=False),
-    Kind("image", ("Frontend", "ImageWorker", "EmbedWorker"), image),
-    Kind("validation", STAGES, validation),
-    Kind("embedding", ("Frontend", "EmbedWorker"), embedding),
-)
+def kinds(tokens: int, steps: int) -> tuple[Kind, ...]:
+    """All kinds, with answers of so many tokens and pictures of so many steps."""
+    return (
+        Kind("chat", CHAT, partial(chat, tokens=tokens), tokens=tokens),
+        Kind("streamed chat", CHAT, partial(streamed_chat, tokens=tokens), retried=False, tokens=tokens),
+        Kind("image", ("Frontend", "ImageWorker", "EmbedWorker"), partial(image, steps=steps)),
+        Kind("validation", STAGES, partial(validation, steps=steps)),
+        Kind("embedding", ("Frontend", "EmbedWorker"), embedding),
+    )
+
+
+KINDS = kinds(TOKENS, STEPS)
 
 
 def client_of(graph: Graph, retries: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{graph.url}/v1", api_key="none", max_retries=retries, timeout=PATIENCE)
 
 
-def in_peace(graph: Graph) -> Answers:
-    """The right answer to every question of every kind."""
+def answered(graph: Graph) -> bool:
+    """One try of a chat, without patience."""
+    with suppress(openai.OpenAIError), client_of(graph, retries=0).with_options(timeout=2) as client:
+        return bool(chat(client, 0))
+    return False
+
+
+def in_peace(graph: Graph, of: Sequence[Kind] = KINDS) -> Answers:
+    """The right answer to each of `QUESTIONS` questions of every kind.
+
+    Those about which the model is undecided are passed over: what else is in a batch, or a prompt that holds the
+    beginning of its answer, may rightly turn such a token into the other.
+    """
     with client_of(graph, retries=0) as client:
-        return {(kind.name, number): kind.ask(client, number) for kind in KINDS for number in range(QUESTIONS)}
+        tokens = max(kind.tokens for kind in of)
+        asked = (number for number in range(10 * QUESTIONS) if decided(client, number, tokens))
+        numbers = list(itertools.islice(asked, QUESTIONS))
+        assert len(numbers) == QUESTIONS, "the model is undecided in most of its answers"
+        return {(kind.name, number): kind.ask(client, number) for kind in of for number in numbers}
+
+
+def decided(client: openai.OpenAI, number: int, tokens: int) -> bool:
+    """Whether no token of this chat's answer lies so near the next that rounding could put it in its place."""
+    content = _chat(client, number, tokens, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    margins = []
+    for token in content:
+        first, second = sorted((one.logprob for one in token.top_logprobs), reverse=True)[:2]
+        margins.append(first - second)
+    return min(margins) >= NEAR_TIE
+
+
+def numbers_of(answers: Answers) -> list[int]:
+    """Of the questions whose answers are known."""
+    return sorted({number for _, number in answers})
 
 
 def alike(first: str, second: str) -> bool:
@@ -162,8 +218,8 @@ def held_at_the_end(graph: Graph) -> str:
     """What is not given back a minute after the last request. Empty where nothing is."""
     try:
         at_rest(graph, 60)
-    except AssertionError as error:
-        return str(error)
+    except (AssertionError, OSError) as error:  # OSError: a worker that tells nobody what it holds
+        return str(error) or type(error).__name__
     return ""
 
 
@@ -183,28 +239,59 @@ class Seen:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_kind: Counter[str] = field(default_factory=Counter)
+    """Who asked for what, and what came of it."""
     faults: list[Fault] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
     def note(self, who: str, kind: Kind, outcome: str, began: float) -> None:
+        now = time.monotonic()
         with self.lock:
             self.outcomes[who, outcome] += 1
+            self.by_kind[f"{who} {kind.name}: {outcome}"] += 1
             if outcome != "right":
-                self.said.append(f"{who} {kind.name}: {outcome}")
-            else:
-                for fault in self.faults:
-                    if fault.recovered is None and began >= fault.at and fault.stage in kind.stages:
-                        fault.recovered = time.monotonic()
+                last = next((f", {now - one.at:.1f} s after {one.what} {one.stage}" for one in self.faults[::-1]), "")
+                self.said.append(f"{who} {kind.name}: {outcome}; at {now - self.began:.1f} s{last}")
+                return
+            for fault in self.faults:
+                if fault.recovered is None and began >= fault.at and fault.stage in (*kind.stages, NATS):
+                    fault.recovered = now
+
+    def frontend_lost(self, since: float) -> bool:
+        """Whether a frontend was killed or stopped: the streams that go through it have nobody to end them."""
+        with self.lock:
+            return any(fault.stage == "Frontend" and fault.at > since for fault in self.faults)
+
+
+STANDS_STILL = 15.0
+"""Seconds within which a frontend that stands still is ended, with what goes through it."""
+
+
+def outcome_of(kind: Kind, client: openai.OpenAI, number: int, expected: str, seen: Seen) -> str:
+    """Asks once, and says what came of it: ``right``, ``wrong``, ``silent end`` or ``failed (…)``."""
+    began = time.monotonic()
+    try:
+        return "right" if alike(kind.ask(client, number), expected) else "wrong"
+    except SilentEnd:
+        return "silent end"
+    except CutOff:
+        return "failed (cut off with its frontend)" if seen.frontend_lost(began - STANDS_STILL) else "silent end"
+    except Exception as error:  # whatever else a client may see: a thread that ended of it would ask nothing any more
+        return f"failed ({getattr(error, 'status_code', None) or type(error).__name__}: {error})"[:160]
 
 
 class Load(threading.Thread):
     """One client that asks until it is told to stop."""
 
-    def __init__(self, graph: Graph, expected: Answers, seen: Seen, patient: bool, seed: str):
+    def __init__(
+        self, graph: Graph, expected: Answers, seen: Seen, patient: bool, seed: str, of: Sequence[Kind] = KINDS
+    ):
         super().__init__(name=seed)
         self.stop = threading.Event()
         self._who = "patient" if patient else "impatient"
-        self._kinds = [kind for kind in KINDS if kind.retried or not patient]
+        self._kinds = [kind for kind in of if kind.retried or not patient]
+        self._numbers = numbers_of(expected)
         self._client = client_of(graph, retries=2 if patient else 0)
         self._expected = expected
         self._seen = seen
@@ -212,13 +299,9 @@ class Load(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.is_set():
-            kind, number = self._chance.choice(self._kinds), self._chance.randrange(QUESTIONS)
+            kind, number = self._chance.choice(self._kinds), self._chance.choice(self._numbers)
             began = time.monotonic()
-            try:
-                answer = kind.ask(self._client, number)
-                outcome = "right" if alike(answer, self._expected[kind.name, number]) else "wrong"
-            except SilentEnd:
-                outcome = "silent end"
-            except (openai.OpenAIError, httpx.HTTPError) as error:
-                outcome = f"failed ({getattr(error, 'status_code', None) or type(error).__name__}: {error})"[:160]
+            outcome = outcome_of(kind, self._client, number, self._expected[kind.name, number], self._seen)
             self._seen.note(self._who, kind, outcome, began)
+            if outcome != "right":
+                self.stop.wait(REST)
