@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers' metrics over real HTTP, without workers."""
+"""A graph without processes: its door, and its workers' metrics over real HTTP."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 from dynamo_epd.planning.doors import Worker
 from dynamo_epd.planning.observing import SCRAPE_BYTES
@@ -49,3 +54,20 @@ class Exporters:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class DoorThatAnswers:
+    """A double of a graph's door: ``services`` is what it says of its workers."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, list[dict[str, Any]]] = {}
+
+    @asynccontextmanager
+    async def open(self, path: Path) -> Any:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(json.dumps({"services": self.services}).encode() + b"\n")
+            writer.close()
+
+        async with await asyncio.start_unix_server(answer, str(path)):
+            yield path

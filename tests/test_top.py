@@ -18,7 +18,6 @@ import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from dynamo_epd.sdk.control import ControlError
 from dynamo_epd.sdk.scaling import SystemPorts
 from dynamo_epd.sdk.top import duration, number, seconds, size
 from dynamo_epd.sdk.watching import Stage, Watch, quantile, samples_of
-from tests.exporters import Exporters
+from tests.exporters import DoorThatAnswers, Exporters
 from tests.toys.calling import door
 from tests.toys.running import ROOT, Served, clean_environment
 
@@ -206,23 +205,6 @@ def test_what_cannot_be_shown_is_one_clear_line(
 ) -> None:
     ran = top(tmp_path, *arguments)
     assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", message)
-
-
-class DoorThatAnswers:
-    """A double of a graph's door: ``services`` is what it says of its workers."""
-
-    def __init__(self) -> None:
-        self.services: dict[str, list[dict[str, Any]]] = {}
-
-    @asynccontextmanager
-    async def open(self, path: Path) -> Any:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readline()
-            writer.write(json.dumps({"services": self.services}).encode() + b"\n")
-            writer.close()
-
-        async with await asyncio.start_unix_server(answer, str(path)):
-            yield path
 
 
 METRICS = """# TYPE epd_requests counter

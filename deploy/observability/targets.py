@@ -31,17 +31,10 @@ class Targets:
 
     def __init__(self) -> None:
         self._graphs: dict[str, list[Group]] = {}
-        self._seen_ready: set[tuple[str, str]] = set()
 
     async def look(self) -> list[Group]:
         """One group per worker, in the form of ``file_sd_config``."""
-        records = {}
-        for file in sorted((state_dir() / "graphs").glob("*.json")):
-            try:
-                records[file.stem] = json.loads(file.read_text())
-                os.kill(int(file.stem), 0)
-            except (OSError, ValueError):  # it ends, or was killed and has left this behind
-                records.pop(file.stem, None)
+        records = _records()
         self._graphs = {pid: groups for pid, groups in self._graphs.items() if pid in records}
         for pid, record in records.items():
             try:
@@ -58,9 +51,8 @@ class Targets:
             for one in those
             if one["metrics"] is not None and not one["leaving"]
         }
-        before = {worker for graph_pid, worker in self._seen_ready if graph_pid == pid}
+        before = {group["labels"]["worker"] for group in self._graphs.get(pid, [])}
         named = {worker for worker, (_, one) in workers.items() if one["ready"] or worker in before}
-        self._seen_ready = {key for key in self._seen_ready if key[0] != pid} | {(pid, worker) for worker in named}
         return [
             {
                 "targets": [workers[worker][1]["metrics"].removeprefix("http://").removesuffix("/metrics")],
@@ -68,6 +60,20 @@ class Targets:
             }
             for worker in sorted(named)
         ]
+
+
+def _records() -> dict[str, dict[str, str]]:
+    """Process → ``graph`` and ``socket`` of every graph that is there. Nothing is removed: that is `dynamo serve`'s."""
+    found = {}
+    try:
+        files = sorted((state_dir() / "graphs").glob("*.json"))
+    except OSError:  # a volume that this process may only read, and in which no graph has been served yet
+        return {}
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):  # it ends, or was killed and has left this behind
+            os.kill(int(file.stem), 0)
+            found[file.stem] = json.loads(file.read_text())
+    return found
 
 
 async def keep(file: Path) -> None:
