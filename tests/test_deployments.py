@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -317,15 +318,33 @@ dynamo deployment get ${DEPLOYMENT_NAME}
 """
 
 
+FURTHER_COMMANDS = """
+export KUBE_NS=dynamo-cloud
+dynamo deployment list
+dynamo deployment update multimodal-disagg --EncodeWorker.ServiceArgs.workers=3
+dynamo deployment delete multimodal-disagg
+"""
+
+
 def test_the_seeds_commands_run_verbatim(desk: Desk, cluster: KubernetesServer) -> None:
     environment = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-ec", SEEDS_COMMANDS]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    assert "Created multimodal-disagg of frontend:" in ran.stdout
-    assert ran.stdout.count("http://multimodal-disagg-frontend.dynamo-cloud.svc:8000") == 2
+
+    def said(commands: str) -> str:
+        command = ["bash", "-ec", commands]
+        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    seeds = said(SEEDS_COMMANDS)
+    assert "Created multimodal-disagg of frontend:" in seeds
+    assert seeds.count("http://multimodal-disagg-frontend.dynamo-cloud.svc:8000") == 2
     stored = cluster.deployment("multimodal-disagg", "dynamo-cloud")["spec"]["components"]
     assert [one["name"] for one in stored if one["type"] == "planner"] == ["Planner"]
+    further = said(FURTHER_COMMANDS)
+    assert re.search(r"(?m)^multimodal-disagg +frontend:[0-9a-f]{8} +ready ", further)
+    assert "EncodeWorker (worker): 3 of 3 ready" in further
+    assert further.endswith("Deleted multimodal-disagg from namespace dynamo-cloud.\n")
+    assert cluster.objects == {}
 
 
 @needs_kubectl
