@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.hardening.report import Report
 from tests.pixels import pixels, same_picture
 from tests.s3_server import CREDENTIALS, REGION, S3Server, s3_server
 from tests.serving import Graph, eventually, serve, untrained
@@ -32,7 +33,9 @@ NATS = "nats"
 VICTIMS = ("ImageWorker-1", "Frontend-0", "EmbedWorker-0", NATS, "ImageWorker-0", "EmbedWorker-1")
 KILLS = max(len(VICTIMS), JOBS // 25)
 KILL_WITHIN = 4.0
-"""Seconds from the beginning of a share to its kill, at most."""
+"""Seconds from the beginning of a share to its kill, at most. Its jobs come over that time."""
+STEPS = 16
+"""Of a picture: so long that a kill meets jobs at work."""
 SEED = 7
 BOUND = 400.0
 """For one reply, and for one job when those before it have ended. A worker that was killed is back long before."""
@@ -69,7 +72,7 @@ def patient(graph: Graph, method: str, path: str, **arguments: Any) -> httpx.Res
 
 
 def accepted(graph: Graph, number: int) -> str:
-    body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": 4}
+    body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": STEPS}
     reply = patient(graph, "POST", "/v1/images/jobs", json=body, headers={"Idempotency-Key": f"job-{number}"})
     assert reply.status_code == 202, reply.text
     return str(reply.json()["id"])
@@ -112,6 +115,11 @@ def test_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path) -> None:
 
     Jobs come in as many shares as there are kills: a share's kill strikes while it is accepted or worked off.
     """
+    with Report("jobs", jobs=JOBS, kills=KILLS, seed=SEED) as report:
+        outlive(graph, tmp_path, report)
+
+
+def outlive(graph: Graph, tmp_path: Path, report: Report) -> None:
     chance = random.Random(SEED)
     shares = [range(JOBS * turn // KILLS, JOBS * (turn + 1) // KILLS) for turn in range(KILLS)]
     killed: list[str] = []
@@ -119,29 +127,41 @@ def test_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as killer:
         for share, victim in zip(shares, itertools.cycle(VICTIMS), strict=False):
             killing = killer.submit(kill, graph, victim, after=chance.uniform(0, KILL_WITHIN))
-            ids += [accepted(graph, number) for number in share]
+            for number in share:
+                ids.append(accepted(graph, number))
+                time.sleep(KILL_WITHIN / len(share))
             killing.result()
             killed.append(victim)
-    assert len(set(ids)) == JOBS
-    states = [ended(graph, id) for id in ids]
+            report.say(f"{len(ids)} of {JOBS} jobs accepted; {len(killed)} of {KILLS} killed, last {victim}")
+    report.goal("every job was accepted once", len(set(ids)) == len(ids) == JOBS, len(set(ids)))
+    states = []
+    for id in ids:
+        states.append(ended(graph, id))
+        if len(states) % 100 == 0:
+            report.say(f"{len(states)} of {JOBS} jobs have ended")
     again = sum(state["attempts"] > 1 for state in states)
-    print(f"{JOBS} jobs; killed: {dict(Counter(killed))}; {again} jobs were begun more than once")
-    assert {state["status"] for state in states} == {"completed"}, [
-        one for one in states if one["status"] != "completed"
-    ]
+    report.note(killed=dict(Counter(killed)), begun_again=again)
+    report.say(f"killed: {dict(Counter(killed))}; {again} jobs were begun more than once")
+    if JOBS >= 500:
+        report.goal("kills met jobs at work", again > 0, again)
+    lost = [one for one in states if one["status"] != "completed"]
+    report.goal("every job is completed", not lost, lost or len(states))
     names = [one["id"] for state in states for one in state["data"]]
-    assert len(names) == JOBS
     records = list((tmp_path / "store" / "about" / "everyone").glob("*.json"))
-    assert sorted(path.stem for path in records) == sorted(names)
+    once = len(set(names)) == JOBS and sorted(path.stem for path in records) == sorted(names)
+    report.goal("each picture is stored once, and no other", once, f"{len(records)} records of {len(names)} pictures")
     # Bytes that no record names can only be those of a worker that was killed before it wrote the record.
     files = Counter(path.name.partition(".")[0] for path in (tmp_path / "store" / "data" / "everyone").iterdir())
-    assert set(files) == set(names)
-    assert files.total() - JOBS <= sum(victim.startswith("ImageWorker") for victim in killed)
+    over = files.total() - JOBS
+    most = sum(victim.startswith("ImageWorker") for victim in killed)
+    report.goal("no bytes but those of killed workers lie there too", set(files) == set(names) and over <= most, over)
+    assert not report.missed, report.missed
     for number in range(0, JOBS, 10):
         stored = patient(graph, "GET", f"/v1/images/{names[number]}")
-        body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": 4}
+        body = {"prompt": f"picture {number}", "seed": number, "num_inference_steps": STEPS}
         direct = patient(graph, "POST", "/v1/images/generations", json=body)
         assert same_picture(pixels(stored.content), pixels(direct.json()["data"][0]["b64_json"]))
+    report.goal("every tenth picture is what its prompt and seed give", True)
 
 
 def test_jobs_outlive_the_graph(config: str, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class Report:
 
     def goal(self, what: str, met: bool, found: Any = None) -> bool:
         """Says and keeps whether a goal is met. Returns that."""
-        self._goals.append({"goal": what, "met": met, "found": found})
+        plain = found is None or isinstance(found, bool | int | float | str)
+        self._goals.append({"goal": what, "met": met, "found": found if plain else str(found)})
         shown = f"{what}: {'met' if met else 'NOT MET'}{'' if found is None else f' ({found})'}"
         self.say(shown)
         if not met:
