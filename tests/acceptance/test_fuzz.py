@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tests.hardening.edge import Door, Neighbour
 from tests.hardening.fuzz import Fuzzer, shots
+from tests.hardening.report import Report
 from tests.serving import Graph, at_rest
 
 COUNT = 20_000
@@ -12,11 +13,18 @@ SEED = 7
 
 
 def test_twenty_thousand_bodies_break_nothing(seeing: Graph) -> None:
-    door = Door(seeing, Neighbour.of_trained(seeing))
-    report = Fuzzer(seeing.url, door.neighbour.asks).run(shots(COUNT, SEED))
-    print(report)
-    assert not report.faults, "\n".join(report.faults[:10])
-    assert sum(report.statuses.values()) == COUNT
-    door.unharmed()
-    at_rest(seeing, 60)
-    door.close()
+    with Report("fuzz", bodies=COUNT, seed=SEED) as report:
+        door = Door(seeing, Neighbour.of_trained(seeing))
+        found = Fuzzer(seeing.url, door.neighbour.asks).run(shots(COUNT, SEED), report.say)
+        report.note(statuses={str(status): count for status, count in sorted(found.statuses.items())})
+        report.note(faults=found.faults, slowest_seconds=found.slowest)
+        report.goal("every body is answered or refused rightly, every neighbour too", not found.faults, str(found))
+        report.goal("no body is without a reply", sum(found.statuses.values()) == COUNT)
+        failed = sum(count for status, count in found.statuses.items() if status >= 500)
+        report.goal("no 5xx", not failed, failed)
+        assert not report.missed, "\n".join([*report.missed, *found.faults[:10]])
+        door.unharmed()
+        report.goal("no process is lost, no canary dialled", True)
+        at_rest(seeing, 60)
+        report.goal("nothing is held", True)
+        door.close()

@@ -37,6 +37,8 @@ from tests.questions import data_url, user
 CONNECTIONS = 16
 EVERY_SO_MANY = 200
 """Bodies between two questions of a neighbour."""
+IDLE = 30.0
+"""Seconds after which a connection is made anew: while the next bodies are drawn the server may have closed it."""
 BOUND = 120.0
 MOST_TOKENS = 8
 """A body may be right after all: then its answer shall be short."""
@@ -303,8 +305,9 @@ class Fuzzer:
         self.report = Report()
         self._lock = threading.Lock()
 
-    def run(self, shots: Iterable[Shot]) -> Report:
-        """``canary`` is called every `EVERY_SO_MANY` shots, while others are under way; what it raises is a fault."""
+    def run(self, shots: Iterable[Shot], say: Callable[[str], object] = lambda text: None) -> Report:
+        """``canary`` is called every `EVERY_SO_MANY` shots, while others are under way; what it raises is a fault.
+        ``say`` is told every `AT_ONCE` shots how far it is."""
         began = time.monotonic()
         waiting: Queue[Shot | None] = Queue(2 * CONNECTIONS)
         threads = [threading.Thread(target=self._work, args=(waiting,)) for _ in range(CONNECTIONS)]
@@ -314,6 +317,10 @@ class Fuzzer:
             waiting.put(shot)
             if index % EVERY_SO_MANY == 0:
                 self._ask()
+            if index % AT_ONCE == 0:
+                self.report.seconds = time.monotonic() - began
+                with self._lock:
+                    say(str(self.report))
         for _ in threads:
             waiting.put(None)
         for thread in threads:
@@ -334,8 +341,11 @@ class Fuzzer:
 
     def _work(self, waiting: Queue[Shot | None]) -> None:
         connection = http.client.HTTPConnection(*self._address, timeout=BOUND)
+        used = time.monotonic()
         while (shot := waiting.get()) is not None:
             began = time.monotonic()
+            if began - used > IDLE:
+                connection.close()
             try:
                 connection.request(shot.method, shot.path, shot.body, self._headers)
                 answer = connection.getresponse()
@@ -345,10 +355,15 @@ class Fuzzer:
                 connection.close()
                 self._fault(f"no reply ({type(error).__name__}) to {shot.path} {shot.body[:2000]!r}")
                 continue
+            finally:
+                used = time.monotonic()
             with self._lock:
                 self.report.statuses[reply.status] += 1
                 self.report.slowest = max(self.report.slowest, reply.seconds)
-            fault = judged(reply)
+            try:
+                fault = judged(reply)
+            except Exception as error:  # a thread that ended of it would leave the others' work undone
+                fault = f"a reply that cannot be judged ({type(error).__name__}: {error}) {reply.body[:300]!r}"
             if fault:
                 self._fault(f"{fault}: {shot.path} {shot.body[:2000]!r}")
         connection.close()
@@ -416,7 +431,8 @@ def main() -> int:
     parser.add_argument("--key", help="an API key, where the graph wants one")
     arguments = parser.parse_args()
     headers = {"authorization": f"Bearer {arguments.key}"} if arguments.key else {}
-    report = Fuzzer(arguments.url, canary(arguments.url, headers), headers).run(shots(arguments.count, arguments.seed))
+    fuzzer = Fuzzer(arguments.url, canary(arguments.url, headers), headers)
+    report = fuzzer.run(shots(arguments.count, arguments.seed), print)
     print(f"seed {arguments.seed}: {report}")
     for fault in report.faults[:20]:
         print(fault)
