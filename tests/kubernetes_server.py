@@ -6,15 +6,20 @@ with resource versions, bearer tokens that may do all or only read, and the Stat
 resources of Dynamo's operator are checked against its schemas (tests/crds), and a key that these do not know is
 refused. What it does not do: convert between versions of a resource, evaluate the schemas' CEL rules, prune, set
 defaults, or know who owns a field (an apply patch is merged like any other).
+
+``python -m tests.kubernetes_server`` serves until Ctrl-C, for commands that are typed in another terminal. It prints
+which KUBECONFIG to export there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import gzip
 import json
 import re
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -481,3 +486,10 @@ def _handler(server: KubernetesServer) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as directory, KubernetesServer() as alone:
+        print(f"export KUBECONFIG={alone.kubeconfig(Path(directory) / 'kubeconfig')}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

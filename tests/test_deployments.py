@@ -318,6 +318,21 @@ dynamo deployment get ${DEPLOYMENT_NAME}
 """
 
 
+def test_the_double_serves_commands_that_are_typed(desk: Desk) -> None:
+    printed = desk.directory / "printed"
+    with printed.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "tests.kubernetes_server"], cwd=ROOT, stdout=file)
+    try:
+        eventually(lambda: printed.read_text().endswith("\n"), "it serves", 60)
+        name, _, path = printed.read_text().strip().removeprefix("export ").partition("=")
+        desk.patch.setenv(name, path)
+        assert (desk.run("deployment", "list"), desk.said) == (0, "NAME  BUILD  STATE  AGE\n")
+        assert desk.run("deploy", desk.build(), "-n", "corner") == 0, desk.noted
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 FURTHER_COMMANDS = """
 export KUBE_NS=dynamo-cloud
 dynamo deployment list
