@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image worker without a graph: a T5 that does not answer it, and jobs whose pictures find no room on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.image_worker import ImageConfig, ImageWorker
+from dynamo_epd.diffusion.text_encoder import Row
+from dynamo_epd.errors import NotFound, StageUnavailable
+from dynamo_epd.store import Store, StoreConfig
+from tests.test_jobs import Server, over, queue, submitted
+
+BOUND = 60.0
+SIDE = 320
+"""Of a picture of noise: its PNG has 300 KB, and three of them fit into `DISK`."""
+DISK, FIT, PICTURES = "size=1m", 3, 6
+
+
+class SilentEmbedWorker:
+    """A double that takes what it is asked, and never answers."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.left = threading.Event()
+
+    def states(self, request: Any) -> SilentEmbedWorker:
+        self.asked += 1
+        return self
+
+    async def only(self) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.left.set()
+
+
+class FakeGenerator:
+    """A double that draws noise at once."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def generate(self, wanted: Any, on_step: Any, stop: threading.Event) -> Any:
+        self.made += 1
+        pixels = np.random.default_rng(self.made).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+        return SimpleNamespace(pixels=pixels, prompt_tokens=1, image_tokens=1, prompt_vector=None)
+
+
+class FakeMetrics:
+    """A double that counts nothing."""
+
+    @contextmanager
+    def visit(self) -> Iterator[Any]:
+        yield SimpleNamespace(waited=0.0)
+
+    def inc(self) -> None:
+        """Nothing."""
+
+
+def image_worker(config: ImageConfig, **made_at_start: Any) -> ImageWorker:
+    """One that was constructed, and given what its start hook would have made."""
+    worker = object.__new__(ImageWorker)
+    vars(worker).update(config=config, name="tiny-image", waiting=0, loop=asyncio.get_running_loop(), **made_at_start)
+    return worker
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(2 * BOUND):
+            await scenario()
+
+    asyncio.run(bounded())
+
+
+def test_a_t5_that_does_not_answer_is_a_stage_that_is_missing() -> None:
+    """Its pictures are refused as of a stage that is not there, jobs wait for it, and what was asked is called off."""
+
+    async def scenario() -> None:
+        silent = SilentEmbedWorker()
+        worker = image_worker(ImageConfig("tiny-image", lease_seconds=0.2), __dynamo_clients__={"embed_worker": silent})
+        with pytest.raises(StageUnavailable, match="the EmbedWorker does not answer in time"):
+            await asyncio.to_thread(worker._condition, Row((1, 2, 3), 2, masked=True))
+        assert await asyncio.to_thread(silent.left.wait, BOUND), "the question is still open"
+        assert silent.asked == 1
+
+    run(scenario)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    found = Server(tmp_path / "nats")
+    yield found
+    found.kill()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", DISK, "tmpfs", path]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(server: Any, disk: Path) -> None:
+    """What is stored stands; the rest is stored once there is room, and the job has cost no attempt meanwhile."""
+
+    async def scenario() -> None:
+        store = Store(StoreConfig(url=str(disk / "store")))
+        generator, metrics = FakeGenerator(), FakeMetrics()
+        with ThreadPoolExecutor(1) as threads:
+            worker = image_worker(
+                ImageConfig("tiny-image"), store=store, generator=generator, metrics=metrics, images=metrics,
+                threads=threads, _wanted=lambda request: SimpleNamespace(width=SIDE, height=SIDE, steps=1),
+            )  # fmt: skip
+            async with queue(server) as front, queue(server) as working:
+                job = await submitted(front, n=PICTURES)
+                working.work(worker._job)
+                await eventually(lambda: generator.made >= FIT + 3)  # the fourth was made three times, in vain
+                assert not (await front.state("", job.id)).over
+                stored = await store.recent("", PICTURES + 1)
+                assert {one.id for one in stored} == set(job.pictures[:FIT])
+                for one in stored:
+                    assert len(await store.get("", one.id)) == one.size > 300_000
+                for name in job.pictures[FIT:]:
+                    with pytest.raises(NotFound):
+                        await store.get("", name)
+                room = ["mount", "-o", "remount,size=16m", str(disk)]
+                await asyncio.to_thread(lambda: subprocess.run(room, check=True))
+                ended = await over(front, job.id)
+        assert (ended.status, ended.attempts, ended.error) == ("completed", 1, None)
+        whole = await store.recent("", PICTURES + 1)
+        assert {one.id for one in whole} == set(job.pictures)
+        assert [one for one in whole if one.id in job.pictures[:FIT]] == stored, "what was there was not made again"
+
+    run(scenario)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
