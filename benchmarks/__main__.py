@@ -3,27 +3,32 @@
 
     python -m benchmarks                     # every row
     python -m benchmarks --row 3 --row 1     # some of them
+    python -m benchmarks --plan              # what would be measured, in which order, and how long it takes
 
-Writes `report.md`, `report.json` and a plot a row. Exit status 0 when every goal of the rows that ran is met, 1 when
-one is not, 2 for what cannot be run.
+Writes `report.md`, `report.json` and a plot a row, anew after each row: what was measured is kept, whatever comes
+later. A row that cannot be measured says why, and the next one is measured all the same. Exit status 0 when every goal
+of the rows is met, 1 when one is not or was not measured, 2 for what cannot be run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Set
-from contextlib import closing
+import traceback
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from benchmarks import checkpoints, report
+from benchmarks import checkpoints, plan, report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row
+from benchmarks.plan import Step
 from benchmarks.rows import (
     added,
     answer,
@@ -42,81 +47,117 @@ from benchmarks.rows import (
 )
 from benchmarks.standing import Standing
 
-REPEATS = {
-    answer.NUMBER: 20,
-    added.NUMBER: 10,
-    transfer.NUMBER: 30,
-    texts.NUMBER: 10,
-    pictures.NUMBER: 5,
-    weights.NUMBER: 5,
-    copies.NUMBER: 5,
-    encoder.NUMBER: 5,
-    repeated.NUMBER: 15,
-    storm.NUMBER: 5,
-    goodput.NUMBER: 5,
-    overlap.NUMBER: 8,
-    kv.NUMBER: 20,
-    start.NUMBER: 5,
-}
-STANDING = Standing(lambda: checkpoints.directory(checkpoints.SERVED))
-STAND = (repeated.NUMBER, storm.NUMBER, kv.NUMBER, goodput.NUMBER)
-"""Rows that share arms, one after the other. The last one alone needs Dynamo's: the others have the machine without."""
+ROW_SECONDS = 1200.0
+"""Bound of a row, four times what the longest should take: nothing is waited for for ever."""
 
-
-def llava() -> Path:
-    """A LLaVA of half a million random parameters, as every arm can serve it."""
-    directory = (WORK / "llava").absolute()
-    if not (directory / "config.json").exists():
-        from models import untrained
-
-        untrained.write("llava", directory)
-    return directory
-
-
+STANDING = Standing()
 ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
-    answer.NUMBER: lambda repeats: answer.measure(llava(), repeats),
-    added.NUMBER: lambda repeats: added.measure(llava(), repeats),
+    answer.NUMBER: lambda repeats: answer.measure(STANDING, repeats),
+    added.NUMBER: lambda repeats: added.measure(checkpoints.directory(checkpoints.TINY), repeats),
     transfer.NUMBER: transfer.measure,
-    texts.NUMBER: texts.measure,
-    pictures.NUMBER: pictures.measure,
-    weights.NUMBER: weights.measure,
-    copies.NUMBER: copies.measure,
     encoder.NUMBER: encoder.measure,
     repeated.NUMBER: lambda repeats: repeated.measure(STANDING, repeats),
     storm.NUMBER: lambda repeats: storm.measure(STANDING, repeats),
     goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats),
+    overlap.NUMBER: lambda repeats: overlap.measure(STANDING, repeats),
     kv.NUMBER: lambda repeats: kv.measure(STANDING, repeats),
-    overlap.NUMBER: lambda repeats: overlap.measure(checkpoints.directory(checkpoints.SERVED), repeats),
-    start.NUMBER: lambda repeats: start.measure(llava(), repeats),
+    texts.NUMBER: texts.measure,
+    pictures.NUMBER: pictures.measure,
+    start.NUMBER: lambda repeats: start.measure(STANDING, repeats),
+    weights.NUMBER: weights.measure,
+    copies.NUMBER: copies.measure,
 }
+TUNED = {goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats, goodput.TUNED)}
+"""With ``--tuned``, in the place of the same row of `ROWS`."""
 
 
-def in_order(numbers: Set[int]) -> list[int]:
-    """Those that share arms first, and together."""
-    return [*(number for number in STAND if number in numbers), *sorted(numbers - set(STAND))]
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises SystemExit with status 2 for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--row", type=int, action="append", choices=sorted(ROWS), default=[], help="only this row")
+    parser.add_argument("--repeats", type=int, help="of every row, instead of its own number; 5 at least")
+    parser.add_argument("--tuned", action="store_true", help="row 7 beside the tuned arms too: minutes more")
+    parser.add_argument("--plan", action="store_true", help="show what would be measured, and end")
+    parser.add_argument("--record", action="store_true", help="put the whole report into benchmarks/README.md")
+    parser.add_argument("--output", type=Path, default=WORK / "report")
+    options = parser.parse_args(arguments)
+    if options.repeats is not None and options.repeats < 5:
+        parser.error("--repeats: 5 at least")
+    if options.record and options.row:
+        parser.error("--record: a report of some rows is none")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--row", type=int, action="append", choices=sorted(ROWS), help="only this row")
-    parser.add_argument("--repeats", type=int, help="of every row, instead of its own number; 5 at least")
-    parser.add_argument("--output", type=Path, default=WORK / "report")
-    options = parser.parse_args(given)
-    if options.repeats is not None and options.repeats < 5:
-        parser.error("--repeats: 5 at least")
-    rows = []
+    options = options_of(given)
+    steps = plan.in_order(options.row)
+    print("\n".join(plan.table(steps)), file=sys.stdout if options.plan else sys.stderr, flush=True)
+    if options.plan:
+        return 0
+    command, about, began = shlex.join(["python", "-m", "benchmarks", *given]), report.machine(), time.monotonic()
+    ways = ROWS | (TUNED if options.tuned else {})
+    rows: list[Row] = []
+    text = ""
     with closing(STANDING):
-        for number in in_order(set(options.row or ROWS)):
-            if number not in STAND:
+        for place, step in enumerate(steps):
+            if not step.stands:
                 STANDING.close()
-            began = time.monotonic()
-            rows.append(asyncio.run(ROWS[number](options.repeats or REPEATS[number])))
-            print(f"row {number}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            rows.sort(key=lambda row: row.number)
-            text = report.write(rows, shlex.join(["python", "-m", "benchmarks", *given]), options.output)
+            row = measured(step, ways[step.number], options.repeats or step.repeats)
+            if row.missing:  # arms in whatever state it left them in
+                STANDING.close()
+            rows = sorted([*rows, row], key=lambda one: one.number)
+            text = report.write(rows, command, options.output, about, new=row)
+            print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)
+    if options.record:
+        report.record(options.output)
     print(text)
     return 0 if all(row.met for row in rows) else 1
+
+
+def measured(step: Step, measure: Callable[[int], Coroutine[Any, Any, Row]], repeats: int) -> Row:
+    """The row, or why there is none."""
+    before, began = os.getloadavg()[0], time.monotonic()
+    try:
+        with bounded(ROW_SECONDS):
+            row = asyncio.run(measure(repeats))
+    except Exception as error:  # the boundary: one row's, whatever it is
+        traceback.print_exc()
+        row = Row(step.number, step.title, "", missing=reason(error))
+    row.load = [before, os.getloadavg()[0]]
+    row.seconds = time.monotonic() - began
+    return row
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError where the block takes longer, also where it waits for another process' line."""
+
+    def late(*_: object) -> NoReturn:
+        raise TimeoutError(f"it was not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reason(error: Exception) -> str:
+    """What failed, and the last line of what it said: most often a log's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
+
+
+def progress(steps: Sequence[Step], place: int, row: Row, gone: float) -> str:
+    """One line after a row. What is left is what was planned, by the pace so far."""
+    planned, left = (sum(step.seconds for step in some) for some in (steps[: place + 1], steps[place + 1 :]))
+    how = f"not measured: {row.missing}" if row.missing else f"void: {row.void}" if row.void else ""
+    took = f"row {row.number}: {row.seconds:.0f} s of {steps[place].seconds} planned{', ' if how else ''}{how}"
+    times = f"{gone / 60:.0f} min gone, about {left * gone / planned / 60:.0f} left"
+    return f"{took}; {place + 1} of {len(steps)} rows, {times}"
 
 
 if __name__ == "__main__":

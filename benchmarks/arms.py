@@ -2,7 +2,8 @@
 """What is measured side by side: plain vLLM, Dynamo's own encode, prefill and decode workers, and our graphs.
 
 Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings: no Worker process, one thread, and
-for NIXL a progress thread that rests; so what settings win and what the design wins are told apart.
+for NIXL a progress thread that rests; so what settings win and what the design wins are told apart. The others are as
+they are shipped: torch chooses their threads, as many as there are cores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +50,7 @@ Started = tuple[list[str], dict[str, str]]
 
 
 class Arm:
-    """``with`` starts its processes, one after the other, and ends them. `commands` are what a reader types."""
+    """``with`` starts its processes, all at once, and ends them. `commands` are what a reader types."""
 
     def __init__(
         self,
@@ -64,12 +66,15 @@ class Arm:
         self.url = f"http://127.0.0.1:{port}"
         self.seconds_to_answer = 0.0
         """From the first command to the first answer, about a picture where it takes them."""
+        self.first_said = ""
+        """That answer."""
         self.spins = spins
         """Whether it takes whole cores while nobody asks it anything."""
         self._pictures = pictures
         self._discovery = discovery
         self._started = started
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._began = 0.0
 
     @property
     def commands(self) -> list[str]:
@@ -79,8 +84,14 @@ class Arm:
         ]
 
     def __enter__(self) -> Arm:
+        self.begin()
+        self.wait()
+        return self
+
+    def begin(self) -> None:
+        """Starts its processes; `wait` sees them through."""
         (WORK / "logs").mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        self._began = time.monotonic()
         try:
             for place, (command, environment) in enumerate(self._started):
                 with (WORK / "logs" / f"{self.name}-{place}.log").open("wb") as log:
@@ -94,12 +105,19 @@ class Arm:
                             start_new_session=True,
                         )
                     )
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self) -> None:
+        """Until it has answered a question. Raises RuntimeError where a process ends, or no answer comes: it is then
+        closed."""
+        try:
             self._until_it_answers()
         except BaseException:
             self.close()
             raise
-        self.seconds_to_answer = time.monotonic() - began
-        return self
+        self.seconds_to_answer = time.monotonic() - self._began
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
@@ -145,7 +163,7 @@ class Arm:
                     log = WORK / "logs" / f"{self.name}-{place}.log"
                     raise RuntimeError(f"{self.name}: a process ended:\n{log.read_text(errors='replace')[-2000:]}")
             with suppress(OSError), urllib.request.urlopen(request, timeout=60) as reply:
-                reply.read()
+                self.first_said = json.load(reply)["choices"][0]["message"].get("content") or ""
                 return
             time.sleep(0.2)
         raise RuntimeError(f"{self.name} has not answered within {START_SECONDS:g} s")
@@ -237,14 +255,22 @@ def install_stock() -> None:
         subprocess.run(pip, check=True, stdout=sys.stderr)
 
 
+def close_all(arms: Collection[Arm]) -> None:
+    """Ends them side by side: each takes seconds."""
+    if arms:
+        with ThreadPoolExecutor(len(arms)) as threads:
+            for closed in [threads.submit(arm.close) for arm in arms]:
+                closed.result()
+
+
 def _kv(role: str) -> str:
     about: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
     return json.dumps(about)
 
 
 def environment_without_graphs() -> dict[str, str]:
-    """This process' environment without what names a graph."""
-    prefixes = ("DYN_", "DYNAMO_", "VLLM_", "OTEL_", "NATS_")
+    """This process' environment without what names a graph, or tells an engine how many threads it has."""
+    prefixes = ("DYN_", "DYNAMO_", "VLLM_", "OTEL_", "NATS_", "OMP_", "MKL_", "KMP_", "GOMP_", "TORCH")
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 

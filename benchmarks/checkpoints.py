@@ -43,9 +43,11 @@ SIZES = {
     # One of the 24 layers of CLIP L/14-336, which are alike: all of them take a core six seconds a picture.
     "llava-l14-336": Size(layers=1, width=1024, heads=16, side=336, patch=14, text_layers=1, text_width=512),
 }
+TINY = "llava-tiny"
+"""Of the rows on what a graph adds, where no arithmetic hides it: whole answers, starts, an echo."""
 SERVED = "llava-s16"
-"""Of the rows that serve: a tower of ViT-S/16's size (22 M parameters, 196 tokens a picture) and a Llama of 13 M. By
-their operations a picture costs 10 to 30 decode steps, and its tokens' prefill about half as much."""
+"""Of the other rows that serve: a tower of ViT-S/16's size (22 M parameters, 196 tokens a picture) and a Llama of 13 M.
+By their operations a picture costs 10 to 30 decode steps, and its tokens' prefill about half as much."""
 
 
 def directory(name: str) -> Path:

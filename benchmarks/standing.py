@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arms that stand for several rows, each started when a row first asks for it: a start takes as long as a row."""
+"""Arms that stand for several rows, each started when a row first asks for it: a start takes as long as a row.
+
+All that stand serve one model. Those that would spin while nobody asks them anything are stopped meanwhile, so that six
+of them, some thirty processes, leave two cores to the one whose turn it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter, process_time
 
 import aiohttp
 
-from benchmarks.arms import Arm, agg, ours_agg, ours_disagg, stock
+from benchmarks import checkpoints
+from benchmarks.arms import Arm, agg, close_all, ours_agg, ours_disagg, stock
 from benchmarks.figures import Row
 from benchmarks.load import Told, ask, chat
 
@@ -21,41 +28,83 @@ START: Mapping[str, Callable[[Path], Arm]] = {
     "OURS-agg": ours_agg,
     "OURS-disagg": ours_disagg,
 }
+ALONE = ("AGG", "OURS-disagg")
+"""Started one after the other, before all else: how long that takes is a row of its own."""
 WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
 
 
+@dataclass(frozen=True)
+class Starts:
+    """Of `ALONE`, with nothing else at work: seconds to the first answer, and what that said, by arm."""
+
+    model: str
+    seconds: dict[str, float]
+    said: dict[str, str]
+
+
 class Standing:
-    """All serve one model. `arms` starts those that do not stand yet and ends those that a row does not need; `close`
-    ends them all. They can be asked for again."""
+    """`arms` starts those that do not stand yet and ends those that a row does not need; `close` ends them all. They
+    can be asked for again."""
 
-    def __init__(self, model: Callable[[], Path]):
-        self._model = model
+    def __init__(self, directory: Callable[[str], Path] = checkpoints.directory):
+        """``directory`` of a model, by its name."""
+        self._directory = directory
+        self._model = ""
         self._arms: dict[str, Arm] = {}
+        self.starts: list[Starts] = []
+        """All that there were so far."""
 
-    def arms(self, row: Row, names: Sequence[str]) -> dict[str, Arm]:
-        """By name, in this order. The row is told their commands."""
-        for name in self._arms.keys() - set(names):
-            self._arms.pop(name).close()  # they would take memory, and some of a core
-        for name in names:
-            if name not in self._arms:
-                self._arms[name] = START[name](self._model()).__enter__()
-                self._arms[name].pause()
+    def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
+        """By name, in this order. The row is told their commands. Raises RuntimeError for one that does not start."""
+        unneeded = [name for name in self._arms if model != self._model or name not in names]
+        close_all([self._arms.pop(name) for name in unneeded])  # they would take memory, and some of a core
+        self._model = model
+        self._start([name for name in names if name not in self._arms])
         row.notes += [f"`{command}`" for name in names for command in self._arms[name].commands]
         return {name: self._arms[name] for name in names}
 
     def close(self) -> None:
-        while self._arms:
-            self._arms.popitem()[1].close()
+        close_all([self._arms.pop(name) for name in list(self._arms)])
+
+    def _start(self, names: Sequence[str]) -> None:
+        """`ALONE` first; then those that need no more than their imports, and those that spin, each at once."""
+        nothing_else = not self._arms
+        alone = [name for name in ALONE if name in names]
+        for name in alone:
+            self._together([name])
+        if nothing_else and len(alone) == len(ALONE):
+            seconds = {name: self._arms[name].seconds_to_answer for name in alone}
+            said = {name: self._arms[name].first_said for name in alone}
+            self.starts.append(Starts(self._model, seconds, said))
+        others = [name for name in names if name not in alone]
+        self._together([name for name in others if not name.startswith("STOCK")])
+        self._together([name for name in others if name.startswith("STOCK")])
+
+    def _together(self, names: Sequence[str]) -> None:
+        """Most of a start is imports, one after the other: two arms at once use two cores."""
+        made = {name: START[name](self._directory(self._model)) for name in names}  # now: they choose free ports
+        try:
+            for arm in made.values():
+                arm.begin()
+            for name, arm in made.items():
+                arm.wait()
+                arm.pause()
+                self._arms[name] = arm
+        except BaseException:
+            close_all([arm for name, arm in made.items() if name not in self._arms])
+            raise
 
 
 @asynccontextmanager
-async def turn(client: aiohttp.ClientSession, arm: Arm) -> AsyncIterator[None]:
-    """One arm's turn. One that stood still answers a question first that is not timed: it has to wake up."""
+async def turn(client: aiohttp.ClientSession, arm: Arm, row: Row) -> AsyncIterator[None]:
+    """One arm's turn. Each answers a question first that is not timed: one that stood still has to wake up, and what is
+    done for one is done for all. The row is told what the client takes of a core from then on."""
     arm.resume()
     try:
-        if arm.spins:
-            await ask(client, arm.url, chat("Awake?", tokens=2))
+        await ask(client, arm.url, chat("Awake?", tokens=2))
+        began, busy = perf_counter(), process_time()
         yield
+        row.client.append((process_time() - busy) / (perf_counter() - began))
     finally:
         arm.pause()
 

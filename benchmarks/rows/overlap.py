@@ -10,53 +10,64 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 import aiohttp
 
+from benchmarks import checkpoints
 from benchmarks.arms import Arm, ours_disagg
+from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios, shown
 from benchmarks.load import Told, ask, chat, picture, session
+from benchmarks.standing import Standing, agree, turn
 from benchmarks.traces import Span, Traces, new_trace, overlap
 
 NUMBER = 8
 TITLE = "time to first token, four pictures"
 PICTURES = 4
 TOKENS = 8
-WARM_UP = 2
+WARM_UP = 1
 QUESTION = "What is in these pictures?"
 ENCODE, PREFILL = "EncodeWorker.encode", "PrefillWorker.prefill"
 
 
-async def measure(model: Path, repeats: int) -> Row:
-    """One graph whose pictures are encoded one by one, so that there is something to overlap."""
+async def measure(standing: Standing, repeats: int) -> Row:
+    """One graph whose pictures are encoded one by one, so that there is something to overlap. What AGG says to the same
+    questions was heard before."""
     load = f"{PICTURES} new pictures a question, each encoded by itself, one client, {repeats} repeats"
-    row = Row(NUMBER, TITLE, f"{model.name}, {load}")
-    whole: list[Told] = []
-    pieces: list[Told] = []
+    row = Row(NUMBER, TITLE, f"{SERVED}, {load}")
+    kinds = ("whole", "pieces")
+    told: dict[str, dict[str, list[Told]]] = {name: {kind: [] for kind in kinds} for name in ("AGG", "OURS-disagg")}
     traces: list[list[Span]] = []
-    with (
-        Traces() as collector,
-        ours_disagg(model, "--EncodeWorker.max-batch=1", environment=collector.environment) as arm,
-    ):
-        row.notes += [f"`{command}`" for command in arm.commands]
-        async with session() as client:
+    agg = standing.arms(row, SERVED, ("AGG",))["AGG"]
+    async with session() as client:
+        async with turn(client, agg, row):
+            for repeat in range(WARM_UP, WARM_UP + repeats):
+                for kind in kinds:
+                    told["AGG"][kind].append(await _whole(client, agg, _pictures(repeat, kind), {}))
+        with (
+            Traces() as collector,
+            ours_disagg(
+                checkpoints.directory(SERVED), "--EncodeWorker.max-batch=1", environment=collector.environment
+            ) as arm,
+        ):
+            row.notes += [f"`{command}`" for command in arm.commands]
             for repeat in range(WARM_UP + repeats):
-                told = {}
-                for kind in ("whole", "pieces") if repeat % 2 else ("pieces", "whole"):
+                for kind in kinds if repeat % 2 else reversed(kinds):
                     trace, headers = new_trace()
                     send = _in_pieces if kind == "pieces" else _whole
                     urls = _pictures(repeat, kind)
-                    told[kind] = await send(client, arm, urls, headers)
-                    if kind == "pieces" and (await _whole(client, arm, urls, {})).text != told[kind].text:
-                        row.void = "an answer differs where its question was asked in pieces"
-                    elif kind == "whole" and not told[kind].failed and repeat >= WARM_UP:
+                    async with turn(client, arm, row):
+                        answer = await send(client, arm, urls, headers)
+                    if repeat < WARM_UP:
+                        continue
+                    told["OURS-disagg"][kind].append(answer)
+                    if kind == "whole" and not answer.failed:
                         traces.append(await collector.trace(trace, {ENCODE: PICTURES, PREFILL: 1}))
-                if repeat >= WARM_UP:
-                    whole.append(told["whole"])
-                    pieces.append(told["pieces"])
-    fill(row, whole, pieces, traces)
+    for kind in kinds:
+        agree(row, {name: of[kind] for name, of in told.items()})
+    if not row.void:
+        fill(row, *told["OURS-disagg"].values(), traces)
     return row
 
 
@@ -82,10 +93,6 @@ async def _in_pieces(client: aiohttp.ClientSession, arm: Arm, urls: Sequence[str
 
 def fill(row: Row, whole: Sequence[Told], pieces: Sequence[Told], traces: Sequence[Sequence[Span]]) -> None:
     """The graph's own figure is its time to first token against the same with what overlaps laid end to end."""
-    failed = [one.failed for one in (*whole, *pieces) if one.failed]
-    if failed:
-        row.void = f"{len(failed)} questions failed: {failed[0]}"
-        return
     first = [one.first for one in whole]
     encodes = [[span for span in trace if span.name == ENCODE] for trace in traces]
     prefills = [[span for span in trace if span.name == PREFILL] for trace in traces]

@@ -9,27 +9,31 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Mapping
+from typing import Any
 
 import aiohttp
 
 from benchmarks.arms import Arm
+from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import Told, ask, chat, picture, prompt_tokens, session
-from benchmarks.standing import WITHOUT_STOCK, Standing, agree, turn
+from benchmarks.standing import Standing, agree, turn
 
 NUMBER = 5
 TITLE = "time to first token, picture seen before"
 TOKENS = 8
-WARM_UP = 2
+WARM_UP = 1
 QUESTIONS = ("What is in it?", "Which colour?!")
 """As long as each other."""
+ARMS = ("AGG", "OURS-agg", "OURS-disagg")
 FIRST, SEEN, TEXT = "new picture", "seen before", "text of the same length"
 
 
 async def measure(standing: Standing, repeats: int) -> Row:
     """Every arm is asked about each picture twice, and about a text; the last two change places."""
-    row = Row(NUMBER, TITLE, f"one client, {repeats} repeats, a picture and another question about it")
-    arms = standing.arms(row, WITHOUT_STOCK)
+    load = f"{SERVED}, one client, {repeats} repeats, a picture and another question about it, one worker a stage"
+    row = Row(NUMBER, TITLE, load)
+    arms = standing.arms(row, SERVED, ARMS)
     async with session() as client:
         length = await filler(client, arms["OURS-disagg"])
         lengths = {
@@ -40,7 +44,7 @@ async def measure(standing: Standing, repeats: int) -> Row:
         row.setting += f", prompts of {max(lengths)} tokens"
         if len(lengths) > 1:
             row.void = f"prompts of different lengths: {sorted(lengths)}"
-        told = await by_turns(client, arms, length, repeats)
+        told = await by_turns(client, arms, length, repeats, row)
     for kind in (FIRST, SEEN, TEXT):
         agree(row, {name: of[kind] for name, of in told.items()})
     fill(row, told)
@@ -48,15 +52,16 @@ async def measure(standing: Standing, repeats: int) -> Row:
 
 
 async def by_turns(
-    client: aiohttp.ClientSession, arms: Mapping[str, Arm], length: int, repeats: int
+    client: aiohttp.ClientSession, arms: Mapping[str, Arm], length: int, repeats: int, row: Row
 ) -> dict[str, dict[str, list[Told]]]:
     """arm → kind → answers."""
     told: dict[str, dict[str, list[Told]]] = {name: {FIRST: [], SEEN: [], TEXT: []} for name in arms}
     for repeat in range(WARM_UP + repeats):
+        bodies = {kind: asked(kind, repeat, length) for kind in (FIRST, SEEN, TEXT)}
         for name, arm in arms.items():
-            async with turn(client, arm):
+            async with turn(client, arm, row):
                 for kind in (FIRST, *((SEEN, TEXT) if repeat % 2 else (TEXT, SEEN))):
-                    answer = await ask(client, arm.url, asked(kind, repeat, length))
+                    answer = await ask(client, arm.url, bodies[kind])
                     if repeat >= WARM_UP:
                         told[name][kind].append(answer)
     return told
@@ -68,7 +73,7 @@ async def filler(client: aiohttp.ClientSession, arm: Arm) -> int:
     return seen - await prompt_tokens(client, arm.url, asked(TEXT, 10**6 - 1, 0))
 
 
-def asked(kind: str, repeat: int, length: int) -> dict[str, object]:
+def asked(kind: str, repeat: int, length: int) -> dict[str, Any]:
     """A body whose first words no other has."""
     chance = random.Random(f"{kind} {repeat}")
     words = "".join(chance.choices(string.ascii_lowercase, k=16))

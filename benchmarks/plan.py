@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a report in the order in which they are measured, and what each of them costs.
+
+Rows that need no arm, or their own, come first. Then those that share arms, a model at a time: a start takes as long as
+a row. The seconds are expected ones, starts included, on two quiet cores: an engine's imports take 10 s of a core in
+each of its processes, so one ``vllm serve`` is up after 42 s, the disaggregated graph after 36 to 40, Dynamo's stages
+after 70, and two arms that are started at once after 40. A first run in a clone writes the models too, a minute in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from benchmarks.rows import (
+    added,
+    answer,
+    copies,
+    encoder,
+    goodput,
+    kv,
+    overlap,
+    pictures,
+    repeated,
+    start,
+    storm,
+    texts,
+    transfer,
+    weights,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row. ``stands``: it asks for arms that other rows ask for too."""
+
+    row: ModuleType
+    repeats: int
+    seconds: int
+    started: str
+    """What it starts, where it is measured in its turn."""
+    stands: bool = False
+
+    @property
+    def number(self) -> int:
+        return int(self.row.NUMBER)
+
+    @property
+    def title(self) -> str:
+        return str(self.row.TITLE)
+
+
+PLAN = (
+    Step(transfer, 15, 50, "three owners of memory, and five more one after the other"),
+    Step(weights, 5, 75, "five encoders, one after the other"),
+    Step(encoder, 5, 165, "seven encode stages: three of the tiny tower, two of each larger one"),
+    Step(texts, 5, 60, "nothing: it runs in the client's process"),
+    Step(pictures, 5, 50, "nothing: it runs in the client's process"),
+    Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
+    Step(copies, 5, 75, "two graphs with five image workers each"),
+    Step(answer, 10, 280, "all six arms, tiny", stands=True),
+    Step(kv, 12, 150, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
+    Step(repeated, 8, 40, "nothing: AGG-tuned is ended", stands=True),
+    Step(storm, 5, 65, "nothing: OURS-agg is ended", stands=True),
+    Step(goodput, 5, 290, "STOCK, S/16", stands=True),
+    Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
+    Step(start, 5, 260, "AGG and OURS-disagg three times, tiny; two starts of theirs were seen above", stands=True),
+)
+
+
+def in_order(numbers: Sequence[int]) -> list[Step]:
+    """Those of the plan that are asked for; all of them where none is."""
+    return [step for step in PLAN if not numbers or step.number in numbers]
+
+
+def table(steps: Sequence[Step]) -> Iterator[str]:
+    """The plan as lines of Markdown."""
+    yield "| row | what | repeats | starts | seconds, about |"
+    yield "|---|---|---|---|---|"
+    for step in steps:
+        yield f"| {step.number} | {step.title} | {step.repeats} | {step.started} | {step.seconds} |"
+    yield f"| | | | | {sum(step.seconds for step in steps)} |"

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the report: its order, what becomes of a row that fails, and what is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import fire, plan, report, scale
+from benchmarks.arms import ROOT
+from benchmarks.figures import Goal, Row, Samples
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.obedient import Obedient
+
+READMES = (ROOT / "README.md").read_text() + (report.HERE / "README.md").read_text()
+
+
+class StandingDouble:
+    """Notes that it was closed."""
+
+    def __init__(self, log: list[str]):
+        self._log = log
+
+    def close(self) -> None:
+        self._log.append("close")
+
+
+def measuring(log: list[str], number: int, error: Exception | None = None) -> Any:
+    """A row in the place of a real one."""
+
+    async def measure(repeats: int) -> Row:
+        log.append(f"{number} by {repeats}")
+        if error is not None:
+            raise error
+        return Row(number, f"title {number}", "setting", goals=[Goal("a goal", [1.0], "≤", 2.0)])
+
+    return measure
+
+
+def test_rows_that_share_arms_run_together_and_others_without_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(command, "ROWS", {step.number: measuring(log, step.number) for step in plan.PLAN})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    rows = [str(number) for row in (12, 2, 9, 1) for number in ("--row", row)]
+    assert command.main(["--output", str(tmp_path), "--repeats", "6", *rows]) == 0
+    assert log == ["close", "2 by 6", "1 by 6", "9 by 6", "12 by 6", "close"]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [row["number"] for row in written["rows"]] == [1, 2, 9, 12], "in the report they are in order"
+    assert [row["load"] for row in written["rows"]] == [[pytest.approx(0, abs=1e3)] * 2] * 4
+    assert written["command"].endswith("--row 12 --row 2 --row 9 --row 1")
+    told = capsys.readouterr()
+    assert "| 12 | title 12: a goal | 1.00 times (1.00 … 1.00); goal ≤ 2.00 times | yes |" in told.out
+    assert "| 9 | prefill to decode, time to first token of a text | 12 |" in told.err, "the plan comes first"
+    assert "; 4 of 4 rows, 0 min gone, about 0 left" in told.err.splitlines()[-1]
+
+
+def test_a_row_that_fails_is_said_and_the_next_one_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+    error = RuntimeError("AGG: a process ended:\nTraceback\nValueError: no | such model\n")
+    monkeypatch.setattr(command, "ROWS", {1: measuring(log, 1, error), 9: measuring(log, 9)})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "9"]) == 1
+    assert log == ["1 by 10", "close", "9 by 12", "close"], "the arms of a row that failed are ended"
+    failed, measured = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert failed["missing"] == "AGG: a process ended: … ValueError: no | such model"
+    assert (failed["met"], measured["met"]) == (False, True)
+    title = "| 1 | whole answer, one client |"
+    told = capsys.readouterr()
+    assert f"{title} AGG: a process ended: … ValueError: no / such model | **not measured** |" in told.out
+    assert "row 1: 0 s of 280 planned, not measured: AGG" in told.err
+
+
+def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def interrupted(repeats: int) -> Row:
+        raise SystemExit(143)
+
+    log: list[str] = []
+    monkeypatch.setattr(command, "ROWS", {1: measuring(log, 1), 9: interrupted})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    with pytest.raises(SystemExit):
+        command.main(["--output", str(tmp_path), "--row", "1", "--row", "9"])
+    assert log == ["1 by 10", "close"]
+    assert [row["number"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]] == [1]
+    assert "| 1 | title 1: a goal |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_row_that_waits_for_a_line_that_never_comes_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def waiting(repeats: int) -> Row:
+        sleeper = Obedient("a sleeper", [sys.executable, "-c", "import time; time.sleep(600)"])
+        try:
+            sleeper.answer()
+        finally:
+            sleeper.kill()
+        raise AssertionError("it never answers")
+
+    monkeypatch.setattr(command, "ROW_SECONDS", 0.5)
+    assert command.measured(plan.PLAN[0], waiting, 5).missing == "it was not done after 0.5 s"
+
+
+def test_every_row_has_its_place_in_the_plan() -> None:
+    assert len(plan.PLAN) == len(command.ROWS) and {step.number for step in plan.PLAN} == command.ROWS.keys()
+    assert min(step.repeats for step in plan.PLAN) >= 5
+    stands = [step.stands for step in plan.PLAN]
+    assert stands == sorted(stands), "arms that stand would disturb rows that need none"
+    assert sum(step.seconds for step in plan.PLAN) < 30 * 60
+    assert plan.in_order([9, 3]) == [plan.PLAN[0], plan.PLAN[8]] and plan.in_order([]) == [*plan.PLAN]
+
+
+def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--plan", "--row", "3"]) == 0
+    (*_, row, total) = capsys.readouterr().out.splitlines()
+    assert row.startswith("| 3 | embedding hand-off, digest checked | 15 | three owners of memory")
+    assert (row[-6:], total) == ("| 50 |", "| | | | | 50 |")
+
+
+@pytest.mark.parametrize("given", [["--repeats", "4"], ["--row", "15"], ["--record", "--row", "1"]])
+def test_what_is_no_report_is_refused(given: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.options_of(given)
+    assert ended.value.code == 2
+
+
+def test_a_report_says_under_which_conditions_it_was_made(tmp_path: Path) -> None:
+    row = Row(1, "t", "s", goals=[Goal("shown", [2.0])], client=[0.02, 0.08, 0.09], load=[0.5, 2.0], seconds=61.0)
+    assert not row.met, "what is shown is no goal"
+    text = report.write([row], "a command", tmp_path)
+    assert "| 1 | t: shown | 2.00 times (2.00 … 2.00) | no goal |" in text
+    assert (
+        "61 s; load average 0.50 before, 2.00 at the end; the client took 8.0% of a core, 9.0% at most, **more" in text
+    )
+    about = json.loads((tmp_path / "report.json").read_text())["machine"]
+    assert len(about["load"]) == 3 and "commit" in about
+
+
+def test_a_report_is_recorded_as_it_is(tmp_path: Path) -> None:
+    made, kept = tmp_path / "made", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "README.md").write_text(f"before\n{report.BEGIN}\nan older one\n{report.END}\nafter\n")
+    row = Row(1, "t", "s", [Samples("a", [1.0, 2.0], "ms")], [Goal("g", [1.0], "≤", 1.0)])
+    text = report.write([row], "a command", made)
+    for _ in range(2):
+        report.record(made, kept)
+    shown = text.replace("(row-1.png)", "(report/row-1.png)")
+    assert (kept / "README.md").read_text() == f"before\n{report.BEGIN}\n{shown}{report.END}\nafter\n"
+    assert sorted(file.name for file in (kept / "report").iterdir()) == ["report.json", "row-1.png"]
+    readme = (report.HERE / "README.md").read_text()
+    assert readme.count(report.BEGIN) == readme.count(report.END) == 1
+
+
+@pytest.mark.parametrize("made", sorted(set(re.findall(r"`(make bench[^`]*)`", READMES))))
+def test_make_bench_is_the_run_that_the_readmes_mean(made: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", made.replace("make", "make -n", 1)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    (arguments,) = re.findall(r"-m benchmarks\b(.*)$", done.stdout, re.MULTILINE)
+    options = command.options_of(shlex.split(arguments))
+    rows = re.search(r'ROW="?([\d ]+)', made)
+    assert options.row == ([int(row) for row in rows[1].split()] if rows else [])
+    for name in ("plan", "tuned", "record"):
+        assert getattr(options, name) is (f"--{name}" in made)
+
+
+def test_benchmarks_of_their_own_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"benchmarks.fire": fire.main, "benchmarks.scale": scale.main, "benchmarks.gpu": gpu.main}
+    assert set(re.findall(r"`\.venv/bin/python -m (benchmarks[.\w]*)`", READMES)) == known.keys()
+    for name, main in known.items():
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        assert f"python -m {name} " in capsys.readouterr().out

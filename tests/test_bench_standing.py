@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms that stand for several rows, those that are paused, and what their starts and their rest are worth."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import arms as arms_module
+from benchmarks import checkpoints, standing
+from benchmarks.arms import PAUSE_SECONDS, Arm
+from benchmarks.figures import Row
+from benchmarks.rows import answer, start
+from benchmarks.standing import Standing, Starts
+from tests.serving import eventually
+
+
+class ArmDouble:
+    """Notes what was done to it; starts nothing."""
+
+    def __init__(self, name: str, log: list[str], seconds: float = 0.0, said: str = "yes", broken: bool = False):
+        self.name, self._log, self.seconds_to_answer, self.first_said = name, log, seconds, said
+        self.commands = [f"serve {name}"]
+        self._broken = broken
+
+    def __enter__(self) -> ArmDouble:
+        self.begin()
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self) -> None:
+        self._log.append(f"start {self.name}")
+
+    def wait(self) -> None:
+        if self._broken:
+            raise RuntimeError(f"{self.name}: a process ended:\nTraceback\nValueError: no such model")
+        self._log.append(f"{self.name} answers")
+
+    def close(self) -> None:
+        self._log.append(f"end {self.name}")
+
+    def pause(self) -> None:
+        self._log.append(f"{self.name} rests")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done to `ArmDouble`s, which stand for every arm."""
+    done: list[str] = []
+    doubles = {name: lambda _, name=name: ArmDouble(name, done, 40.0) for name in standing.START}
+    monkeypatch.setattr(standing, "START", doubles)
+    monkeypatch.setattr(start, "START", doubles)
+    return done
+
+
+def test_an_arm_starts_once_and_stands_while_rows_need_it(log: list[str]) -> None:
+    arms, row = Standing(Path), Row(1, "t", "s")
+    assert list(arms.arms(row, "tiny", ("OURS-agg", "AGG"))) == ["OURS-agg", "AGG"]
+    first = ["start AGG", "AGG answers", "AGG rests", "start OURS-agg", "OURS-agg answers", "OURS-agg rests"]
+    assert log == first, "AGG begins: nothing else is at work then"
+    assert list(arms.arms(row, "tiny", ("AGG", "OURS-disagg"))) == ["AGG", "OURS-disagg"]
+    assert log[6:8] == ["end OURS-agg", "start OURS-disagg"], "whom a row does not need it does not keep"
+    assert row.notes == ["`serve OURS-agg`", "`serve AGG`", "`serve AGG`", "`serve OURS-disagg`"]
+    del log[:]
+    arms.arms(row, "larger", ("AGG",))
+    assert set(log[:2]) == {"end AGG", "end OURS-disagg"} and log[2] == "start AGG", "another model, other arms"
+    arms.close()
+    assert log[-1] == "end AGG"
+    arms.arms(row, "larger", ("AGG",))
+    assert log[-1] == "AGG rests", "closed ones can be asked for again"
+
+
+def test_arms_that_only_import_start_at_once_and_those_that_spin_come_last(log: list[str]) -> None:
+    Standing(Path).arms(Row(1, "t", "s"), "tiny", tuple(standing.START))
+    begun = [line.removeprefix("start ") for line in log if line.startswith("start ")]
+    assert begun == ["AGG", "OURS-disagg", "AGG-tuned", "OURS-agg", "STOCK", "STOCK-tuned"]
+    assert log[log.index("start AGG-tuned") + 1] == "start OURS-agg", "it does not wait for the other's answer"
+    assert log.index("OURS-agg answers") < log.index("start STOCK") < log.index("start STOCK-tuned")
+    assert log.index("start STOCK-tuned") < log.index("STOCK answers")
+
+
+def test_starts_are_a_pair_only_where_nothing_else_was_at_work(log: list[str]) -> None:
+    arms, row = Standing(Path), Row(1, "t", "s")
+    arms.arms(row, "tiny", ("AGG", "OURS-disagg", "STOCK"))
+    assert arms.starts == [Starts("tiny", {"AGG": 40.0, "OURS-disagg": 40.0}, {"AGG": "yes", "OURS-disagg": "yes"})]
+    arms.arms(row, "tiny", ("STOCK",))
+    arms.arms(row, "tiny", ("STOCK", "AGG", "OURS-disagg"))
+    arms.arms(row, "larger", ("AGG",))
+    assert len(arms.starts) == 1
+
+
+def test_an_arm_that_does_not_start_leaves_the_others(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    doubles = dict(standing.START) | {"AGG-tuned": lambda _: ArmDouble("AGG-tuned", log, broken=True)}
+    monkeypatch.setattr(standing, "START", doubles)
+    arms = Standing(Path)
+    with pytest.raises(RuntimeError, match="AGG-tuned: a process ended"):
+        arms.arms(Row(1, "t", "s"), "tiny", ("AGG", "AGG-tuned", "OURS-agg"))
+    assert set(log[-2:]) == {"end AGG-tuned", "end OURS-agg"}, "what was begun beside it is ended, what stands is not"
+    arms.close()
+    assert log[-1] == "end AGG"
+
+
+def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
+    registered = tmp_path / "instances" / "worker"
+    registered.parent.mkdir()
+    registered.touch()
+    arm = Arm("double", [], 1, spins=True, discovery=tmp_path)
+    arm._processes.append(subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True))
+    try:
+        arm.pause()
+        assert registered.stat().st_mtime > time.time() + PAUSE_SECONDS / 2
+        (process,) = arm.processes()
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, "a stopped process", 20)
+        arm.resume()
+        eventually(lambda: process.status() != psutil.STATUS_STOPPED, "a process that goes on", 20)
+    finally:
+        arm.close()
+
+
+def test_what_rests_is_measured_with_all_of_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(answer, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(answer, "IDLE_REPEATS", 2)
+    monkeypatch.setattr(arms_module, "WORK", tmp_path)
+    busy, quiet = "while True: pass", "import time; time.sleep(600)"
+    double = Arm("double", [([sys.executable, "-c", one], {}) for one in (busy, quiet)], 1)
+    double.begin()
+    try:
+        shares = asyncio.run(answer.at_rest([double]))
+    finally:
+        double.close()
+    assert len(shares["double"]) == 2 and 0.05 < min(shares["double"]) <= max(shares["double"]) < 1.5
+
+
+def test_starts_are_taken_by_turns_and_who_begins_changes(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "directory", Path)
+    row = asyncio.run(start.measure(Standing(Path), 2))
+    begun = [line for line in log if line.startswith(("start", "end"))]
+    ours, agg = ["start OURS-disagg", "end OURS-disagg"], ["start AGG", "end AGG"]
+    assert begun == [*ours, *agg, *agg, *ours]
+    assert row.setting.endswith("; pairs of 2 on llava-tiny")
+    assert row.goals[0].values == pytest.approx([1.0, 1.0]) and row.met
+
+
+def test_starts_of_other_rows_count_and_only_the_others_are_made(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "directory", Path)
+    arms = Standing(Path)
+    arms.arms(Row(1, "t", "s"), "larger", tuple(standing.START))
+    del log[:]
+    row = asyncio.run(start.measure(arms, 2))
+    begun = [line for line in log if line.startswith("start")]
+    assert begun == ["start AGG", "start OURS-disagg"]
+    assert max(place for place, line in enumerate(log) if line == "end STOCK") < log.index("start AGG")
+    assert row.setting.endswith("; pairs of 1 on larger, 1 on llava-tiny")
+
+
+def test_first_answers_that_differ_make_the_starts_void() -> None:
+    row = Row(12, "t", "s")
+    start.fill(row, [Starts("tiny", {"AGG": 40.0, "OURS-disagg": 44.0}, {"AGG": "a", "OURS-disagg": "b"})])
+    assert row.void == "1 of 1 first answers are not AGG's" and row.goals[0].median == pytest.approx(1.1)
