@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = ""
     with closing(STANDING):
         for place, step in enumerate(steps):
+            print(f"row {step.number}: {step.title}, about {step.seconds} s", file=sys.stderr, flush=True)
             if not step.stands:
                 STANDING.close()
             row = measured(step, ways[step.number], options.repeats or step.repeats)

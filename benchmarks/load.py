@@ -106,5 +106,6 @@ async def at_rate(rate: float, seconds: float, seed: int, one: Callable[[int], A
 
 
 def session() -> aiohttp.ClientSession:
-    """For every arm; connections are kept."""
-    return aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
+    """For every arm; connections are kept, but for less time than the servers keep them (uvicorn 5 s): a question
+    would fail on one that its server is just closing."""
+    return aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0))

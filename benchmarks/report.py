@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -83,9 +84,10 @@ def record(output: Path, directory: Path = HERE) -> None:
     kept = directory / "report"
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir()
-    for file in (output / "report.json", *sorted(output.glob("row-*.png"))):
-        shutil.copy(file, kept)
-    text = (output / "report.md").read_text().replace("](row-", "](report/row-")
+    text = (output / "report.md").read_text()
+    for name in ("report.json", *re.findall(r"\]\((row-\d+\.png)\)", text)):  # plots of other runs may lie there too
+        shutil.copy(output / name, kept)
+    text = text.replace("](row-", "](report/row-")
     readme = directory / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -150,6 +150,7 @@ def test_a_report_is_recorded_as_it_is(tmp_path: Path) -> None:
     (kept / "README.md").write_text(f"before\n{report.BEGIN}\nan older one\n{report.END}\nafter\n")
     row = Row(1, "t", "s", [Samples("a", [1.0, 2.0], "ms")], [Goal("g", [1.0], "≤", 1.0)])
     text = report.write([row], "a command", made)
+    (made / "row-2.png").write_text("of another run")
     for _ in range(2):
         report.record(made, kept)
     shown = text.replace("(row-1.png)", "(report/row-1.png)")
