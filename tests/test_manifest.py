@@ -20,7 +20,9 @@ from dynamo_epd.sdk.deployment import builds, images, manifest
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, placed
+from dynamo_epd.sdk.serve import DEFAULT_DRAIN
 from dynamo_epd.sdk.service import info_of
+from dynamo_epd.sdk.supervisor import KILL_GRACE
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import CRDS, Refused, check, schema_of
 from tests.manifests import unrestricted
@@ -174,6 +176,13 @@ def test_probes_stand_where_the_operator_probes() -> None:
         for probe, path in (("startupProbe", "/live"), ("livenessProbe", "/live"), ("readinessProbe", "/health")):
             assert main[probe]["httpGet"] == {"path": path, "port": port, "scheme": "HTTP"}
         assert ("--port" in main["args"]) == (name == "Frontend")
+
+
+def test_a_frontend_still_answers_while_proxies_learn_that_it_leaves() -> None:
+    for name, one in components(rendered("disagg.yaml")).items():
+        stop = main_of(one).get("lifecycle", {}).get("preStop")
+        assert stop == ({"exec": {"command": ["sleep", "5"]}} if name == "Frontend" else None)
+    assert manifest.LEAVING_SECONDS + DEFAULT_DRAIN + KILL_GRACE < manifest.GRACE_SECONDS
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -35,8 +35,10 @@ BUILD = "dynamo-epd/build"
 ORDER = "dynamo-epd/order"
 MAX_COMPONENTS = 25
 MAX_LABEL = 63
+LEAVING_SECONDS = 5
+"""In which a frontend that must go answers as before: Services and proxies learn of it only by and by."""
 GRACE_SECONDS = 60
-"""For a pod to end: `dynamo serve` lets running requests finish for 30 s and ends what is left 20 s later."""
+"""For a pod to end: those, 30 s in which `dynamo serve` lets running requests finish, 20 s for what is left."""
 SHARED_MEMORY, SHARED_MEMORY_WITH_GPU = "1Gi", "8Gi"
 TEMPORARY = "/tmp"
 """All that a pod of an image of ours may write to, its home included: a volume of its own that goes with the pod."""
@@ -169,6 +171,9 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
         main["resources"] = resources
     scheme = "HTTPS" if getattr(one.config, "tls", None) is not None else "HTTP"
     main |= _probes(HTTP_PORT if kind == "frontend" else SYSTEM_PORT, scheme if kind == "frontend" else "HTTP")
+    if kind == "frontend":
+        # Not preStop.sleep, which Kubernetes has from 1.30 on.
+        main["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(LEAVING_SECONDS)]}}}
     main |= _fence_of_container(ours=not named)
     template: dict[str, Any] = {
         "spec": {
