@@ -245,6 +245,24 @@ def test_a_client_that_reads_slowly_gets_all(port: int) -> None:
     assert open_streams == 0
 
 
+def test_a_second_reply_is_not_judged_by_what_was_unread_of_the_first(port: int) -> None:
+    def read(connection: socket.socket, size: int, slowly_until: float) -> None:
+        connection.sendall(f"GET /whole?size={size} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        said = connection.recv(PIECE)
+        left = size + said.index(b"\r\n\r\n") + 4 - len(said)
+        while left:
+            piece = connection.recv(min(left, PIECE))
+            assert piece, left
+            left -= len(piece)
+            if time.monotonic() < slowly_until:
+                time.sleep(0.01)
+
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        read(connection, 8_000_000, slowly_until=0)
+        # More than the first is unread when a watch that the first began would end.
+        read(connection, 24_000_000, slowly_until=time.monotonic() + 2 * Impatient.unread_seconds)
+
+
 def test_a_stream_that_has_nothing_to_say_is_not_one_that_nobody_reads(port: int) -> None:
     with httpx.stream("GET", f"http://127.0.0.1:{port}/stream?pieces=3&pause=0.8") as reply:
         assert len(reply.read()) == 3 * PIECE

@@ -138,9 +138,10 @@ class BoundedConnection(HttpToolsProtocol):
         return True
 
     def _watch_reader(self) -> None:
-        if self._reading is None:
-            self._untaken = self._unsent()
-            self._reading = self.loop.call_later(self.unread_seconds, self._judge_reader)
+        """Anew from now on: what is unsent now is the present reply's, and no longer an earlier one's."""
+        self._stop_watching()
+        self._untaken = self._unsent()
+        self._reading = self.loop.call_later(self.unread_seconds, self._judge_reader)
 
     def _stop_watching(self) -> None:
         if self._reading is not None:
