@@ -67,7 +67,9 @@ ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
     weights.NUMBER: weights.measure,
     copies.NUMBER: copies.measure,
 }
-TUNED = {goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats, goodput.TUNED)}
+TUNED: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
+    goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats, goodput.TUNED)
+}
 """With ``--tuned``, in the place of the same row of `ROWS`."""
 
 
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan:
         return 0
     command, about, began = shlex.join(["python", "-m", "benchmarks", *given]), report.machine(), time.monotonic()
-    ways = ROWS | (TUNED if options.tuned else {})
+    ways = {**ROWS, **TUNED} if options.tuned else ROWS
     rows: list[Row] = []
     text = ""
     with closing(STANDING):

@@ -53,7 +53,7 @@ async def measure(standing: Standing, repeats: int) -> Row:
         ):
             row.notes += [f"`{command}`" for command in arm.commands]
             for repeat in range(WARM_UP + repeats):
-                for kind in kinds if repeat % 2 else reversed(kinds):
+                for kind in kinds if repeat % 2 else kinds[::-1]:
                     trace, headers = new_trace()
                     send = _in_pieces if kind == "pieces" else _whole
                     urls = _pictures(repeat, kind)
@@ -67,7 +67,8 @@ async def measure(standing: Standing, repeats: int) -> Row:
     for kind in kinds:
         agree(row, {name: of[kind] for name, of in told.items()})
     if not row.void:
-        fill(row, *told["OURS-disagg"].values(), traces)
+        ours = told["OURS-disagg"]
+        fill(row, ours["whole"], ours["pieces"], traces)
     return row
 
 

@@ -6,7 +6,7 @@ Where other rows had to start both, these starts are pairs of this row too: a st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from benchmarks import checkpoints
 from benchmarks.checkpoints import TINY
@@ -24,10 +24,12 @@ async def measure(standing: Standing, repeats: int) -> Row:
     standing.close()
     model = checkpoints.directory(TINY)
     for number in range(len(pairs), repeats):
-        seconds, said = {}, {}
-        for name in ALONE if number % 2 else reversed(ALONE):
+        seconds: dict[str, float] = {}
+        said: dict[str, str] = {}
+        for name in ALONE if number % 2 else ALONE[::-1]:
             with START[name](model) as arm:
-                seconds[name], said[name] = arm.seconds_to_answer, arm.first_said
+                seconds[name] = arm.seconds_to_answer
+                said[name] = arm.first_said
                 if number == repeats - 1:
                     row.notes += [f"`{command}`" for command in arm.commands]
         pairs.append(Starts(TINY, seconds, said))
@@ -39,7 +41,7 @@ def fill(row: Row, pairs: Sequence[Starts]) -> None:
     """Void where the two do not answer alike."""
     models = [pair.model for pair in pairs]
     row.setting += "; pairs of " + ", ".join(f"{models.count(model)} on {model}" for model in sorted(set(models)))
-    seconds: Mapping[str, list[float]] = {name: [pair.seconds[name] for pair in pairs] for name in ALONE}
+    seconds = {name: [pair.seconds[name] for pair in pairs] for name in ALONE}
     row.samples += [Samples(name, of, "s") for name, of in seconds.items()]
     differ = sum(pair.said["OURS-disagg"] != pair.said["AGG"] for pair in pairs)
     if differ:
