@@ -105,9 +105,9 @@ class BesideChat(Results, ArenaOwner):
             return JSONResponse(images_reply(pictures, wanted, size_of(made[0][1]), usage))
 
     async def validate(self, request: Request) -> Response:
-        """``POST /v1/validations``, in a graph with image and embed workers."""
-        if not (self.image_worker and self.embed_worker):
-            raise NotFound("this graph has no image model, or no embedding model")
+        """``POST /v1/validations``, in a graph with a processor, image and embed workers."""
+        if not (self.processor and self.image_worker and self.embed_worker):
+            raise NotFound("this graph lacks the model for images, for chat or for embeddings")
         async with AsyncExitStack() as held:
             account = held.enter_context(self.accounted(request.state.request_id))
             held.enter_context(self.admitted())

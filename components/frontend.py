@@ -191,7 +191,7 @@ class Frontend(BesideChat):
         metrics.watch_arena(self.arena.stats, cache=False)
         if self.config.ui:
             settings = PageSettings.of_worker(
-                pictures=bool(self.image_worker and self.embed_worker),
+                pictures=bool(self.processor and self.image_worker and self.embed_worker),
                 deadline=self.config.admission.deadline,
                 upload_bytes=self.config.media.max_bytes,
                 cert_file=self.config.tls.cert_file if self.config.tls else None,

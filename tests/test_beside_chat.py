@@ -18,7 +18,7 @@ from components import beside_chat
 from components.beside_chat import BesideChat
 from components.frontend import Account
 from components.protocol import Generated, Validated
-from dynamo_epd.errors import EpdError, InvalidRequest, Overloaded, StageUnavailable
+from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.strict_json import LARGE_BODY
 
@@ -141,3 +141,11 @@ def test_a_stream_that_never_begins_gives_back_what_it_holds(kind: str) -> None:
         return freed
 
     assert asyncio.run(main()) == ["held"]
+
+
+@pytest.mark.parametrize("stage", ["processor", "image_worker", "embed_worker"])
+def test_validations_need_all_three_models(stage: str) -> None:
+    frontend = FakeFrontend()
+    setattr(frontend, stage, None)
+    with pytest.raises(NotFound, match="lacks the model"):
+        asyncio.run(frontend.validate(FakeRequest({"prompt": "a star"})))  # type: ignore[arg-type]
