@@ -2,8 +2,8 @@
 """Measures the service times of a running graph, and writes them into the trace's table.
 
 ``python -m benchmarks.planner.measure GRAPH`` asks for validations, one at a time, so that nothing waits: each goes
-through every stage. The seconds are the stages' own, ``epd_stage_run_seconds`` over what was asked here. The graph must
-have been served with ``DYN_SYSTEM_PORT`` set, or with the planner on. Exit status 2 when there is no such graph.
+through every stage. The seconds are the stages' own, ``epd_stage_run_seconds`` over what was asked here. Exit status 2
+when there is no such graph.
 """
 
 from __future__ import annotations
