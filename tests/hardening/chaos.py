@@ -28,6 +28,7 @@ import time
 from contextlib import suppress
 
 import httpx
+import psutil
 
 from tests.hardening.load import (
     CHAT,
@@ -84,8 +85,16 @@ def whole(graph: Graph) -> set[str]:
     with suppress(httpx.HTTPError, ValueError):
         found = httpx.get(f"{graph.url}/health", timeout=10).json()["stages"]
         stages = {stage for stage in STAGES if found.get(stage) == WORKERS}
-        return stages | ({"Frontend"} if len(graph.workers("Frontend")) == WORKERS else set())
+        frontends = sum(is_up(graph, index) for index in graph.workers("Frontend"))
+        return stages | ({"Frontend"} if frontends == WORKERS else set())
     return set()
+
+
+def is_up(graph: Graph, index: int) -> bool:
+    """Whether a frontend has started. None of them counts the others, and its process is there long before."""
+    with suppress(OSError, psutil.Error, AssertionError, KeyError):
+        return "epd_arena_leases" in graph.metrics("Frontend", index).names
+    return False
 
 
 class Faults:
