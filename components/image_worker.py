@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from dynamo_epd.diffusion.generator import Made, Wanted
     from dynamo_epd.diffusion.text_encoder import Conditioning, Row
-    from dynamo_epd.jobs import Job
+    from dynamo_epd.job import Job
     from dynamo_epd.metrics import Visit
 
 LEASE_SECONDS = 60.0

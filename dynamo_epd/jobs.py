@@ -40,8 +40,6 @@ from dynamo_epd.job import Job, JobState, state_of
 from dynamo_epd.sdk.nats import connect_options
 from dynamo_epd.store import new_id
 
-__all__ = ["Job", "JobQueue", "JobState", "JobsConfig", "KeyReused"]
-
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.5
@@ -53,7 +51,8 @@ DEDUPLICATION_SECONDS = 120.0
 """JetStream's own default: a message that is sent again within this long is there once."""
 TRIES = 10
 """To write a state that others write at the same time."""
-MAX_JOB_BYTES = 256 * 1024
+MAX_JOB_BYTES = 512 * 1024
+"""Two prompts of the longest kind, of characters that JSON spells with six bytes, and more."""
 JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 TOO_MANY = 10077
 """JetStream's error code of a stream that holds its most messages."""
@@ -155,12 +154,13 @@ class JobQueue:
                 await self._stream.update_stream(states, max_age=config.state_seconds, duplicate_window=window)
 
     async def close(self) -> None:
-        """Gives a job that runs here back to the queue, and disconnects."""
+        """Gives a job that runs here back to the queue, and disconnects: also where NATS is away, within seconds."""
         if self._working is not None:
             self._working.cancel()
             await asyncio.gather(self._working, return_exceptions=True)
         if self._connection is not None:
-            await self._connection.close()
+            with contextlib.suppress(NatsError, OSError):  # where NATS is away, what was still to be said to it
+                await self._connection.close()
 
     async def submit(self, tenant: str, wanted: WantedPicture, n: int, *, digest: str, key: str | None) -> JobState:
         """Accepts a job of ``n`` pictures. The same ``key`` again gives the job that it gave before.
@@ -309,14 +309,12 @@ class JobQueue:
             try:
                 with tracing.span("job", {"job.id": job.id}, kind="consumer", carrier=message.headers or {}):
                     await run(job)
-            except (asyncio.CancelledError, Overloaded, StageUnavailable) as reason:
-                # Not the job's fault: this worker leaves, or something it needs is away for a while.
-                with contextlib.suppress(KeyWrongLastSequenceError):
-                    await self._states.update(job.id, msgspec.json.encode(before.given_back()), revision)
-                leaving = isinstance(reason, asyncio.CancelledError)
-                await message.nak(None if leaving else self._config.retry_seconds)
-                if leaving:
-                    raise
+            except asyncio.CancelledError:  # this worker leaves, also where NATS is away: then it is delivered again
+                with contextlib.suppress(NatsError, OSError):
+                    await self._give_back(message, before, revision, None)
+                raise
+            except (Overloaded, StageUnavailable) as reason:  # not the job's fault: something is away for a while
+                await self._give_back(message, before, revision, self._config.retry_seconds)
                 log.info("job %s waits: %s", job.id, reason)
                 return
             except EpdError as found:
@@ -327,6 +325,12 @@ class JobQueue:
                 return
         await self._end(state, error)
         await message.ack()
+
+    async def _give_back(self, message: Any, before: JobState, revision: int, seconds: float | None) -> None:
+        """Makes a job what it was ``before`` it was begun, for a worker who takes it after ``seconds``."""
+        with contextlib.suppress(KeyWrongLastSequenceError):
+            await self._states.update(before.id, msgspec.json.encode(before.given_back()), revision)
+        await message.nak(seconds)
 
     def _hopeless(self, job: Job, state: JobState) -> EpdError | None:
         if state.attempts >= self._config.attempts:

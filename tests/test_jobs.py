@@ -15,7 +15,7 @@ import nats
 import pytest
 
 from dynamo_epd.errors import Gone, InvalidRequest, NotFound, Overloaded, StageUnavailable
-from dynamo_epd.http.images import check_images
+from dynamo_epd.http.images import MAX_IMAGES, MAX_PROMPT, check_images
 from dynamo_epd.jobs import JobQueue, JobsConfig, KeyReused
 from dynamo_epd.sdk.nats_server import nats_binary
 
@@ -130,6 +130,25 @@ def test_a_job_is_queued_runs_and_is_completed(server):
             assert (ended.status, ended.attempts, ended.error) == ("completed", 1, None)
             assert seen == [(state.id, state.pictures, "a red star", "in_progress")]
             assert len(set(state.pictures)) == 3
+
+    run(scenario())
+
+
+def test_a_job_of_the_longest_prompts_is_taken(server):
+    """Of characters that JSON spells with six bytes each."""
+
+    async def scenario():
+        async with queue(server) as front:
+            long = check_images({"prompt": "a" + "\x01" * (MAX_PROMPT - 1), "negative_prompt": "\x01" * MAX_PROMPT})
+            state = await front.submit("", long.picture, MAX_IMAGES, digest="long", key=None)
+            seen = []
+
+            async def make(job):
+                seen.append(job.wanted)
+
+            front.work(make)
+            assert (await over(front, state.id)).status == "completed"
+            assert seen == [long.picture]
 
     run(scenario())
 
@@ -419,6 +438,33 @@ def test_a_worker_that_leaves_gives_its_job_back(server):
             async with queue(server) as worker:
                 worker.work(make)
                 assert (await over(front, state.id)).attempts == 1
+
+    run(scenario())
+
+
+def test_a_worker_leaves_in_mid_job_where_nats_is_away(server, monkeypatch):
+    monkeypatch.setattr("dynamo_epd.jobs.REQUEST_SECONDS", 1.0)
+
+    async def scenario():
+        async with queue(server) as front:
+            state = await submitted(front)
+            leaving, begun = JobQueue("tests", QUICK), asyncio.Event()
+            await leaving.open(server.url)
+
+            async def long(job):
+                begun.set()
+                await asyncio.sleep(BOUND)
+
+            leaving.work(long)
+            await begun.wait()
+            server.kill()
+            async with asyncio.timeout(BOUND / 2):
+                await leaving.close()
+            await asyncio.to_thread(server.start)
+            async with queue(server) as worker:
+                worker.work(nothing)
+                ended = await over(front, state.id)
+                assert (ended.status, ended.attempts) == ("completed", 2), "nobody was told: the first is an attempt"
 
     run(scenario())
 
