@@ -42,13 +42,12 @@ from dynamo_epd.http.body import (
     ImageRef,
     check_chat,
     check_completion,
-    parse_json,
 )
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.limits import RequestBounds, guard
 from dynamo_epd.http.rates import Rates
-from dynamo_epd.http.strict_json import LARGE_BODY
+from dynamo_epd.http.strict_json import LARGE_BODY, parsed
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
@@ -75,10 +74,15 @@ class Admission:
     max_in_flight: int = 256
     deadline: float = 300.0
     """Seconds that one request may take, and that its pictures are leased for."""
+    max_readers: int = 128
+    """Stored pictures that are sent at once; each has a megabyte or two in memory. Whoever has an address may read as
+    slowly as he likes: that keeps other readers out, and nobody who asks for work. Together with ``max_in_flight`` it
+    is half of the connections that a process takes where it may open 1024 files."""
 
     def __post_init__(self) -> None:
-        if self.max_in_flight < 1:
-            raise ValueError("admission.max-in-flight must be 1 at least")
+        for name in ("max_in_flight", "max_readers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"admission.{name.replace('_', '-')} must be 1 at least")
         if not 0 < self.deadline <= MAX_LEASE_SECONDS:
             raise ValueError(f"admission.deadline must be above 0 and at most {MAX_LEASE_SECONDS:g}")
 
@@ -208,14 +212,12 @@ class Frontend(BesideChat):
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         limits = BodyLimits(max_images=self.config.media.max_images)
-        return await self._answer(request, self._chain().chat, lambda raw: check_chat(parse_json(raw), limits))
+        return await self._answer(request, self._chain().chat, lambda body: check_chat(body, limits))
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         limits = BodyLimits()
-        return await self._answer(
-            request, self._chain().complete, lambda raw: check_completion(parse_json(raw), limits)
-        )
+        return await self._answer(request, self._chain().complete, lambda body: check_completion(body, limits))
 
     def _chain(self) -> Any:
         """The processor, where the graph links one."""
@@ -277,14 +279,13 @@ class Frontend(BesideChat):
         return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(
-        self, request: Request, stage: Callable[..., Any], check: Callable[[bytes], ChatBody | CompletionBody]
+        self, request: Request, stage: Callable[..., Any], check: Callable[[dict[str, Any]], ChatBody | CompletionBody]
     ) -> Response:
         """Checks a body and passes it to a processor. What the request holds is freed when its last byte is out."""
         async with AsyncExitStack() as held:
             account = held.enter_context(self.accounted(request.state.request_id))
             held.enter_context(self.admitted())
-            raw = await request.body()
-            checked = await asyncio.to_thread(check, raw) if len(raw) > LARGE_BODY else check(raw)
+            checked = await parsed(await request.body(), check)
             images = checked.images if isinstance(checked, ChatBody) else ()
             account.images = len(images)
             message = HttpRequest(
@@ -349,6 +350,9 @@ class Frontend(BesideChat):
                 check_url(url, self.config.media)
                 pictures.append(Picture(url=url))
             image.replace(f"{REFERENCE}{index}")
+        if not bodies:
+            yield pictures
+            return
         seconds = self.config.admission.deadline
         with await unless_gone(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
             leases = []

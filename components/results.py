@@ -9,15 +9,15 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from components.image_worker import generate_request
-from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, StageUnavailable, WorkerLost
+from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, Overloaded, StageUnavailable, WorkerLost
 from dynamo_epd.http.auth import Signer
 from dynamo_epd.http.files import plan
 from dynamo_epd.http.held import HeldStream
@@ -53,6 +53,8 @@ class Results:
     """None without keys: then addresses need no signature."""
     accounted: Callable[[str], AbstractContextManager[Account]]
     admitted: Callable[[], AbstractContextManager[None]]
+    readers = 0
+    """Pictures that are being sent."""
 
     async def open_results(self, metrics: Any) -> None:
         """Opens both, and begins to sweep."""
@@ -172,7 +174,7 @@ class Results:
         """``GET`` and ``HEAD /v1/images/{id}``: the file, or the part of it that is asked for."""
         self._need_images()
         async with AsyncExitStack() as held:
-            held.enter_context(self.admitted())
+            held.enter_context(self._sending())
             stored = await self.store.head(request.state.tenant, id)
             planned = plan(stored, request.headers, request.method)
             if request.method != "GET" or planned.end == planned.start:
@@ -180,9 +182,19 @@ class Results:
             pieces = self.store.pieces(request.state.tenant, stored, planned.start, planned.end)
             await held.enter_async_context(aclosing(pieces))
             first = await anext(pieces)  # what cannot be read at all is an error, and no file that breaks off
-            reply = HeldStream(begun(first, pieces), held.pop_all(), planned.status)
-            reply.init_headers(planned.headers)  # a file's, not those of events
-            return reply
+            return HeldStream(begun(first, pieces), held.pop_all(), planned.status, planned.headers)
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """A place among the readers until the last byte is taken. They have places of their own: an address lets anyone
+        read, as slowly as he likes, and must not keep those out who ask for work."""
+        if self.readers >= self.config.admission.max_readers:
+            raise Overloaded(f"{self.readers} pictures are being sent; try again later")
+        self.readers += 1
+        try:
+            yield
+        finally:
+            self.readers -= 1
 
     async def remove_picture(self, request: Request, id: str) -> Response:
         """``DELETE /v1/images/{id}``."""

@@ -102,7 +102,11 @@ SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "pat
 
 @pytest.mark.parametrize(
     "values",
-    [{"deadline": 7200}, {"deadline": 0}, {"deadline": -1.0}, {"max_in_flight": 0}, {"deadline": float("nan")}],
+    [
+        *({"deadline": seconds} for seconds in (7200, 0, -1.0, float("nan"))),
+        {"max_in_flight": 0},
+        {"max_readers": 0},
+    ],
 )
 def test_an_admission_that_cannot_work_is_refused_at_the_start(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^admission\."):
@@ -122,6 +126,18 @@ def test_a_client_that_leaves_while_it_waits_for_room_is_noticed(one: Frontend) 
         assert slots.waiters == 0
         slots.close()
         memory.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_without_pictures_asks_for_no_room(one: Frontend) -> None:
+    def reserve(*_: Any) -> Any:
+        raise AssertionError("there is nothing to keep")
+
+    async def main() -> None:
+        one.arena = SimpleNamespace(reserve=reserve)  # type: ignore[assignment]
+        async with one._pictures(Request(SCOPE, never), ()) as pictures:
+            assert pictures == []
 
     asyncio.run(main())
 

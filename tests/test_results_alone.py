@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from components.frontend import Admission, Frontend, FrontendConfig
 from components.results import Results
-from dynamo_epd.errors import InternalError, Overloaded
+from dynamo_epd.errors import InternalError, NotFound, Overloaded
 from dynamo_epd.http.errors import answer_errors
 from dynamo_epd.store import Store, StoreConfig, new_id
 from dynamo_epd.store.store import PIECE
@@ -30,7 +30,7 @@ class Alone(Results):
 
     def __init__(self, root: Path):
         store = StoreConfig(str(root), sweep_seconds=0.01)
-        self.config = FrontendConfig(store=store, admission=Admission(max_in_flight=4))
+        self.config = FrontendConfig(store=store, admission=Admission(max_in_flight=4, max_readers=2))
         self.store = Store(store)
         self.signer = None
         self.image_worker = "a graph has one"
@@ -72,16 +72,16 @@ def body_of(sent: list[Message]) -> bytes:
     return b"".join(message.get("body", b"") for message in sent)
 
 
-def test_a_picture_is_sent_in_pieces_and_counts_until_its_last(tmp_path: Path) -> None:
+def test_a_picture_is_sent_in_pieces_and_has_a_reader_until_its_last(tmp_path: Path) -> None:
     async def scenario() -> None:
         results = Alone(tmp_path)
         stored = await results.store.put("", new_id(), DATA, "image/png", {})
         for asked, expected in (({}, DATA), ({"range": "bytes=5-1500000"}, DATA[5:1500001])):
             scope = scope_of("GET", f"/v1/images/{stored.id}", **asked)
             reply = await results.picture(Request(scope), stored.id)
-            assert results.in_flight == 1, "not before its end"
+            assert (results.readers, results.in_flight) == (1, 0), "a reader until its end, and never a request"
             sent = await answered(reply, scope)
-            assert results.in_flight == 0
+            assert results.readers == 0
             headers = dict(sent[0]["headers"])
             assert headers[b"content-length"] == str(len(expected)).encode()
             assert headers[b"content-type"] == b"image/png"
@@ -91,14 +91,14 @@ def test_a_picture_is_sent_in_pieces_and_counts_until_its_last(tmp_path: Path) -
     run(scenario)
 
 
-def test_a_client_that_leaves_before_the_first_piece_is_no_request_any_more(tmp_path: Path) -> None:
+def test_a_client_that_leaves_before_the_first_piece_is_no_reader_any_more(tmp_path: Path) -> None:
     async def scenario() -> None:
         results = Alone(tmp_path)
         stored = await results.store.put("", new_id(), DATA, "image/png", {})
         scope = scope_of("GET", f"/v1/images/{stored.id}")
         reply = await results.picture(Request(scope), stored.id)
         assert len(body_of(await answered(reply, scope, stays=False))) < len(DATA)
-        assert results.in_flight == 0
+        assert results.readers == 0
 
     run(scenario)
 
@@ -124,7 +124,7 @@ def test_a_damaged_picture_never_looks_whole(tmp_path: Path, position: int) -> N
         with pytest.raises(InternalError):
             await reply(scope, receive, send)
         assert len(body_of(sent)) < len(DATA), "the connection is cut before the length that was promised"
-        assert results.in_flight == 0
+        assert results.readers == 0
 
     run(scenario)
 
@@ -134,11 +134,31 @@ def test_what_stays_is_refused_when_too_much_is_asked_at_once(tmp_path: Path) ->
         results = Alone(tmp_path)
         results.in_flight = 4
         request = Request(scope_of("GET", "/"))
-        for ask in (results.picture, results.job, results.result, results.remove_picture):
+        for ask in (results.job, results.result, results.remove_picture):
             with pytest.raises(Overloaded):
                 await ask(request, "img-1")
         with pytest.raises(Overloaded):
             await results.pictures(request)
+
+    run(scenario)
+
+
+def test_who_reads_pictures_slowly_keeps_readers_out_and_nobody_else(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        results = Alone(tmp_path)
+        stored = await results.store.put("", new_id(), DATA, "image/png", {})
+        scope = scope_of("GET", f"/v1/images/{stored.id}")
+        held = [await results.picture(Request(scope), stored.id) for _ in range(2)]
+        with pytest.raises(Overloaded, match="2 pictures are being sent"):
+            await results.picture(Request(scope), stored.id)
+        assert json.loads(bytes((await results.pictures(Request(scope))).body))["data"], "others are answered"
+        await answered(held[0], scope)
+        held.append(await results.picture(Request(scope), stored.id))
+        for one in held[1:]:
+            await answered(one, scope)
+        with pytest.raises(NotFound):
+            await results.picture(Request(scope), new_id())
+        assert results.readers == 0
 
     run(scenario)
 

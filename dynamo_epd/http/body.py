@@ -35,8 +35,6 @@ from dynamo_epd.http.fields import (
 from dynamo_epd.http.json_schema import check_schema
 from dynamo_epd.http.strict_json import parse_json
 
-__all__ = ["BodyLimits", "ChatBody", "CompletionBody", "ImageRef", "check_chat", "check_completion", "parse_json"]
-
 MAX_TOKENS = 2**31
 MAX_TEXT = 256
 """Characters of a name, an id or a stop string."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 
 from starlette.responses import StreamingResponse
@@ -11,17 +11,24 @@ from starlette.types import Receive, Scope, Send
 
 
 class HeldStream(StreamingResponse):
-    """Server-sent ``events``; ``held`` is closed after them, whatever ends them.
+    """``pieces`` of a body: server-sent events, or what ``headers`` say. ``held`` is closed after them, whatever ends
+    them.
 
     Not by the generator alone: one that was never begun, since the client left before the first byte, runs none of
     its own ``finally``.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], held: AsyncExitStack, status: int = 200):
-        super().__init__(events, status, media_type="text/event-stream")
-        self._events = events
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        held: AsyncExitStack,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(pieces, status, headers, media_type="text/event-stream")  # unless the headers name another
+        self._pieces = pieces
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held, aclosing(self._events):
+        async with self._held, aclosing(self._pieces):
             await super().__call__(scope, receive, send)

@@ -62,7 +62,7 @@ class PageSettings:
     """Of one uploaded picture."""
     worker_index: int = 0
     shared: bool = False
-    """Whether other workers take requests at the same port."""
+    """Whether other workers may take requests at the same port, as they may under every supervisor."""
     cert_file: Path | None = None
     """The frontend's own certificate, where it serves TLS."""
 
