@@ -35,6 +35,15 @@ class Size:
         """Of one picture, whatever its size: it is cropped to the tower's square."""
         return (self.side // self.patch) ** 2
 
+    @property
+    def prefill_of_encode(self) -> float:
+        """Operations that a picture's tokens cost the Llama, as a multiple of those that the picture costs the tower.
+        Counted are, for each token and layer, the weights and the two products of attention."""
+        tokens, inner = self.image_tokens, 11 * self.text_width // 4
+        tower = self.layers * (12 * self.width**2 + 2 * tokens * self.width)
+        llama = self.text_layers * (4 * self.text_width**2 + 3 * self.text_width * inner + 2 * tokens * self.text_width)
+        return llama / tower
+
 
 SIZES = {
     "llava-tiny": Size(layers=2, width=64, heads=2, side=56, patch=14, text_layers=2, text_width=64),

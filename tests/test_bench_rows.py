@@ -53,6 +53,10 @@ def test_a_model_says_printable_characters_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["image_seq_length"] == size.image_tokens == 16
 
 
+def test_a_pictures_prefill_costs_about_half_its_encode_where_rows_serve() -> None:
+    assert 0.4 < checkpoints.SIZES[checkpoints.SERVED].prefill_of_encode < 0.7
+
+
 def test_another_size_is_another_checkpoint() -> None:
     assert len({checkpoints.hash_of(size) for size in checkpoints.SIZES.values()}) == len(checkpoints.SIZES)
 
@@ -281,14 +285,19 @@ def test_a_graph_that_waits_for_all_pictures_overlaps_nothing() -> None:
     row = Row(8, "t", "s")
     overlap.fill(row, [told(5.0)], [told(4.0)], [of_request(4.0)])
     assert row.goals[0].values == [1.0] and not row.met
-    assert row.notes[0].startswith("asked in pieces: 0.8 times")
-    assert row.notes[1].endswith("it began 3,000 ms after the first one")
+    assert row.notes[1].startswith("asked in pieces: 0.8 times")
+    assert row.notes[2].endswith("it began 3,000 ms after the first one")
 
 
 def test_what_overlaps_is_what_is_won() -> None:
     row = Row(8, "t", "s")
     overlap.fill(row, [told(5.0)], [told(4.0)], [of_request(1.0)])
-    assert row.goals[0].values == [5.0 / 8.0] and row.met and len(row.notes) == 1
+    assert row.goals[0].values == [5.0 / 8.0] and row.met and len(row.notes) == 2
+
+
+@pytest.mark.parametrize(("prefill", "floor"), [(1.0, 5 / 8), (0.5, 4.5 / 6), (2.0, 9 / 12), (0.0, 1.0)])
+def test_overlap_is_worth_most_where_both_take_as_long(prefill: float, floor: float) -> None:
+    assert overlap.least(prefill, 4) == pytest.approx(floor)
 
 
 def test_spans_are_collected_over_http_until_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
