@@ -120,8 +120,8 @@ def fill(row: Row, whole: Sequence[Told], pieces: Sequence[Told], traces: Sequen
     row.goals.append(Goal("against the same graph with a barrier", ratios(first, serial), "≤", 0.70))
     floor = least(checkpoints.SIZES[SERVED].prefill_of_encode, PICTURES)
     row.notes.append(
-        f"by the operations of this model, overlap can give {shown(floor)} times the time with a barrier at best, where "
-        "nothing else takes any"
+        f"by the operations of this model, overlap can give {shown(floor)} times the time with a barrier at best, "
+        "where nothing else takes any"
     )
     row.notes.append(
         f"asked in pieces: {shown(median(ratios(in_pieces, first)))} times the time to first token of the graph, which "
