@@ -35,6 +35,9 @@ TOKENS, STEPS = 48, 8
 """Of an answer, and of a picture."""
 PATIENCE = 120.0
 """Seconds that one request may take before it counts as failed."""
+LEASES_END = 330.0
+"""Seconds after which each lease has ended by itself. The longest are those of a picture's pixels, which last until the
+deadline of their request (300 s): where the processor that asked for them is killed nobody ends them sooner."""
 REST = 1.0
 """Seconds until a client whose request has failed asks its next question, as one that reads ``Retry-After`` does."""
 ROUNDED = 0.002
@@ -214,10 +217,10 @@ def _same(first: object, second: object) -> bool:
     return first == second
 
 
-def held_at_the_end(graph: Graph) -> str:
-    """What is not given back a minute after the last request. Empty where nothing is."""
+def held_at_the_end(graph: Graph, seconds: float = 60.0) -> str:
+    """What is not given back so long after the last request. Empty where nothing is."""
     try:
-        at_rest(graph, 60)
+        at_rest(graph, seconds)
     except (AssertionError, OSError) as error:  # OSError: a worker that tells nobody what it holds
         return str(error) or type(error).__name__
     return ""

@@ -27,6 +27,7 @@ import pytest
 from tests.hardening.chaos import WORKERS, whole
 from tests.hardening.load import (
     KINDS,
+    LEASES_END,
     NATS,
     STAGES,
     Answers,
@@ -90,7 +91,7 @@ def mended(graph: Graph, report: Report, request: pytest.FixtureRequest) -> Iter
     report.say(request.node.name)
     yield
     eventually(lambda: whole(graph) == set(STAGES), f"every stage is whole; now {whole(graph)}", BACK, pause=0.5)
-    at_rest(graph, 30)
+    at_rest(graph, LEASES_END)
 
 
 @contextmanager
