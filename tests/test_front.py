@@ -21,7 +21,7 @@ HELLO = [72, 69, 76, 76, 79]
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("model") / "llava"
     write("llava", Path(directory))
     arguments = {
@@ -33,11 +33,16 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     }
     before = dict(os.environ)
     prepare(arguments)
-    from dynamo_epd.engine.front import OpenAIFront
-
-    yield OpenAIFront(arguments, ["tiny", "alias"])
+    yield arguments
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def front(arguments: dict[str, Any]) -> Any:
+    from dynamo_epd.engine.front import OpenAIFront
+
+    return OpenAIFront(arguments, ["tiny", "alias"])
 
 
 class Stages:
@@ -230,6 +235,31 @@ def test_what_vllm_refuses_is_refused_before_any_stage_is_asked(
         ask(front, stages, **fields)
     assert param in (caught.value.param or "")
     assert stages.prompts == []
+
+
+def tool(name: str, kind: str) -> dict[str, Any]:
+    """As pydantic's models with a nested class become tools."""
+    parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"type": kind}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("parser", "refuses"), [("llama4_pythonic", True), ("hermes", False)])
+def test_tools_that_define_one_name_in_two_ways_are_refused_where_that_is_one_grammar(
+    arguments: dict[str, Any], parser: str, refuses: bool, stream: bool
+) -> None:
+    from dynamo_epd.engine.front import OpenAIFront
+
+    front = OpenAIFront(arguments, ["tiny"], tool_parser=parser)
+    for other in ("string", "integer"):
+        stages = Stages(HELLO, end="length")
+        fields = {"tools": [tool("f", "string"), tool("g", other)], "tool_choice": "required", "stream": stream}
+        if refuses and other == "integer":
+            with pytest.raises(InvalidRequest, match=r"'\$defs'") as caught:
+                ask(front, stages, **fields)
+            assert (caught.value.status, caught.value.param, stages.prompts) == (400, "tools", [])
+        else:
+            assert ask(front, stages, **fields)[0] == 200
 
 
 @pytest.mark.parametrize("defect", [ValueError, TypeError, OverflowError])

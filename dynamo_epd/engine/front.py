@@ -151,7 +151,7 @@ class OpenAIFront:
 
         Raises:
             EpdError: before the first byte of the reply. Afterwards the stream of events raises it. Anything else is a
-                defect: what vLLM refuses it says by classes of its own.
+                defect: what vLLM refuses it says by classes of its own, or it is `_define_one_name_twice`.
         """
         return await self._answer(ChatCompletionRequest, self._chat.create_chat_completion, body, conduct)
 
@@ -178,10 +178,30 @@ class OpenAIFront:
             raise run.failure or InternalError("The answer could not be completed.") from error
         except (VLLMClientError, ValidationError) as error:
             raise _invalid(error) from error
+        except ValueError as error:
+            if not _define_one_name_twice(body):
+                raise
+            raise InvalidRequest(
+                "two of 'tools' define one name in their '$defs' in two ways", param="tools"
+            ) from error
         finally:
             _current.reset(token)
             if not streaming:
                 await run.close()
+
+
+def _define_one_name_twice(body: dict[str, Any]) -> bool:
+    """Whether a call of one of the tools is required of which two have a name in their ``$defs`` for two things.
+
+    Most of vLLM's tool parsers then need one schema for all tools together, and refuse it as Python refuses a value
+    (``vllm/tool_parsers/utils.py``, 0.31). The others take it: so this says what was refused, and refuses nothing.
+    """
+    found: dict[str, Any] = {}
+    for tool in body.get("tools") or () if body.get("tool_choice") == "required" else ():
+        for name, schema in (tool["function"].get("parameters") or {}).get("$defs", {}).items():
+            if found.setdefault(name, schema) != schema:
+                return True
+    return False
 
 
 def _greedy_many(body: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def check_schema(schema: Any, param: str) -> dict[str, Any]:
                 raise InvalidRequest(f"'{key}' in '{param}' is above {MAX_COUNT}", param=param)
             elif key in _ELSEWHERE and isinstance(value, str):
                 raise UnsupportedParameter(f"'{key}' in '{param}' is not supported", param=param)
+            elif key == "$defs" and node is schema and not isinstance(value, dict):  # vLLM looks into it
+                raise InvalidRequest(f"'$defs' in '{param}' must be an object", param=param)
     _check_references(schema, param)
     return schema
 
