@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 KV_LEASE_SECONDS = 10
 """How long prefill keeps blocks that nobody came for. vLLM's default is 30 s; DESIGN.md bounds ours."""
 
+HANDED_OVER = 1024
+"""KV caches whose handles a prefill engine remembers: as many as a worker has calls at once. A caller that leaves says
+so at once, and a handle is of no use after its lease; those of long prompts have thousands of blocks each."""
+
 ALONE_ON_A_CARD = 0.9
 """Share of a card's memory that one engine takes: vLLM's own default."""
 
@@ -92,7 +96,7 @@ class LanguageEngine:
         self._heard = time.monotonic()
         self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
-        self._handed_over: Given[dict[str, Any]] = Given()
+        self._handed_over: Given[dict[str, Any]] = Given(most=HANDED_OVER)
         if role == "prefill":
             self._note_what_is_handed_over()
 
