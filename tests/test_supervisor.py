@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,51 @@ def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path
 
     asyncio.run(main())
     assert told.read_text().split() == [str(number) for number in range(MAX_FIRST_STARTS)]
+
+
+DRAINS = """
+import os, signal, socket, sys, time
+from pathlib import Path
+said, name, until = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def say(what):
+    with said.open("a") as file:
+        file.write(f"{name} {what}, ")
+def tell(field):
+    text = f"MAINPID={os.getpid()}\\n{field}=1"
+    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(text.encode(), os.environ["NOTIFY_SOCKET"])
+def end(*_):
+    say("asked")
+    tell("X_DRAINED")
+    while until not in said.read_text():
+        time.sleep(0.01)
+    say("gone")
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+tell("READY")
+(said.parent / name).touch()
+while True:
+    signal.pause()
+"""
+"""Drains at once, and is gone once something has been said."""
+
+
+def test_who_is_called_ends_once_its_callers_have_drained_and_nats_once_all_are_gone(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+
+    async def main() -> None:
+        supervisor = Supervisor([["front"], ["back"], ["nats"]], drain=30, show=lambda _: None)
+        await supervisor.open()
+        try:
+            for name, until in (("front", "back gone"), ("back", "back asked"), ("nats", "nats asked")):
+                command = [sys.executable, "-c", DRAINS, str(said), name, until]
+                await supervisor.start(Slot(name, 0, command, dict(os.environ), waits_for_ready=name != "nats"))
+            async with asyncio.timeout(60):
+                await supervisor.ready()
+                while not (tmp_path / "nats").exists():  # a process that is no worker: nobody else waits for it
+                    await asyncio.sleep(0.01)
+                await supervisor.stop()
+        finally:
+            supervisor.close()
+
+    asyncio.run(main())
+    assert said.read_text() == "front asked, back asked, back gone, front gone, nats asked, nats gone, "

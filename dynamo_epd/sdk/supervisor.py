@@ -92,6 +92,8 @@ class Slot:
     """Started while the graph was up: one that does not come up is taken back, and the graph goes on."""
     ending: asyncio.Future[Any] | None = None
     """Its end has been asked for: it drains, or is gone."""
+    drained: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    """It has finished what it accepted; its process still closes what it holds."""
     heard: float | None = None
     """When its event loop last said that it turns; None before it is ready and from its drain on."""
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
@@ -233,6 +235,7 @@ class Supervisor:
     async def _spawn(self, slot: Slot) -> None:
         slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
         slot.heard = None
+        slot.drained.clear()
         await slot.watcher.start()
         slot.pid = next(iter(slot.watcher.processes), None)
         if slot.pid is None:
@@ -360,6 +363,8 @@ class Supervisor:
             slot.heard = time.monotonic()
         if "STOPPING" in fields:
             slot.heard = None
+        if "X_DRAINED" in fields:
+            slot.drained.set()
         self._changed.set()
 
     def _slots_of(self, service: str) -> list[Slot]:
@@ -403,10 +408,6 @@ class Supervisor:
         await self._stop(slot)
         self.slots.pop(slot.name, None)
 
-    async def stop_service(self, service: str) -> None:
-        """Drains and ends every slot of one service."""
-        await asyncio.gather(*(self._stop(slot) for slot in self._slots_of(service)))
-
     async def _stop(self, slot: Slot) -> None:
         if slot.watcher is None:
             return
@@ -415,12 +416,20 @@ class Supervisor:
         await asyncio.shield(slot.ending)  # asked for twice, circus would wait for the process in this loop
 
     async def stop(self) -> None:
-        """Callers first, then what they call, each within the drain bound."""
+        """Callers first, then what they call as soon as they have drained, each within the drain bound. Processes that
+        are no workers end last: workers lean on them until they are gone."""
         self.stopping = True
         for task in list(self._pending):
             task.cancel()
+        ending: list[asyncio.Task[None]] = []
         for group in self._order:
-            await asyncio.gather(*map(self.stop_service, group))
+            slots = [slot for service in group for slot in self._slots_of(service)]
+            if not all(slot.waits_for_ready for slot in slots):
+                await asyncio.gather(*ending)
+            ends = [asyncio.create_task(self._stop(slot)) for slot in slots]
+            await asyncio.gather(*map(_drained, slots, ends))
+            ending += ends
+        await asyncio.gather(*ending)
 
     def kill(self) -> None:
         """Ends every process group at once."""
@@ -446,6 +455,13 @@ class Supervisor:
             self._failure.cancel()
         elif not self._failure.cancelled():
             self._failure.exception()
+
+
+async def _drained(slot: Slot, end: asyncio.Task[None]) -> None:
+    """Or gone: a worker that was not ready yet has nothing to finish."""
+    drained = asyncio.create_task(slot.drained.wait())
+    await asyncio.wait([drained, end], return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
 
 
 def _kill_group(group: int) -> None:

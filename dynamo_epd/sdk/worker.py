@@ -291,6 +291,7 @@ class Worker:
             await asyncio.wait_for(self.in_flight.idle(), self.drain_seconds)
         except TimeoutError:
             log.warning("%d requests were still running after %g s", self.in_flight.count, self.drain_seconds)
+        notify(STATUS="closing", X_DRAINED=1)
 
     async def _disconnect(self) -> None:
         if self.runtime is None:
