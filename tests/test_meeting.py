@@ -48,6 +48,13 @@ def picture(meeting: Meeting, value: float, steps: int, told: Callable[[int], No
         return found
 
 
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_one_after_another_is_called_alone() -> None:
     denoiser, sizes = Doubling(), list[int]()
     meeting = Meeting(denoiser, 4, sizes.append)
@@ -88,17 +95,12 @@ def test_a_late_one_is_in_after_one_step() -> None:
     sizes: list[int] = []
     meeting = Meeting(Doubling(), 2, sizes.append)
     late: list[threading.Thread] = []
-    begun = threading.Event()
-
-    def come_late() -> None:
-        begun.set()
-        picture(meeting, 50, steps=4)
 
     def told(step: int) -> None:
         if step == 3:
-            late.append(threading.Thread(target=come_late))
+            late.append(threading.Thread(target=lambda: picture(meeting, 50, steps=4)))
             late[0].start()
-            assert begun.wait(BOUND)
+            eventually(lambda: meeting._awake == 2)
 
     picture(meeting, 1, steps=60, told=told)
     late[0].join(BOUND)
@@ -155,6 +157,66 @@ def test_those_of_another_adapter_wait_until_all_of_this_one_are_out() -> None:
     assert seen == ["red", "red is out", "blue", "red"]
 
 
+def test_the_second_in_line_is_in_though_it_was_woken_before_the_first() -> None:
+    meeting = Meeting(Doubling(), 3, lambda _: None)
+    wake_up = meeting._changed._acquire_restore  # type: ignore[attr-defined]
+
+    def slowly(state: Any) -> None:
+        if threading.current_thread().name == "first":
+            time.sleep(0.1)
+        wake_up(state)
+
+    meeting._changed._acquire_restore = slowly  # type: ignore[attr-defined]
+    found: list[str] = []
+
+    def first() -> None:
+        with meeting.attended("red"):
+            eventually(lambda: meeting._inside == 2)  # while it keeps its turn
+            found.append("both")
+
+    def second() -> None:
+        with meeting.attended("red"):
+            found.append("second")
+
+    threads = [threading.Thread(target=one, name=one.__name__) for one in (first, second)]
+    with meeting.attended(None):
+        for waiting, thread in enumerate(threads, 1):
+            thread.start()
+            eventually(lambda waiting=waiting: len(meeting._line) == waiting)  # type: ignore[misc]
+    for thread in threads:
+        thread.join(2 * BOUND)
+    assert found == ["both", "second"]
+
+
+class Narrow(Doubling):
+    """A double of a card that has memory for four rows of the width 3, and for any number of others."""
+
+    def __call__(self, latents: torch.Tensor, *, encoder_hidden_states: torch.Tensor, return_dict: bool) -> Any:
+        found = super().__call__(latents, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict)
+        if latents.shape[1] == 3 and len(latents) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+
+def test_more_rows_than_there_is_memory_for_are_not_tried_at_every_step(caplog: pytest.LogCaptureFixture) -> None:
+    denoiser, sizes = Narrow(), list[int]()
+    meeting = Meeting(denoiser, 8, sizes.append)
+
+    def guided(width: float) -> None:
+        with meeting.attended(None) as stand_in:
+            for step in range(6):
+                given, named = call(step, rows=2, width=int(width))
+                assert stand_in(*given, **named)[0].eq(2 * step).all()
+
+    all_at_once(meeting, guided, [3, 3, 3, 3])
+    assert denoiser.calls[:2] == [8, 2], "each is computed alone where they could not be together"
+    assert sorted(rows for rows in denoiser.calls if rows > 4) == [6, 8], "each number that is too many is tried once"
+    assert denoiser.calls[-2:] == [4, 4]
+    assert len(caplog.messages) == 2
+    all_at_once(meeting, guided, [5, 5, 5, 5])
+    assert denoiser.calls[-1] == 8, "others are no smaller for it"
+
+
 def test_an_error_is_that_pictures_alone() -> None:
     meeting = Meeting(Doubling(), 4, lambda _: None)
 
@@ -165,7 +227,8 @@ def test_an_error_is_that_pictures_alone() -> None:
             return str(error)
 
     assert all_at_once(meeting, one, [1.0, -1.0, 3.0]) == [[2.0], "negative", [6.0]]
-    assert picture(meeting, 4, steps=1) == [8.0], "nothing is left behind"
+    assert all_at_once(meeting, one, [4.0, 5.0, 6.0]) == [[8.0], [10.0], [12.0]]
+    assert meeting._denoiser.calls[-1] == 3, "nothing is left behind"
 
 
 def named(**changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,6 +9,7 @@ A picture that comes later is therefore in after one step at most, whatever the 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ SHARED = frozenset({"img_ids", "txt_ids"})
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
+log = logging.getLogger(__name__)
+
 
 class Meeting:
     """Where pictures meet.
@@ -60,6 +63,8 @@ class Meeting:
         """Of those inside: who has the turn or wants it. The others have put a call down, or are away."""
         self._taken = False
         self._calls: list[_Call] = []
+        self._most_rows: dict[torch.Size, int] = {}
+        """By the shape of one row of latents, where more were too many for one call."""
 
     @contextmanager
     def attended(self, kind: str | None) -> Iterator[Any]:
@@ -75,6 +80,7 @@ class Meeting:
             self._inside += 1
             if self._inside == 1:
                 self._kind = kind
+            self._changed.notify_all()  # who is now the first in line may have been woken before
             self._awake += 1
             self._take_turn()
         try:
@@ -138,7 +144,7 @@ class Meeting:
         groups: list[list[_Call]] = []
         for call in calls:
             for group in groups:
-                if go_together(group[0].arguments, call.arguments):
+                if go_together(group[0].arguments, call.arguments) and self._may_be_one([*group, call]):
                     group.append(call)
                     break
             else:
@@ -147,6 +153,7 @@ class Meeting:
             self._answer_group(group)
 
     def _answer_group(self, group: list[_Call]) -> None:
+        failure = ""
         if len(group) > 1:
             try:
                 rows = [rows_of(call.arguments) for call in group]
@@ -154,7 +161,8 @@ class Meeting:
                 outputs = self._denoiser(*given, **named)
                 for call, *parts in zip(group, *(one.split(rows) for one in outputs), strict=True):
                     call.output = tuple(parts)
-            except Exception:  # together they may want more memory than there is: then each has its own error, if any
+            except Exception as error:  # together they may want more memory than there is; it may be one's own error
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
                 for call in group:
                     call.output = None
             else:
@@ -166,6 +174,19 @@ class Meeting:
             except Exception as error:
                 call.error = error
             self._on_step(1)
+        if failure and not any(call.error for call in group):
+            self._make_smaller(group, failure)
+
+    def _may_be_one(self, group: list[_Call]) -> bool:
+        most = self._most_rows.get(shape_of(group[0].arguments))
+        return most is None or sum(rows_of(call.arguments) for call in group) <= most
+
+    def _make_smaller(self, group: list[_Call], failure: str) -> None:
+        """Those of ``group`` could be computed one by one and not together: what was tried in vain at one step is not
+        tried at every other."""
+        shape = shape_of(group[0].arguments)
+        most = self._most_rows[shape] = sum(rows_of(call.arguments) for call in group) - 1
+        log.warning("latents of %s are computed %d at once from now on: %s", tuple(shape), most, failure)
 
 
 class _Denoiser:
@@ -196,10 +217,20 @@ NAMED = ("sample", "timestep")
 """What denoisers take by place, if they are given anything by place."""
 
 
+def latents_of(arguments: Arguments) -> torch.Tensor:
+    given, named = arguments
+    found: torch.Tensor = given[0] if given else named["hidden_states"]
+    return found
+
+
 def rows_of(arguments: Arguments) -> int:
     """How many rows the latents of a call have: two where guidance is computed with the picture."""
-    given, named = arguments
-    return len(given[0] if given else named["hidden_states"])
+    return len(latents_of(arguments))
+
+
+def shape_of(arguments: Arguments) -> torch.Size:
+    """Of one row of the latents of a call."""
+    return latents_of(arguments).shape[1:]
 
 
 def go_together(first: Arguments, second: Arguments) -> bool:
