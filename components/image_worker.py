@@ -93,6 +93,10 @@ class ImageConfig:
     max_waiting: int = 256
     """Pictures that may wait for their turn; one more is refused. By default as many as a frontend lets in at once."""
 
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise ValueError("max-batch must be 1 at least")
+
 
 @service(dynamo={"namespace": "dynamo"}, config=ImageConfig)
 class ImageWorker(ArenaOwner):
@@ -141,8 +145,8 @@ class ImageWorker(ArenaOwner):
 
     @endpoint()
     async def check(self, request: GenerateRequest) -> AsyncIterator[Completed]:
-        """Refuses what `generate` would refuse, without a picture: a job is accepted before its turn comes."""
-        self._wanted(request)
+        """Refuses what `generate` refuses before a picture is begun: a job is accepted before its turn comes."""
+        await asyncio.to_thread(self.generator.check, self._wanted(request))
         yield Completed()
 
     @endpoint()
@@ -191,7 +195,7 @@ class ImageWorker(ArenaOwner):
     @on_shutdown
     async def stop(self) -> None:
         await self.jobs.close()
-        self.threads.shutdown(wait=True)
+        await asyncio.to_thread(self.threads.shutdown)  # a thread may wait for this loop, in `_condition`
         await self.close_arena()
 
     def _wanted(self, request: GenerateRequest) -> Wanted:
@@ -267,12 +271,14 @@ class _Making:
         worker, wanted, arrived = self._worker, self._wanted, perf_counter()
         began: float | None = None
 
-        def work() -> Made:
+        def begins() -> None:  # later than its thread, which waits for a place among those that are made
             nonlocal began
             began = self._last = perf_counter()
+
+        def work() -> Made:
             if self.stop.is_set():  # its client left while it waited
                 raise asyncio.CancelledError
-            return worker.generator.generate(wanted, self._on_step, self.stop)
+            return worker.generator.generate(wanted, self._on_step, self.stop, begins)
 
         limit = self._request.deadline - time.time() if self._request.deadline else None
         task = asyncio.ensure_future(worker.loop.run_in_executor(worker.threads, work))

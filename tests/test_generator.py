@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,29 @@ def test_a_picture_that_nobody_wants_ends_at_the_next_step(family: str) -> None:
     np.testing.assert_array_equal(make(generator(family), WANTED).pixels, expected(plain(family), WANTED))
 
 
+def test_a_picture_begins_when_its_turn_comes_unless_nobody_wants_it_by_then() -> None:
+    one, order = generator("sdxl"), list[str]()
+    left = threading.Event()
+    others: list[Future[Made]] = []
+    with ThreadPoolExecutor(2) as pool:
+
+        def on_step(done: int, total: int, _: Any) -> None:
+            if done == 1:
+                for name, stop in (("second", threading.Event()), ("third", left)):
+                    begins = functools.partial(order.append, name)
+                    others.append(pool.submit(one.generate, WANTED, lambda *_: None, stop, begins))
+                until = time.monotonic() + 20
+                while len(one._meeting._line) < 2 and time.monotonic() < until:
+                    time.sleep(0.01)
+                left.set()
+            order.append(f"step {done}")
+
+        one.generate(replace(WANTED, steps=2), on_step, threading.Event(), functools.partial(order.append, "first"))
+        assert others[0].result(60).pixels.shape == (64, 64, 3)
+        assert isinstance(others[1].exception(60), Stopped)
+    assert order == ["first", "step 1", "step 2", "second"]
+
+
 def test_a_scheduler_of_second_order_tells_of_each_step_once(tmp_path: Path) -> None:
     def heun(directory: Path) -> None:
         config = plain("sdxl").scheduler.config
@@ -318,6 +342,22 @@ def test_refusals(family: str, fields: dict[str, Any], param: str) -> None:
         make(generator(family), replace(WANTED, **fields))
     assert (caught.value.status, caught.value.param) == (400, param)
     np.testing.assert_array_equal(make(generator(family), WANTED).pixels, expected(plain(family), WANTED))
+
+
+@pytest.mark.parametrize("fields", [{"lora": "none"}, {"prompt": "star " * 600}], ids=["an adapter", "a prompt"])
+def test_a_refusal_waits_for_nobody(fields: dict[str, Any]) -> None:
+    """Neither for a turn nor for those with other adapters: it is there while another picture has its turn."""
+    one = Generator(str(untrained("flux")), max_batch=4)
+    wanted = replace(WANTED, **fields)
+    refused: list[BaseException | None] = []
+    with ThreadPoolExecutor(2) as pool:
+
+        def on_step(done: int, total: int, _: Any) -> None:
+            if done == 1:
+                refused.extend(pool.submit(ask, wanted).exception(20) for ask in (one.check, lambda it: make(one, it)))
+
+        make(one, WANTED, on_step)
+    assert [type(error) for error in refused] == [InvalidRequest] * 2
 
 
 def test_a_unet_takes_every_size_of_whole_latents() -> None:

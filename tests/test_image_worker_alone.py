@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image worker without a graph: a T5 that does not answer it, and jobs whose pictures find no room on the disk."""
+"""An image worker without a graph: what it refuses and counts, a T5 that does not answer it, how it leaves, and jobs
+whose pictures find no room on the disk."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from components.image_worker import ImageConfig, ImageWorker
+from components.protocol import GenerateRequest
 from dynamo_epd.diffusion.text_encoder import Row
-from dynamo_epd.errors import NotFound, StageUnavailable
-from dynamo_epd.store import Store, StoreConfig
+from dynamo_epd.errors import InvalidRequest, NotFound, StageUnavailable
+from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.test_jobs import Server, over, queue, submitted
 
 BOUND = 60.0
@@ -48,23 +51,31 @@ class SilentEmbedWorker:
 
 
 class FakeGenerator:
-    """A double that draws noise at once."""
+    """A double that draws noise, ``queue_seconds`` after it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue_seconds: float = 0.0) -> None:
         self.made = 0
+        self.queue_seconds = queue_seconds
 
-    def generate(self, wanted: Any, on_step: Any, stop: threading.Event) -> Any:
+    def check(self, wanted: Any) -> None:
+        raise InvalidRequest("there is no such adapter", param="lora")
+
+    def generate(self, wanted: Any, on_step: Any, stop: threading.Event, on_begin: Callable[[], None]) -> Any:
+        time.sleep(self.queue_seconds)
+        on_begin()
         self.made += 1
         pixels = np.random.default_rng(self.made).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
         return SimpleNamespace(pixels=pixels, prompt_tokens=1, image_tokens=1, prompt_vector=None)
 
 
 class FakeMetrics:
-    """A double that counts nothing."""
+    """A double that remembers what the last visit says of its wait."""
+
+    waited = 0.0
 
     @contextmanager
     def visit(self) -> Iterator[Any]:
-        yield SimpleNamespace(waited=0.0)
+        yield self
 
     def inc(self) -> None:
         """Nothing."""
@@ -99,6 +110,65 @@ def test_a_t5_that_does_not_answer_is_a_stage_that_is_missing() -> None:
     run(scenario)
 
 
+REQUEST = GenerateRequest("r", "a red star", 1)
+WANTED = SimpleNamespace(width=SIDE, height=SIDE, steps=1)
+
+
+def test_the_wait_for_a_turn_is_no_work_whoever_waits(tmp_path: Path) -> None:
+    """Not only the wait for a thread: there may be more threads than pictures that can be made at once."""
+
+    async def scenario() -> None:
+        metrics = FakeMetrics()
+        with ThreadPoolExecutor(1) as threads:
+            worker = image_worker(
+                ImageConfig("tiny-image"), store=Store(StoreConfig(url=str(tmp_path))), generator=FakeGenerator(0.3),
+                metrics=metrics, images=metrics, threads=threads,
+            )  # fmt: skip
+            request = msgspec.structs.replace(REQUEST, keep=new_id())
+            replies = [reply async for reply in worker._generated(WANTED, request)]  # type: ignore[arg-type]
+        assert replies[-1].done is not None
+        assert replies[-1].done.queue_seconds >= 0.3
+        assert metrics.waited >= 0.3
+
+    run(scenario)
+
+
+def test_a_job_is_refused_for_what_the_generator_refuses_at_once() -> None:
+    async def scenario() -> None:
+        worker = image_worker(ImageConfig("tiny-image", num_inference_steps=4), generator=FakeGenerator())
+        with pytest.raises(InvalidRequest) as caught:
+            await anext(worker.check(REQUEST))
+        assert caught.value.param == "lora"
+
+    run(scenario)
+
+
+def test_a_worker_that_leaves_still_answers_its_threads() -> None:
+    async def nothing() -> None:
+        """Neither waits."""
+
+    async def scenario() -> None:
+        said: list[str] = []
+
+        async def state() -> str:
+            return "of the text"
+
+        threads = ThreadPoolExecutor(1)
+        worker = image_worker(
+            ImageConfig("tiny-image"), threads=threads, jobs=SimpleNamespace(close=nothing), close_arena=nothing
+        )
+        threads.submit(lambda: said.append(asyncio.run_coroutine_threadsafe(state(), worker.loop).result(2)))
+        await worker.stop()
+        assert said == ["of the text"]
+
+    run(scenario)
+
+
+def test_no_pictures_at_once_are_refused_at_the_start() -> None:
+    with pytest.raises(ValueError, match=r"^max-batch must be 1 at least$"):
+        ImageConfig("tiny-image", max_batch=0)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Any]:
     found = Server(tmp_path / "nats")
@@ -125,7 +195,7 @@ def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(
         with ThreadPoolExecutor(1) as threads:
             worker = image_worker(
                 ImageConfig("tiny-image"), store=store, generator=generator, metrics=metrics, images=metrics,
-                threads=threads, _wanted=lambda request: SimpleNamespace(width=SIDE, height=SIDE, steps=1),
+                threads=threads, _wanted=lambda request: WANTED,
             )  # fmt: skip
             async with queue(server) as front, queue(server) as working:
                 job = await submitted(front, n=PICTURES)

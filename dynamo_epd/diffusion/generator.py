@@ -98,6 +98,10 @@ class Generator:
         self._pipeline = load(model, dtype_of(dtype), switches, sources, remote)
         self._remote = [one for one in self._pipeline.components.values() if isinstance(one, RemoteTextEncoder)]
         self._takes = inspect.signature(self._pipeline.__call__).parameters
+        # One to count with, in any thread: the pipeline's own is changed by whoever has his turn. The first call of a
+        # tokenizer takes its file's padding off, and later ones change nothing.
+        self._tokenizer = copy.deepcopy(tokenizer_of(self._pipeline))
+        self._tokens("")
         self._alone = max_batch == 1 or compile or cpu_offload
         self._meeting = Meeting(denoiser_of(self._pipeline), 1 if self._alone else max_batch, on_batch)
 
@@ -122,16 +126,46 @@ class Generator:
         """Denoise steps where a request does not say."""
         return int(self._takes["num_inference_steps"].default)
 
-    def generate(self, wanted: Wanted, on_step: OnStep, stop: threading.Event) -> Made:
+    def check(self, wanted: Wanted) -> None:
+        """Raises `InvalidRequest` for what would be ignored, cut or is not there, naming the field. Any thread may ask,
+        whatever is made meanwhile. What a pipeline refuses itself, such as some sizes, is known only in `generate`.
+        """
+        if wanted.lora is not None and wanted.lora not in self._loras:
+            known = ", ".join(sorted(self._loras)) or "none"
+            raise InvalidRequest(f"there is no LoRA adapter of that name; there is: {known}", param="lora")
+        if wanted.width % self._patch or wanted.height % self._patch:
+            raise InvalidRequest(f"both sides must be multiples of {self._patch} with this image model", param="size")
+        if wanted.guidance_scale is not None and not self._takes_guidance:
+            raise UnsupportedParameter("this image model takes no 'guidance_scale'", param="guidance_scale")
+        if wanted.negative_prompt is not None and self._negation(wanted) <= 1:
+            raise UnsupportedParameter(
+                "this image model takes no 'negative_prompt', or not at this 'guidance_scale'", param="negative_prompt"
+            )
+        for name, text in (("prompt", wanted.prompt), ("negative_prompt", wanted.negative_prompt or "")):
+            if self._tokens(text) > self._most_tokens:
+                raise InvalidRequest(
+                    f"'{name}' has {self._tokens(text)} tokens, {self._most_tokens} are this image model's limit",
+                    param=name,
+                    code="text_too_long",
+                )
+
+    def generate(
+        self, wanted: Wanted, on_step: OnStep, stop: threading.Event, on_begin: Callable[[], None] = lambda: None
+    ) -> Made:
         """The same seed gives the same pixels, whatever ran before: up to rounding where pictures are batched.
 
-        Called from many threads; each of them is busy until its picture is there.
+        Called from many threads; each of them is busy until its picture is there. ``on_begin`` is called when its turn
+        has come: others may be made before.
 
         Raises:
             InvalidRequest: what the pipeline cannot do, naming the field.
-            Stopped: at the first step after ``stop`` is set.
+            Stopped: when its turn has come, or at the first step, after ``stop`` is set.
         """
+        self.check(wanted)  # before its turn: an adapter that there is not would keep all others waiting for nothing
         with self._meeting.attended(wanted.lora) as denoiser, torch.inference_mode():
+            if stop.is_set():
+                raise Stopped
+            on_begin()
             arguments = self._arguments(wanted)
             pipeline = self._fresh(denoiser)
             self._choose_lora(wanted.lora)
@@ -177,8 +211,7 @@ class Generator:
             self._pipeline.disable_lora()
 
     def _arguments(self, wanted: Wanted) -> dict[str, Any]:
-        """What the pipeline is called with. Raises `InvalidRequest` where a field would be ignored or cut."""
-        self._check(wanted)
+        """What the pipeline is called with."""
         arguments: dict[str, Any] = {
             "prompt": wanted.prompt,
             "width": wanted.width,
@@ -198,26 +231,6 @@ class Generator:
         if "clean_caption" in self._takes:
             arguments["clean_caption"] = False
         return arguments
-
-    def _check(self, wanted: Wanted) -> None:
-        if wanted.lora is not None and wanted.lora not in self._loras:
-            known = ", ".join(sorted(self._loras)) or "none"
-            raise InvalidRequest(f"there is no LoRA adapter of that name; there is: {known}", param="lora")
-        if wanted.width % self._patch or wanted.height % self._patch:
-            raise InvalidRequest(f"both sides must be multiples of {self._patch} with this image model", param="size")
-        if wanted.guidance_scale is not None and not self._takes_guidance:
-            raise UnsupportedParameter("this image model takes no 'guidance_scale'", param="guidance_scale")
-        if wanted.negative_prompt is not None and self._negation(wanted) <= 1:
-            raise UnsupportedParameter(
-                "this image model takes no 'negative_prompt', or not at this 'guidance_scale'", param="negative_prompt"
-            )
-        for name, text in (("prompt", wanted.prompt), ("negative_prompt", wanted.negative_prompt or "")):
-            if self._tokens(text) > self._most_tokens:
-                raise InvalidRequest(
-                    f"'{name}' has {self._tokens(text)} tokens, {self._most_tokens} are this image model's limit",
-                    param=name,
-                    code="text_too_long",
-                )
 
     @property
     def _takes_guidance(self) -> bool:
@@ -240,12 +253,6 @@ class Generator:
 
     def _tokens(self, text: str) -> int:
         return len(self._tokenizer(text, verbose=False).input_ids)
-
-    @property
-    def _tokenizer(self) -> Any:
-        """T5's where there are several: it comes last."""
-        parts = self._pipeline.components
-        return parts[max(name for name in parts if name.startswith("tokenizer") and parts[name] is not None)]
 
     @property
     def _most_tokens(self) -> int:
@@ -309,6 +316,12 @@ class Generator:
         if upcast:
             vae.to(dtype)
         return to_bytes(pipeline.image_processor.postprocess(decoded, output_type="np")[0])
+
+
+def tokenizer_of(pipeline: Any) -> Any:
+    """T5's where there are several: it comes last."""
+    parts = pipeline.components
+    return parts[max(name for name in parts if name.startswith("tokenizer") and parts[name] is not None)]
 
 
 def to_bytes(image: np.ndarray) -> np.ndarray:
