@@ -186,8 +186,8 @@ class Results:
 
     @contextmanager
     def _sending(self) -> Iterator[None]:
-        """A place among the readers until the last byte is taken. They have places of their own: an address lets anyone
-        read, as slowly as he likes, and must not keep those out who ask for work."""
+        """A place among the readers until the last byte is taken. They have places of their own: who has an address and
+        reads slowly must not keep those out who ask for work."""
         if self.readers >= self.config.admission.max_readers:
             raise Overloaded(f"{self.readers} pictures are being sent; try again later")
         self.readers += 1

@@ -91,6 +91,9 @@ def test_an_idempotency_key_is_one_job(http: httpx.Client) -> None:
         ({"prompt": STAR, "stream": True}, "stream"),
         ({"prompt": STAR, "response_format": "b64_json"}, "response_format"),
         ({"prompt": STAR, "num_inference_steps": 500}, "num_inference_steps"),
+        ({"prompt": STAR, "lora": "none"}, "lora"),
+        ({"prompt": STAR, "size": "61x67"}, "size"),
+        ({"prompt": "star " * 6000}, "prompt"),
         ({"prompt": STAR, "colour": "red"}, "colour"),
     ],
 )

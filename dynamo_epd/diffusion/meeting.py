@@ -174,7 +174,7 @@ class Meeting:
             except Exception as error:
                 call.error = error
             self._on_step(1)
-        if failure and not any(call.error for call in group):
+        if failure and all(call.error is None for call in group):
             self._make_smaller(group, failure)
 
     def _may_be_one(self, group: list[_Call]) -> bool:
