@@ -345,3 +345,34 @@ def test_connections_leave_descriptors_to_others(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (descriptors, descriptors))
     assert most_connections() == connections
+
+
+# At the server's end
+
+
+class Lingering(BoundedConnection):
+    leaving_seconds = 4.0
+
+
+def test_a_request_on_its_way_to_a_server_that_leaves_is_answered() -> None:
+    with ExitStack() as server, ExitStack() as clients:
+        port = server.enter_context(running(Lingering))
+        used, fresh = (
+            clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(2)
+        )
+        used.sendall(GET + b"\r\n")
+        answers(used)
+        fresh.sendall(GET)
+        ending = threading.Thread(target=server.close)
+        ending.start()
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=20).close()
+            except ConnectionRefusedError:
+                break
+            time.sleep(0.01)
+        used.sendall(GET + b"\r\n")
+        answers(used)
+        fresh.sendall(b"\r\n")
+        answers(fresh)
+        ending.join()

@@ -27,6 +27,7 @@ def test_warnings_tracebacks_and_request_lines_are_shown_with_the_workers_name()
         b"INFO vllm: loading\nsome print\nWARNING x: careful\nINFO y: done\n"
         b"ERROR z: failed\nTraceback (most recent call last):\n  File\nValueError: no\n"
         b"INFO dynamo_epd.request: POST 200\nDEBUG y: more\n(EngineCore pid=7) ERROR 11-21 core.py: dead\n"
+        b"[7] 2026/11/21 01:47:52.87 [INF] Server is ready\n[7] 2026/11/21 01:47:52.88 [ERR] JetStream is off\n"
     )
     lines, slot = shown(text)
     assert lines == [
@@ -37,8 +38,9 @@ def test_warnings_tracebacks_and_request_lines_are_shown_with_the_workers_name()
         "[Back-1] ValueError: no",
         "[Back-1] INFO dynamo_epd.request: POST 200",
         "[Back-1] (EngineCore pid=7) ERROR 11-21 core.py: dead",
+        "[Back-1] [7] 2026/11/21 01:47:52.88 [ERR] JetStream is off",
     ]
-    assert len(slot.tail) == 11  # the last words have everything
+    assert len(slot.tail) == 13  # the last words have everything
 
 
 def test_a_thread_that_died_and_stacks_are_shown_though_they_have_no_level() -> None:

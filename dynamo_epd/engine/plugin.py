@@ -10,6 +10,7 @@ alone.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import threading
@@ -38,6 +39,8 @@ def register() -> None:
     delay = os.environ.get(NIXL_DELAY)
     if delay is None:
         return
+    # An EngineCore has vLLM's handlers alone; where the worker has its own this changes nothing.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.excepthook = _die_with_the_listener
     from vllm import ModelRegistry

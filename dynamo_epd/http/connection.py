@@ -47,6 +47,10 @@ class BoundedConnection(HttpToolsProtocol):
     unread_bytes = 16 * 1024
     """Half a kilobyte a second, which any link carries."""
 
+    leaving_seconds = 0.5
+    """Between a server's last connection and the end of those on which nothing is being answered: a request that is on
+    its way there still is. What reaches a closed connection is reset, and nobody knows whether it was done."""
+
     _patience: asyncio.TimerHandle | None = None
     _received = 0
     _beside_body = 0
@@ -59,6 +63,13 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse(Overloaded(f"{self.max_connections} connections are open; try again later"))
         else:
             self._wait_for_head()
+
+    def shutdown(self) -> None:
+        """Called once the server takes no connections any more: this one ends after what is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+        else:
+            self.loop.call_later(self.leaving_seconds, super().shutdown)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

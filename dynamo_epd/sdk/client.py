@@ -292,6 +292,7 @@ class Call:
                 others = [one for one in service._healthy(self._endpoint.known()) if one not in tried]
                 if wanted is not None or not others or passed_on == PASSED_ON:
                     raise self._lost(error) from error
+                log.info("%s %s did not take a request, another one is asked: %s", service.name, self.instance, error)
             # It never took the request (it is leaving, say), stands still, or died with it in its hands: another one
             # can take it, and the caller need not know. Where it moves again it finds the request called off.
             passed_on += 1

@@ -48,7 +48,8 @@ WATCH_SECONDS = 1.0
 STILL_SECONDS = 60.0
 """A ready worker that was not heard for so long is killed and started again. Others pass it over long before."""
 STILL_HTTP_SECONDS = 5.0
-"""The same for one that listens for HTTP: nobody passes it over, the kernel goes on giving it connections."""
+"""The same for one that listens for HTTP: nobody passes it over, the kernel goes on giving it connections. Where it is
+stopped, and not just slow, two looks will do."""
 LATE_SECONDS = 0.25
 """A timer that rings later than this: this process stood still itself, and can say nothing of the others."""
 TAIL_LINES = 40
@@ -94,6 +95,8 @@ class Slot:
     """Its end has been asked for: it drains, or is gone."""
     drained: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     """It has finished what it accepted; its process still closes what it holds."""
+    stopped: int = 0
+    """Looks in a row that found its process stopped."""
     heard: float | None = None
     """When its event loop last said that it turns; None before it is ready and from its drain on."""
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
@@ -103,7 +106,8 @@ class Slot:
         return f"{self.service}-{self.index}"
 
 
-_LEVEL = re.compile(r"(?:^|[\s\[])(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL)(?:\s|:|\])")
+_LEVEL = re.compile(r"(?:^|[\s\[])(DEBUG|INFO|WARN|WARNING|ERROR|CRITICAL|FATAL|INF|WRN|ERR|FTL)(?:\s|:|\])")
+"""Python's levels and, in three letters, nats-server's."""
 _REQUEST_LINE = "INFO dynamo_epd.request"
 _WITHOUT_LEVEL = ("Exception in thread", "Thread 0x", "Current thread 0x")
 """Python's own words: a thread that died, and faulthandler's stacks."""
@@ -131,7 +135,7 @@ class _Output:
         self._slot.tail.append(line)
         level = _LEVEL.search(line[:80])
         if level:  # a line without a level belongs to the one before it (tracebacks)
-            self._showing = level[1] not in ("DEBUG", "INFO") or line.startswith(_REQUEST_LINE)
+            self._showing = level[1] not in ("DEBUG", "INFO", "INF") or line.startswith(_REQUEST_LINE)
         elif line.startswith(_WITHOUT_LEVEL):
             self._showing = True
         if self._verbose or self._showing:
@@ -234,7 +238,7 @@ class Supervisor:
 
     async def _spawn(self, slot: Slot) -> None:
         slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
-        slot.heard = None
+        slot.heard, slot.stopped = None, 0
         slot.drained.clear()
         await slot.watcher.start()
         slot.pid = next(iter(slot.watcher.processes), None)
@@ -313,7 +317,8 @@ class Supervisor:
                 if late > LATE_SECONDS:
                     slot.heard += late + WATCH_SECONDS
                 still = time.monotonic() - slot.heard
-                if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS):
+                slot.stopped = slot.stopped + 1 if slot.url and _is_stopped(slot.pid) else 0
+                if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS) or slot.stopped >= 2:
                     self._show(f"{slot.name} has stood still for {still:.0f} s")
                     slot.heard = None
                     with contextlib.suppress(ProcessLookupError):
@@ -462,6 +467,14 @@ async def _drained(slot: Slot, end: asyncio.Task[None]) -> None:
     drained = asyncio.create_task(slot.drained.wait())
     await asyncio.wait([drained, end], return_when=asyncio.FIRST_COMPLETED)
     drained.cancel()
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP or a terminal; not by a debugger, which stops a process for a moment and often."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
 
 
 def _kill_group(group: int) -> None:

@@ -54,14 +54,8 @@ RECOVERED = 5.0
 """Seconds within which chat must be answered again once NATS is back."""
 FOUND_WITHIN = 3.0
 """Seconds within which a worker that was stopped is passed by."""
-ENDED_WITHIN = 9.0
-"""For a frontend: the supervisor hears of it every 2 s, misses it after 5, and looks once a second."""
 TRIES = 3
 """To measure seconds on a machine that has time for it."""
-
-
-class Late(AssertionError):
-    """It happened, but not within its bound."""
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +267,7 @@ def in_time(measure: Callable[[], float], report: Report, what: str, bound: floa
         if took <= bound:
             return
         if clock.late() < 0.25 or turn == TRIES - 1:
-            raise Late(f"{what} after {took:.2f} s, not {bound:g}")
+            raise AssertionError(f"{what} after {took:.2f} s, not {bound:g}")
         time.sleep(20)  # until the stopped worker is trusted again, and in discovery
 
 
@@ -316,7 +310,6 @@ def test_a_worker_that_is_stopped_at_work_is_found_within_3_seconds(
     in_time(found, report, f"a {stage} was stopped at work and missed")
 
 
-@pytest.mark.xfail(raises=Late, strict=True, reason="the supervisor gives a frontend 5 s (STILL_HTTP_SECONDS)")
 def test_a_stopped_frontend_is_ended_within_3_seconds(graph: Graph, report: Report) -> None:
     """The kernel goes on giving it connections, so it is ended, and its clients learn it at once."""
 
@@ -329,7 +322,6 @@ def test_a_stopped_frontend_is_ended_within_3_seconds(graph: Graph, report: Repo
         eventually(lambda: still() > before, "Frontend-1 is missed", 60, pause=0.02)
         took = time.monotonic() - began
         eventually(lambda: whole(graph) == set(STAGES), "Frontend-1 is back", BACK, pause=0.5)
-        assert took <= ENDED_WITHIN
         return took
 
     in_time(found, report, "Frontend-1 was stopped and ended")
