@@ -137,8 +137,12 @@ def network(directory: Path) -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def graph(network: Network, directory: Path) -> Iterator[Graph]:
-    environment = {"NATS_SERVER": f"nats://127.0.0.1:{network.port}", "DYN_FILE_KV": str(directory / "discovery")}
-    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", **environment) as served:
+    with serve(
+        "graphs.cova:Frontend",
+        "configs/tiny-cova.yaml",
+        NATS_SERVER=f"nats://127.0.0.1:{network.port}",
+        DYN_FILE_KV=str(directory / "discovery"),
+    ) as served:
         yield served
         network.mend()  # a drain would wait for it
 
