@@ -193,14 +193,20 @@ class Frontend(BesideChat):
         if self.image_worker:
             await self.open_results(metrics)
         metrics.watch_arena(self.arena.stats, cache=False)
-        if self.config.ui:
+        if self.config.ui and self._tabs():
             settings = PageSettings.of_worker(
-                pictures=bool(self.processor and self.image_worker and self.embed_worker),
+                tabs=self._tabs(),
                 deadline=self.config.admission.deadline,
                 upload_bytes=self.config.media.max_bytes,
                 cert_file=self.config.tls.cert_file if self.config.tls else None,
             )
             self.page.open(settings, dynamo_context.get("stopping"))
+
+    def _tabs(self) -> list[str]:
+        """Of the page."""
+        chat, pictures = bool(self.processor), bool(self.image_worker)
+        linked = {"validate": chat and pictures and bool(self.embed_worker), "chat": chat, "gallery": pictures}
+        return [name for name, there in linked.items() if there]
 
     @on_shutdown
     async def stop(self) -> None:

@@ -249,3 +249,18 @@ def test_a_graph_without_a_chat_chain_is_ready_once_every_stage_is_there(one: Fr
                 await route(Request(SCOPE, never))
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("linked", "tabs"),
+    [
+        ("processor", ["chat"]),
+        ("image_worker embed_worker", ["gallery"]),
+        ("processor image_worker", ["chat", "gallery"]),
+        ("processor image_worker embed_worker", ["validate", "chat", "gallery"]),
+        ("embed_worker", []),
+    ],
+)
+def test_the_page_has_the_tabs_for_which_there_are_stages(linked: str, tabs: list[str]) -> None:
+    stages = {name: name in linked.split() for name in ("processor", "image_worker", "embed_worker")}
+    assert Frontend._tabs(SimpleNamespace(**stages)) == tabs  # type: ignore[arg-type]

@@ -33,12 +33,12 @@ CHAT_HINT = "Ask about a picture: drop or paste one, or press the paper clip.\nS
 
 
 class Tabs:
-    """Builds the Blocks. ``pictures``: whether the graph makes and validates pictures; else there is only the chat."""
+    """Builds the Blocks. ``tabs``: those of "validate", "chat" and "gallery" for which the graph has the stages."""
 
-    def __init__(self, graph: GraphApi, *, pictures: bool, sizes: Sequence[str] = ()):
+    def __init__(self, graph: GraphApi, *, tabs: Sequence[str], sizes: Sequence[str] = ()):
         self._graph = graph
         self._runs = Runs()
-        self._pictures = pictures
+        self._tabs = tabs
         self._sizes = [name for name in sizes if name != "default"]
 
     def blocks(self) -> gr.Blocks:
@@ -46,15 +46,16 @@ class Tabs:
         with gr.Blocks(title="dynamo-epd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
             _html("epd-header", self._header())
             with gr.Tabs(elem_id="epd-tabs"):
-                if self._pictures:
+                if "validate" in self._tabs:
                     with gr.Tab("Validate", id="validate"):
                         self._validate_tab()
-                with gr.Tab("Chat", id="chat"):
-                    model = self._chat_tab()
-                if self._pictures:
+                if "chat" in self._tabs:
+                    with gr.Tab("Chat", id="chat"):
+                        model = self._chat_tab()
+                    page.load(self._models, None, model, show_progress="hidden", api_visibility="private")
+                if "gallery" in self._tabs:
                     with gr.Tab("Gallery", id="gallery") as gallery:
                         self._gallery_tab(gallery)
-            page.load(self._models, None, model, show_progress="hidden", api_visibility="private")
             page.unload(self._left)
         # Gradio looks for work a thousand times a second otherwise, on the loop that serves chats.
         page.queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE, api_open=False)
@@ -67,7 +68,7 @@ class Tabs:
 
     def _header(self) -> str:
         steps = ("prompt", "picture", "caption", "similarity")
-        line = " → ".join(steps) if self._pictures else "images and text in, text out"
+        line = " → ".join(steps) if "validate" in self._tabs else "images and text in, text out"
         return f"<header class='epd-header'><h1>dynamo-epd</h1><p>{line}</p></header>"
 
     # --- validate

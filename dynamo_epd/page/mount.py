@@ -52,8 +52,8 @@ HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"up
 class PageSettings:
     """What the Frontend tells the page."""
 
-    pictures: bool
-    """Whether the graph makes and validates pictures."""
+    tabs: Sequence[str]
+    """Those of "validate", "chat" and "gallery" for which the graph has the stages."""
     sizes: Sequence[str] = ()
     """Names of picture sizes."""
     deadline: float = 300.0
@@ -68,12 +68,12 @@ class PageSettings:
 
     @classmethod
     def of_worker(
-        cls, *, pictures: bool, deadline: float, upload_bytes: int, cert_file: Path | None = None
+        cls, *, tabs: Sequence[str], deadline: float, upload_bytes: int, cert_file: Path | None = None
     ) -> PageSettings:
         """What is known in a worker's process: its index, its port, and the sizes that the configuration names."""
         sections = json.loads(os.environ.get(CONFIGURATION) or "{}")
         return cls(
-            pictures,
+            tabs,
             tuple(sections.get("ImageWorker", {}).get("sizes", {})),
             deadline,
             upload_bytes,
@@ -233,7 +233,7 @@ def _built(settings: PageSettings) -> Any:
         outer = FastAPI()
         gradio.mount_gradio_app(
             outer,
-            Tabs(graph, pictures=settings.pictures, sizes=settings.sizes).blocks(),
+            Tabs(graph, tabs=settings.tabs, sizes=settings.sizes).blocks(),
             PATH,
             footer_links=[],
             run_history=False,

@@ -20,7 +20,7 @@ class Door:
 
     @async_on_start
     async def start(self) -> None:
-        settings = PageSettings.of_worker(pictures=False, deadline=10.0, upload_bytes=1024 * 1024)
+        settings = PageSettings.of_worker(tabs=["chat"], deadline=10.0, upload_bytes=1024 * 1024)
         self.page.open(settings, dynamo_context["stopping"])
 
     @on_shutdown
