@@ -16,6 +16,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,15 +44,16 @@ DIRECTORY = Path("models/tiny/llava")
 SEED = 1
 PATCH = 8
 PATCHES = world.SIDE // PATCH
-TOWER_STEPS = 3000
-STEPS = 5000
-QUESTION_STEPS = 4500
-TEXT_FIRST_STEPS = 5500
+TOWER_STEPS = 2000
+STEPS = 2000
+QUESTION_STEPS = 2500
+TEXT_FIRST_STEPS = 3500
 TOWER_BATCH = 64
+TOWER_RATE = 2e-3
 RATE = 1e-3
 QUESTION_RATE = 7e-4
-LAST_STEPS = 2600
-HARD_STEPS = 3400
+LAST_STEPS = 1300
+HARD_STEPS = 2400
 LAST_RATE = 4e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
@@ -193,9 +195,10 @@ def patch_labels(found: world.Scene, owner: np.ndarray) -> dict[str, np.ndarray]
     """The right class of every attribute for every patch, int64 (64,) each."""
     height = owner.shape[0]
     edges = (np.arange(height) * PATCHES // height).astype(np.int64)
-    covered = np.zeros((len(found.things) + 1, PATCHES, PATCHES))
-    np.add.at(covered, (owner, edges[:, None], edges[None, :]), 1.0)
-    covered /= covered.sum(0)
+    cells = (owner.astype(np.int64) * PATCHES + edges[:, None]) * PATCHES + edges[None, :]
+    number = len(found.things) + 1
+    covered = np.bincount(cells.ravel(), minlength=number * PATCHES**2).reshape(number, PATCHES, PATCHES)
+    covered = covered / covered.sum(0)
     best = covered[1:].argmax(0) + 1
     which = np.where(covered[1:].max(0) >= COVERED, best, 0).reshape(-1)
 
@@ -233,7 +236,7 @@ def train_tower(tower: CLIPVisionModel, width: int, pixels: Pixels) -> Run:
                 shown["shape"] = (output.argmax(-1) == right)[seen].float().mean().item()
         return total, shown
 
-    run = Run("llava-tower", module, TOWER_STEPS, RATE)
+    run = Run("llava-tower", module, TOWER_STEPS, TOWER_RATE, layers=tower.encoder.layers)
     run.train(loss)
     return run
 
@@ -256,6 +259,7 @@ class Examples:
     def __init__(self, words: PreTrainedTokenizerFast, pixels: Pixels):
         self._words = words
         self._pixels = pixels
+        self._encode = lru_cache(1 << 16)(partial(words.encode, add_special_tokens=False))
         self._image = words.convert_tokens_to_ids("<image>")
 
     def row(self, talk: Talk) -> Row:
@@ -263,7 +267,7 @@ class Examples:
         row = Row([], [], [])
 
         def say(text: str, part: int = 0, *, learned: bool = False) -> None:
-            found = self._words.encode(text, add_special_tokens=False)
+            found = self._encode(text)
             expanded = [one for token in found for one in [token] * (PATCHES**2 if token == self._image else 1)]
             row.ids.extend(expanded)
             row.labels.extend(expanded if learned else [IGNORED] * len(expanded))
@@ -315,14 +319,14 @@ def train_whole(
     def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
         inputs = examples.batch(draw(chance))
         labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
         wanted = labels[:, 1:].flatten()
         kept = wanted != IGNORED
-        said = logits[:, :-1].flatten(0, 1)[kept].float()
+        said = model.lm_head(hidden[:, :-1].flatten(0, 1)[kept]).float()
         right = (said.argmax(-1) == wanted[kept]).float().mean().item()
         return nn.functional.cross_entropy(said, wanted[kept]), {"tokens right": right}
 
-    run = Run(name, model, steps, rate)
+    run = Run(name, model, steps, rate, layers=model.model.language_model.layers)
     run.train(loss)
     return run
 

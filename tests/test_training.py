@@ -85,7 +85,10 @@ def test_without_a_compiler_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     assert "forward" not in vars(layer)
 
 
-def test_a_run_that_ended_early_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_that_ended_early_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, muon: bool
+) -> None:
     def trained(work: Path, *, until: int = -1) -> nn.Module:
         monkeypatch.setattr(training, "WORK", work)
         torch.manual_seed(0)
@@ -98,7 +101,7 @@ def test_a_run_that_ended_early_goes_on_to_the_same_weights(tmp_path: Path, monk
             rows = torch.tensor([[chance.random() for _ in range(8)] for _ in range(4)])
             return (layer(rows) - rows.flip(-1)).square().mean(), {}
 
-        return training.Run("layer", layer, 12, 1e-2, average=0.9).train(loss)
+        return training.Run("layer", layer, 12, 1e-2, average=0.9, layers=[layer] if muon else []).train(loss)
 
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     whole = trained(tmp_path / "whole")
@@ -107,3 +110,21 @@ def test_a_run_that_ended_early_goes_on_to_the_same_weights(tmp_path: Path, monk
     resumed = trained(tmp_path / "broken")
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "WORK", tmp_path)
+    torch.manual_seed(0)
+    layer = Layer()
+    before = {name: one.detach().clone() for name, one in layer.named_parameters()}
+    rows = torch.randn(16, 8)
+    run = training.Run("layer", layer, 1, 1e-2, layers=[layer])
+    run.train(lambda _: ((layer(rows) - rows.flip(-1)).square().mean(), {}))
+    step = {name: (one.detach() - before[name]) / 1e-2 for name, one in layer.named_parameters()}
+    # Muon's update is nearly orthogonal, whatever the gradient's scale and rank: all directions are moved alike.
+    lengths = torch.linalg.svdvals(step["linear.weight"]) / (0.2 * 8**0.5)
+    assert lengths.min() > 0.5 and lengths.max() < 1.5
+    # AdamW's first one is the gradient's sign.
+    torch.testing.assert_close(step["linear.bias"].abs(), torch.ones(8), atol=0.02, rtol=0)
