@@ -21,7 +21,7 @@ from tests.questions import Refused, Said, ask, ask_all, assert_same, chat, data
 from tests.reference import NAME, Reference
 from tests.serving import Graph, Metrics, at_rest
 
-IDLE_WAKES = 5000
+IDLE_WAKES = 6000
 """A second: what the whole graph may cost at rest, in wakes of a process that sleeps, which cost more on a slow machine
 too. That it is less than a tenth of a core is row 1's to show, in benchmarks/."""
 SLEEPER = """
