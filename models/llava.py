@@ -283,6 +283,12 @@ class Examples:
             say(f"{turn.answer}</s>", part, learned=True)
         return row
 
+    def halves(self, batch: list[Talk]) -> list[dict[str, torch.Tensor]]:
+        """The shorter conversations and the longer ones apart: up to a quarter of one `batch` would be padding."""
+        by_length = sorted(batch, key=lambda talk: len(self.row(talk).ids))
+        middle = len(batch) // 2
+        return [self.batch(half) for half in (by_length[:middle], by_length[middle:]) if half]
+
     def batch(self, batch: list[Talk]) -> dict[str, torch.Tensor]:
         """Padded on the right: input_ids, position_ids, labels int64 (n, longest); attention_mask float32 (n, 1,
         longest, longest), added to the scores; pixel_values of all pictures."""
@@ -317,14 +323,16 @@ def train_whole(
     """Teach the language model to say what the tower sees; the tower goes on learning."""
 
     def loss(chance: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
-        inputs = examples.batch(draw(chance))
-        labels = inputs.pop("labels")
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        wanted = labels[:, 1:].flatten()
-        kept = wanted != IGNORED
-        said = model.lm_head(hidden[:, :-1].flatten(0, 1)[kept]).float()
-        right = (said.argmax(-1) == wanted[kept]).float().mean().item()
-        return nn.functional.cross_entropy(said, wanted[kept]), {"tokens right": right}
+        total, right, learned = torch.zeros((), device=device()), 0, 0
+        for inputs in examples.halves(draw(chance)):
+            wanted = inputs.pop("labels")[:, 1:].flatten()
+            kept = wanted != IGNORED
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            said = model.lm_head(hidden[:, :-1].flatten(0, 1)[kept]).float()
+            total = total + nn.functional.cross_entropy(said, wanted[kept], reduction="sum")
+            right += int((said.argmax(-1) == wanted[kept]).sum())
+            learned += len(said)
+        return total / learned, {"tokens right": right / learned}
 
     run = Run(name, model, steps, rate, layers=model.model.language_model.layers)
     run.train(loss)

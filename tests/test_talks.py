@@ -50,6 +50,22 @@ def test_questions_of_a_quiz_are_asked_out_of_the_blue(made, examples):
     assert torch.allclose(torch.cat(together), torch.cat(apart), atol=1e-4)
 
 
+def test_halves_are_the_batch_with_less_padding(made, examples):
+    batch = talks.conversations(random.Random(5))
+    model = llava.model_of(made.tokenizer).eval()
+    halves = examples.halves(batch)
+    ids = [half["input_ids"] for half in halves]
+    assert [len(one) for one in ids] == [len(batch) // 2, len(batch) - len(batch) // 2]
+    assert ids[0].shape[1] < ids[1].shape[1] == examples.batch(batch)["input_ids"].shape[1]
+    assert sum(len(half.get("pixel_values", ())) for half in halves) == sum(len(talk.pictures) for talk in batch)
+    by_length = sorted(batch, key=lambda talk: len(examples.row(talk).ids))
+    apart = losses(model, examples, by_length[: len(batch) // 2]) + losses(
+        model, examples, by_length[len(batch) // 2 :]
+    )
+    assert torch.allclose(torch.cat(apart), torch.cat(losses(model, examples, by_length)), atol=1e-4)
+    assert examples.halves(batch[:1])[0].keys() == examples.batch(batch[:1]).keys()
+
+
 @torch.inference_mode()
 def losses(model, examples, batch):
     """The loss of every learned token, one tensor a conversation."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import random
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def test_a_fused_layer_computes_and_learns_the_same() -> None:
 def test_recipes_at_work_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "WORK", tmp_path)
     monkeypatch.setattr(training, "_at_work", [])
+    monkeypatch.setattr(training, "keep_memory", lambda: None)  # it cannot be undone in this process
     monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(4)))
     training.share_cores("one")
     training.take_cores()
@@ -69,6 +71,38 @@ def test_recipes_at_work_share_the_cores(tmp_path: Path, monkeypatch: pytest.Mon
         other.communicate("\n")
     training.take_cores()
     assert torch.get_num_threads() == 4, "the other one has ended"
+
+
+def test_a_long_run_takes_the_cores_that_another_recipe_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "WORK", tmp_path)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    asked = []
+    monkeypatch.setattr(training, "take_cores", lambda: asked.append(1))
+    layer = Layer()
+    training.Run("layer", layer, 3, 1e-2).train(lambda _: (layer(torch.ones(1, 8)).sum(), {}))
+    assert len(asked) == 1 + 3, "at the start, and with each save"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@pytest.mark.parametrize(("kept", "less"), [("pass", False), ("training.keep_memory()", True)])
+def test_what_is_freed_is_kept_for_what_is_allocated_next(kept: str, less: bool) -> None:
+    code = f"""
+import resource
+import torch
+from models import training
+{kept}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults() * resource.getpagesize())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert (int(done.stdout) < 64 << 20) is less
 
 
 @pytest.fixture
