@@ -100,7 +100,7 @@ async def ours(model: str) -> None:
         service_name="EncodeWorker",
         instance_id=1,
         graph=SimpleNamespace(services={}),
-        addresses={},
+        owner_addresses={"EncodeWorker": ("bench", "EncodeWorker")},
         config=EncodeConfig(max_batch=ALL, engine_args=engine_args),
     )
     worker = EncodeWorker()

@@ -43,7 +43,8 @@ class ArenaOwner:
         """Maps and registers ``nbytes`` of host memory."""
         from dynamo_epd.transfer import Arena
 
-        owner = "/".join((dynamo_context["namespace"], dynamo_context["component"], str(dynamo_context["instance_id"])))
+        address = dynamo_context["owner_addresses"][dynamo_context["service_name"]]
+        owner = "/".join((*address, str(dynamo_context["instance_id"])))
         self._given: Given[str] = Given()
         await connect_owners(self.reads)
         self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
@@ -114,7 +115,7 @@ _clients: dict[str, ServiceClient] = {}
 async def connect_owners(names: Sequence[str]) -> None:
     """Makes a client for the arena of each named service that the graph has. At start, and not when one is needed: see
     `ServiceClient.locate`."""
-    graph, addresses = dynamo_context["graph"], dynamo_context["addresses"]
+    graph, addresses = dynamo_context["graph"], dynamo_context["owner_addresses"]
     for name in names:
         if name in graph.services:
             client = ServiceClient(name, addresses[name], None)

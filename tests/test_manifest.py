@@ -23,6 +23,7 @@ from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, plac
 from dynamo_epd.sdk.serve import DEFAULT_DRAIN
 from dynamo_epd.sdk.service import info_of
 from dynamo_epd.sdk.supervisor import KILL_GRACE
+from dynamo_epd.sdk.worker import Worker
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import CRDS, Refused, check, schema_of
 from tests.manifests import unrestricted
@@ -340,6 +341,29 @@ def test_addresses_are_the_operators() -> None:
     assert {one.namespace for one in placed(settings, worker).values()} == {"ns-demo-abc"}
     assert (outer_namespace(pod), outer_namespace(worker)) == (None, "ns-demo")
     assert placed(settings, worker)["EncodeWorker"].component == settings["EncodeWorker"].component
+
+
+@pytest.mark.parametrize("config", ["disagg.yaml", "cova.yaml"])
+def test_those_who_read_an_arena_know_its_owners_address(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frontend is of no generation of workers, and its pictures are READ by all; what it READs is of any."""
+    _, graph = graph_of(config)
+    monkeypatch.setenv("DYN_PARENT_DGD_K8S_NAME", "demo")
+    monkeypatch.setenv("DYN_NAMESPACE", "ns-demo")
+
+    def process(name: str) -> Worker:
+        monkeypatch.setenv("DYN_NAMESPACE_WORKER_SUFFIX", "" if name == "Frontend" else "abc")
+        return Worker(graph, placed(resolve(graph, read(config))), name, 0)
+
+    reads = [(name, owner) for name, one in graph.services.items() for owner in getattr(one, "reads", ())]
+    found = {(name, owner) for name, owner in reads if owner in graph.services}
+    assert {("EncodeWorker", "Frontend"), ("PrefillWorker", "EncodeWorker")} <= found
+    for name, owner in found:
+        its_own = process(owner)
+        address = its_own.owner_addresses[owner]
+        assert process(name).owner_addresses[owner] == address, (name, owner)
+        assert address in its_own._own_addresses()
+    assert process("PrefillWorker").owner_addresses["EncodeWorker"][0] == "ns-demo-abc"
+    assert process("Frontend")._own_addresses() == [("ns-demo", "Frontend")]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"Store": 3}'])

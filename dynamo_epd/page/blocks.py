@@ -59,7 +59,7 @@ class Tabs:
             page.unload(self._left)
         # Gradio looks for work a thousand times a second otherwise, on the loop that serves chats.
         page.queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE, api_open=False)
-        page._queue.sleep_when_free = 0.02
+        page._queue.sleep_when_free = 0.05
         page._queue.progress_update_sleep_when_free = 0.5
         page.state_session_capacity = 256
         for function in page.fns.values():

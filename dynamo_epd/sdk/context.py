@@ -11,7 +11,8 @@ Config = TypeVar("Config")
 dynamo_context: dict[str, Any] = {}
 """In a worker: ``runtime``, ``namespace``, ``component``, ``service_name``, ``worker_index``, ``max_payload`` (bytes
 that NATS takes in one message), ``graph``, ``config``, ``stopping`` (an asyncio.Event, set when the worker begins to
-drain) and, as clients see it, ``instance_id``. Empty elsewhere."""
+drain); (namespace, component) by service in ``addresses`` and, where owners of arenas are found from any generation of
+workers, in ``owner_addresses``; and, as clients see it, ``instance_id``. Empty elsewhere."""
 
 request_context: contextvars.ContextVar[Any] = contextvars.ContextVar("request_context", default=None)
 """The runtime's Context of the call being served: what this endpoint calls on continues its trace."""

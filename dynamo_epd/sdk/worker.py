@@ -67,6 +67,7 @@ class Worker:
         self.info = info_of(self.service)
         self.settings = settings[service_name]
         self.addresses = {name: one.address for name, one in settings.items()} | _depends_elsewhere()
+        self.owner_addresses = {name: self._address_for_all(name) for name in self.addresses}
         self.index = index
         self.drain_seconds = float(os.environ.get(DRAIN, DEFAULT_DRAIN))
         self.instance: Any = None
@@ -118,6 +119,7 @@ class Worker:
         dynamo_context.update(
             graph=self.graph,
             addresses=self.addresses,
+            owner_addresses=self.owner_addresses,
             config=self.settings.config,
             namespace=namespace,
             component=component,
@@ -153,11 +155,16 @@ class Worker:
                     raise
                 await asyncio.sleep(0.5)
 
+    def _address_for_all(self, name: str) -> tuple[str, str]:
+        """Where workers of every generation find a service: the root, which belongs to none, and what it calls."""
+        root, service = self.graph.root, self.graph.services.get(name)
+        seen = [root, *(to for (caller, _), to in self.graph.edges.items() if caller is root)]
+        namespace, component = self.addresses[name]
+        return (outer_namespace() or namespace) if service in seen else namespace, component
+
     def _own_addresses(self) -> list[tuple[str, str]]:
-        """One; but what belongs to a generation of workers and is called by the root, which does not, has two."""
-        outer = outer_namespace()
-        called = any(caller is self.graph.root and to is self.service for (caller, _), to in self.graph.edges.items())
-        return [self.settings.address, *([(outer, self.settings.component)] if outer and called else [])]
+        """One; but what belongs to a generation of workers and is called by the root has two."""
+        return list(dict.fromkeys((self.settings.address, self.owner_addresses[self.settings.name])))
 
     def _names(self) -> list[str]:
         """Of the endpoints: the service's own, then those that only /health asks for."""
