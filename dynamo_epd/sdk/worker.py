@@ -66,8 +66,9 @@ class Worker:
         self.service = graph.service(service_name)
         self.info = info_of(self.service)
         self.settings = settings[service_name]
-        self.addresses = {name: one.address for name, one in settings.items()} | _depends_elsewhere()
-        self.owner_addresses = {name: self._address_for_all(name) for name in self.addresses}
+        elsewhere = _depends_elsewhere()
+        self.addresses = {name: one.address for name, one in settings.items()} | elsewhere
+        self.owner_addresses = {name: self._address_for_all(one) for name, one in settings.items()} | elsewhere
         self.index = index
         self.drain_seconds = float(os.environ.get(DRAIN, DEFAULT_DRAIN))
         self.instance: Any = None
@@ -155,12 +156,11 @@ class Worker:
                     raise
                 await asyncio.sleep(0.5)
 
-    def _address_for_all(self, name: str) -> tuple[str, str]:
+    def _address_for_all(self, one: ServiceSettings) -> tuple[str, str]:
         """Where workers of every generation find a service: the root, which belongs to none, and what it calls."""
-        root, service = self.graph.root, self.graph.services.get(name)
+        root, outer = self.graph.root, outer_namespace()
         seen = [root, *(to for (caller, _), to in self.graph.edges.items() if caller is root)]
-        namespace, component = self.addresses[name]
-        return (outer_namespace() or namespace) if service in seen else namespace, component
+        return (outer, one.component) if outer and self.graph.services.get(one.name) in seen else one.address
 
     def _own_addresses(self) -> list[tuple[str, str]]:
         """One; but what belongs to a generation of workers and is called by the root has two."""
