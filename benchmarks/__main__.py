@@ -25,51 +25,29 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks import checkpoints, plan, report
+from benchmarks import plan, report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row
 from benchmarks.plan import Step
-from benchmarks.rows import (
-    added,
-    answer,
-    copies,
-    encoder,
-    goodput,
-    kv,
-    overlap,
-    pictures,
-    repeated,
-    start,
-    storm,
-    texts,
-    transfer,
-    weights,
-)
+from benchmarks.rows import goodput
 from benchmarks.standing import Standing
 
 ROW_SECONDS = 1200.0
 """Bound of a row, four times what the longest should take: nothing is waited for for ever."""
 
+Measure = Callable[[int], Coroutine[Any, Any, Row]]
+"""A row from the number of its repeats."""
+
 STANDING = Standing()
-ROWS: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
-    answer.NUMBER: lambda repeats: answer.measure(STANDING, repeats),
-    added.NUMBER: lambda repeats: added.measure(checkpoints.directory(checkpoints.TINY), repeats),
-    transfer.NUMBER: transfer.measure,
-    encoder.NUMBER: encoder.measure,
-    repeated.NUMBER: lambda repeats: repeated.measure(STANDING, repeats),
-    storm.NUMBER: lambda repeats: storm.measure(STANDING, repeats),
-    goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats),
-    overlap.NUMBER: lambda repeats: overlap.measure(STANDING, repeats),
-    kv.NUMBER: lambda repeats: kv.measure(STANDING, repeats),
-    texts.NUMBER: texts.measure,
-    pictures.NUMBER: pictures.measure,
-    start.NUMBER: lambda repeats: start.measure(STANDING, repeats),
-    weights.NUMBER: weights.measure,
-    copies.NUMBER: copies.measure,
-}
-TUNED: dict[int, Callable[[int], Coroutine[Any, Any, Row]]] = {
-    goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats, goodput.TUNED)
-}
+
+
+def measure_of(step: Step) -> Measure:
+    """The row's own, at the arms that stand where it asks for some."""
+    return (lambda repeats: step.row.measure(STANDING, repeats)) if step.stands else step.row.measure
+
+
+ROWS = {step.number: measure_of(step) for step in plan.PLAN}
+TUNED: dict[int, Measure] = {goodput.NUMBER: lambda repeats: goodput.measure(STANDING, repeats, goodput.TUNED)}
 """With ``--tuned``, in the place of the same row of `ROWS`."""
 
 
@@ -118,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(row.met for row in rows) else 1
 
 
-def measured(step: Step, measure: Callable[[int], Coroutine[Any, Any, Row]], repeats: int) -> Row:
+def measured(step: Step, measure: Measure, repeats: int) -> Row:
     """The row, or why there is none."""
     before, began = os.getloadavg()[0], time.monotonic()
     try:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from time import perf_counter, process_time
 
+from benchmarks import checkpoints
 from benchmarks.arms import WORK, graph
 from benchmarks.figures import Goal, Row, Samples, percentile
 from benchmarks.load import Told, ask, chat, session
@@ -23,13 +23,14 @@ EchoWorker: {common-configs: [model, dtype, max-model-len], slots: 64, token-sec
 """
 
 
-async def measure(model: Path, repeats: int) -> Row:
+async def measure(repeats: int) -> Row:
     """One client; the engine says one token as soon as it is asked."""
     load = f"{repeats} repeats of {PER_REPEAT} text questions, one client, one token at once"
     row = Row(NUMBER, TITLE, f"an echo for an engine, {load}")
     config = (WORK / "echo.yaml").absolute()
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(CONFIG)
+    model = checkpoints.directory(checkpoints.TINY)
     with graph("ECHO", "benchmarks.echoing:Frontend", str(config), model, pictures=False) as arm:
         row.notes += [f"`{command}`" for command in arm.commands]
         async with session() as client:
