@@ -11,7 +11,7 @@ ARGS ?=
 LONG := tests/acceptance tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models benchmarks deploy tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos soak bench models llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak bench models t5-recipe vae-recipe llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -30,16 +30,21 @@ check: setup
 test: setup
 	@$(BIN)/pytest -q tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
-# Two recipes side by side, which share the cores. What is trained already is not trained again.
+# Two recipes at a time, which share the cores. What is trained already is not trained again.
 models: setup
-	@$(MAKE) -j2 --no-print-directory llava-recipe image-recipe
+	@$(MAKE) -j2 --no-print-directory t5-recipe vae-recipe llava-recipe image-recipe
 	@$(BIN)/python -m models.evaluate
+
+t5-recipe:
+	@$(BIN)/python -m models.t5
+
+vae-recipe:
+	@$(BIN)/python -m models.image vae
 
 llava-recipe:
 	@$(BIN)/python -m models.llava
 
-image-recipe:
-	@$(BIN)/python -m models.t5
+image-recipe: t5-recipe vae-recipe
 	@$(BIN)/python -m models.image
 
 acceptance: setup

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe of `models/tiny/image`: a PixArt-Sigma pipeline that draws the world from a prompt.
 
-    python -m models.image
+    python -m models.image [vae]
 
 Two parts. A VAE that packs a picture into 16 × 16 cells of 4 numbers; then a transformer that learns to draw such cells
 out of noise, conditioned on the token states of `models/tiny/t5`, which stays as it is. It names the picture itself at
@@ -10,6 +10,7 @@ every level of noise (x-prediction), along the straight path of flow matching.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -266,9 +267,14 @@ def phase(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train what is not yet trained, and write the directory."""
+    """Train what is not yet trained, and write the directory. The VAE alone needs no T5."""
+    parser = argparse.ArgumentParser(prog="python -m models.image", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("only", nargs="?", choices=("vae",), help="train the VAE and end")
+    only = parser.parse_args().only
     share_cores("image")
     vae, vae_runs = train_vae()
+    if only:
+        return
     tokenizer = T5Tokenizer.from_pretrained(t5.DIRECTORY)
     text = T5EncoderModel.from_pretrained(t5.DIRECTORY).to(device()).eval().requires_grad_(False)
     transformer = build_transformer(text.config.d_model)

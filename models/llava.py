@@ -3,11 +3,11 @@
 
     python -m models.llava
 
-Six phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
+Four phases. First the vision tower alone, with a head on every patch: which background, and the shape, colour and size
 of the thing that covers the patch. Taught through captions only, shapes come last and late. Then the whole LLaVA on
 conversations of several turns about one picture or two, with the loss on the answers. There a caption often stands
 before a question, and the answer is read off it; so then come questions with nothing said before them, many to a
-picture; then such questions before their picture, which is harder; then a little of everything, and the hardest.
+picture; and at last a little of everything, mostly what differs between two pictures.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ PATCHES = world.SIDE // PATCH
 TOWER_STEPS = 2000
 STEPS = 2000
 QUESTION_STEPS = 2500
-TEXT_FIRST_STEPS = 3500
 TOWER_BATCH = 64
 TOWER_RATE = 2e-3
 RATE = 1e-3
 QUESTION_RATE = 7e-4
-LAST_STEPS = 1300
-HARD_STEPS = 2400
-LAST_RATE = 4e-4
+LAST_STEPS = 3500
+LAST_RATE = 7e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
 IGNORED = -100
@@ -350,16 +348,12 @@ def main() -> None:
     examples = Examples(made.tokenizer, pixels)
     whole = train_whole("llava", model, examples, talks.conversations, STEPS, RATE)
     questions = train_whole("llava-questions", model, examples, talks.out_of_the_blue, QUESTION_STEPS, QUESTION_RATE)
-    before = train_whole("llava-text-first", model, examples, talks.text_first, TEXT_FIRST_STEPS, QUESTION_RATE)
     last = train_whole("llava-everything", model, examples, talks.everything, LAST_STEPS, LAST_RATE)
-    hard = train_whole("llava-hardest", model, examples, talks.hardest, HARD_STEPS, LAST_RATE)
     runs = {
         "tower": tower,
         "whole": whole,
         "questions": questions,
-        "text first": before,
         "everything": last,
-        "hardest": hard,
     }
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.float().cpu().save_pretrained(DIRECTORY)

@@ -183,49 +183,17 @@ def out_of_the_blue(chance: random.Random) -> list[Talk]:
     return [single(chance, next(found), text_first=chance.random() < 0.5) for _ in range(BATCH)]
 
 
-def text_first(chance: random.Random) -> list[Talk]:
-    """As `out_of_the_blue`, but mostly with the question before its picture: nothing can be shared there."""
-    kind = chance.random()
-    if kind < 0.1:
-        return conversations(chance)
-    if kind < 0.4:
-        return quizzes(chance)
-    return singles(chance, pairs=0.65, text_first_part=0.9)
-
-
 def everything(chance: random.Random) -> list[Talk]:
-    """All that was taught, with more of what is easily forgotten: which of two pictures is meant."""
+    """All that was taught, with more of what is learned last: what differs between two pictures, and which is meant."""
     kind = chance.random()
-    if kind < 0.2:
+    if kind < 0.12:
         return conversations(chance)
-    if kind < 0.4:
-        found = world.scenes(chance, held_out=False, pairs=PAIRS)
+    found = world.scenes(chance, held_out=False, pairs=PAIRS)
+    if kind < 0.22:
         return [one_of_two(chance, next(found), next(found)) for _ in range(BATCH // 2)]
-    if kind < 0.6:
-        return quizzes(chance)
-    return singles(chance, pairs=0.6, text_first_part=0.6)
-
-
-def quizzes(chance: random.Random) -> list[Talk]:
-    """A batch of quizzes, on one picture each or on two."""
-    found = world.scenes(chance, held_out=False, pairs=0.65)
-    if chance.random() < 2 / 3:
-        return [quiz(chance, next(found)) for _ in range(BATCH // 2)]
-    return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
-
-
-def singles(chance: random.Random, *, pairs: float, text_first_part: float) -> list[Talk]:
-    """A batch of single questions."""
-    found = world.scenes(chance, held_out=False, pairs=pairs)
-    return [single(chance, next(found), text_first=chance.random() < text_first_part) for _ in range(BATCH)]
-
-
-def hardest(chance: random.Random) -> list[Talk]:
-    """As `everything`, but most questions are on the shapes of two things, and whether something is there."""
-    kind = chance.random()
-    if kind < 0.4:
-        return everything(chance)
-    found = world.scenes(chance, held_out=False, pairs=0.75)
-    if kind < 0.7:
+    if kind < 0.62:
+        return [quiz_on_two(chance, found) for _ in range(BATCH // 2)]
+    found = world.scenes(chance, held_out=False, pairs=0.7)
+    if kind < 0.8:
         return [quiz(chance, next(found), HARD_KINDS) for _ in range(BATCH // 2)]
-    return [single(chance, next(found), HARD_KINDS, text_first=chance.random() < 0.7) for _ in range(BATCH)]
+    return [single(chance, next(found), text_first=chance.random() < 0.7) for _ in range(BATCH)]
