@@ -51,7 +51,7 @@ TOWER_BATCH = 64
 TOWER_RATE = 2e-3
 RATE = 1e-3
 QUESTION_RATE = 7e-4
-LAST_STEPS = 3500
+LAST_STEPS = 4000
 LAST_RATE = 7e-4
 LAYER = -2
 """The tower's layer that the language model sees, as in LLaVA 1.5."""
