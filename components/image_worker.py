@@ -83,7 +83,7 @@ class ImageConfig:
     loras: dict[str, str] = field(default_factory=dict)
     """LoRA adapters by the name that requests give them: directory or name on the hub."""
     max_batch: int = 8
-    """Pictures in one denoise step. 1 gives the very pixels of plain diffusers; with more they may differ by rounding,
+    """Pictures in one denoise step. 1 gives the pixels of plain diffusers; with more they may differ by rounding,
     depending on what else is made. With ``compile`` or ``cpu-offload`` it is 1."""
     store: StoreConfig = field(default_factory=StoreConfig)
     jobs: JobsConfig = field(default_factory=JobsConfig)

@@ -62,8 +62,24 @@ def loaded(directory: Path) -> Any:
     return pipeline
 
 
+def assert_plain(pixels: np.ndarray, family: str, wanted: Wanted) -> None:
+    """They are those of the pipeline's own call. Of PixArt's, which attends to no padding here, sums are in another
+    order: a value may then be rounded the other way where it lies within a hundredth of a level of the middle.
+    """
+    image = drawn(plain(family), wanted)
+    if family == "pixart":
+        assert np.abs(pixels - 255 * image.clip(0, 1)).max() < 0.51
+    else:
+        np.testing.assert_array_equal(pixels, to_bytes(image))
+
+
 def expected(pipeline: Any, wanted: Wanted) -> np.ndarray:
     """What plain diffusers makes of it: uint8 (height, width, 3)."""
+    return to_bytes(drawn(pipeline, wanted))
+
+
+def drawn(pipeline: Any, wanted: Wanted) -> np.ndarray:
+    """The same before it is rounded: float32 in 0 to 1."""
     arguments: dict[str, Any] = {
         "num_inference_steps": wanted.steps,
         "guidance_scale": wanted.guidance_scale,
@@ -75,7 +91,8 @@ def expected(pipeline: Any, wanted: Wanted) -> np.ndarray:
     seed = torch.Generator().manual_seed(wanted.seed)
     size = {"width": wanted.width, "height": wanted.height}
     with torch.inference_mode():
-        return to_bytes(pipeline(wanted.prompt, **size, generator=seed, output_type="np", **arguments).images[0])
+        image = pipeline(wanted.prompt, **size, generator=seed, output_type="np", **arguments).images[0]
+    return np.asarray(image)
 
 
 def changed(family: str, directory: Path, change: Callable[[Path], None]) -> Path:
@@ -97,7 +114,7 @@ def edit_json(path: Path, **values: Any) -> None:
 def test_pixels_are_those_of_plain_diffusers(family: str, wanted: Wanted) -> None:
     made = make(generator(family), wanted)
     assert (made.pixels.shape, made.pixels.dtype) == ((wanted.height, wanted.width, 3), np.uint8)
-    np.testing.assert_array_equal(made.pixels, expected(plain(family), wanted))
+    assert_plain(made.pixels, family, wanted)
     assert made.prompt_vector is None
 
 
@@ -105,7 +122,7 @@ def test_pixels_are_those_of_plain_diffusers(family: str, wanted: Wanted) -> Non
 def test_guidance_and_negative_prompts_are_passed_on(family: str) -> None:
     wanted = replace(WANTED, guidance_scale=3.0, negative_prompt=RING)
     made = make(generator(family), wanted).pixels
-    np.testing.assert_array_equal(made, expected(plain(family), wanted))
+    assert_plain(made, family, wanted)
     for other in (replace(wanted, guidance_scale=6.0), replace(wanted, negative_prompt=STAR), WANTED):
         assert not np.array_equal(make(generator(family), other).pixels, made)
 
@@ -253,7 +270,7 @@ def test_previews_near_the_picture_and_change_nothing(family: str) -> None:
     assert [one.shape for one in shown] == [(40, 96, 3)] * 3
     assert np.abs(shown[-1].astype(int) - made.pixels).max() <= 1, "the last one is the picture"
     assert not np.array_equal(shown[0], made.pixels)
-    np.testing.assert_array_equal(made.pixels, expected(plain(family), wanted))
+    assert_plain(made.pixels, family, wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +285,7 @@ def test_a_picture_that_nobody_wants_ends_at_the_next_step(family: str) -> None:
     with pytest.raises(Stopped):
         generator(family).generate(replace(WANTED, steps=20), on_step, stop)
     assert told == [(1, 20), (2, 20)]
-    np.testing.assert_array_equal(make(generator(family), WANTED).pixels, expected(plain(family), WANTED))
+    assert_plain(make(generator(family), WANTED).pixels, family, WANTED)
 
 
 def test_a_picture_begins_when_its_turn_comes_unless_nobody_wants_it_by_then() -> None:
@@ -341,7 +358,7 @@ def test_refusals(family: str, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         make(generator(family), replace(WANTED, **fields))
     assert (caught.value.status, caught.value.param) == (400, param)
-    np.testing.assert_array_equal(make(generator(family), WANTED).pixels, expected(plain(family), WANTED))
+    assert_plain(make(generator(family), WANTED).pixels, family, WANTED)
 
 
 @pytest.mark.parametrize("fields", [{"lora": "none"}, {"prompt": "star " * 600}], ids=["an adapter", "a prompt"])
@@ -409,7 +426,7 @@ def test_adapters_by_name_per_request(adapted: tuple[str, dict[str, str]]) -> No
         pipeline.load_lora_weights(directory, use_safetensors=True)
         pictures[name] = expected(pipeline, WANTED)
         np.testing.assert_array_equal(make(one, replace(WANTED, lora=name)).pixels, pictures[name])
-    np.testing.assert_array_equal(make(one, WANTED).pixels, expected(plain(family), WANTED))
+    assert_plain(make(one, WANTED).pixels, family, WANTED)
     assert not np.array_equal(pictures["red"], pictures["v1.0 blue"])
     assert not any(np.array_equal(picture, expected(plain(family), WANTED)) for picture in pictures.values())
     with pytest.raises(InvalidRequest, match=r"red, v1\.0 blue"):
@@ -427,7 +444,7 @@ def test_adapters_do_not_leak_into_neighbours(adapted: tuple[str, dict[str, str]
     for wanted, picture, same in zip(crowd, together, alone, strict=True):
         assert np.abs(picture.astype(int) - same).max() <= levels
         if wanted.lora is None:
-            np.testing.assert_array_equal(same, expected(plain(family), wanted))
+            assert_plain(same, family, wanted)
 
 
 def test_an_adapter_that_does_not_fit_is_an_error_at_start(adapted: tuple[str, dict[str, str]], tmp_path: Path) -> None:

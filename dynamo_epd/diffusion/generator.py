@@ -67,9 +67,9 @@ class Generator:
         dtype: ``auto`` is bfloat16 on a GPU and float32 elsewhere.
         ask: where T5's states come from. With it the pipeline's own T5 is never loaded.
         loras: LoRA adapters by the name that requests give them; each where a model may be.
-        max_batch: pictures whose denoise steps are taken together. 1 gives the very pixels of plain diffusers; with
-            more they may differ by rounding. Compiled denoisers would have a form for each size of batch, and
-            offloading moves weights from under others: with either it is 1.
+        max_batch: pictures whose denoise steps are taken together. 1 gives the very pixels of plain diffusers, of
+            PixArt up to float32's rounding; with more they may differ by a level. Compiled denoisers would have a form
+            for each size of batch, and offloading moves weights from under others: with either it is 1.
         on_batch: told how many pictures each call of the denoiser was for.
 
     Raises:
