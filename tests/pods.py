@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -39,15 +37,6 @@ def nats(log: Path) -> Iterator[str]:
         process.wait(30)
 
 
-def low_port() -> int:
-    """A free one up to 32767: the runtime reads DYN_SYSTEM_PORT as a signed number of 16 bits."""
-    while True:
-        port = random.randrange(20000, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 class Pod:
     """A stand-in for the operator and the kubelet: the command of a manifest's component as a process, with the
     variables that the operator adds to it (component_common.go, component_frontend.go, component_worker.go).
@@ -56,7 +45,7 @@ class Pod:
     def __init__(self, stored: dict[str, Any], component: dict[str, Any], kubeconfig: str, nats: str, code: Path):
         self.name = f"{stored['metadata']['name']}-{component['name'].lower()}-0"
         self.main = main_of(component)
-        self.ports = {8000: free_port(), 9090: low_port()}
+        self.ports = {8000: free_port(), 9090: free_port()}
         self.uid = f"uid-of-{self.name}"
         namespace, parent = stored["metadata"]["namespace"], stored["metadata"]["name"]
         added = {

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """One that nobody uses now, and that no connection is given by chance: Linux takes those from 32768 on."""
+    """One that nobody uses now, and that no connection is given by chance: Linux takes those from 32768 on. Up to there
+    they are system ports too: the runtime reads DYN_SYSTEM_PORT as a signed number of 16 bits."""
     while True:
         port = random.randrange(10000, 20000)
         with socket.socket() as probe, contextlib.suppress(OSError):
