@@ -28,7 +28,7 @@ check: setup
 	@$(BIN)/mypy $(SOURCES)
 
 test: setup
-	@$(BIN)/pytest -q tests $(addprefix --ignore=,$(LONG)) $(ARGS)
+	@$(BIN)/pytest -q --durations=20 tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
 # Two recipes at a time, which share the cores. What is trained already is not trained again.
 models: setup
