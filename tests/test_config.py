@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from components.embed_worker import EmbedWorker
 from dynamo_epd.sdk import depends, service
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve, split_overrides
 from dynamo_epd.sdk.graph import Graph, build_graph
@@ -59,7 +60,8 @@ def settle(tmp_path: Path, text: str, *arguments: str) -> dict[str, ServiceSetti
 
 def test_keys_become_fields_and_the_rest_engine_arguments(tmp_path: Path) -> None:
     text = (
-        "Worker:\n  routing: least-loaded\n  threshold: 1e-3\n  media: {max-bytes: 5, allowed-hosts: [a, b]}\n"
+        "Worker:\n  model: m\n  routing: least-loaded\n  threshold: 1e-3\n"
+        "  media: {max-bytes: 5, allowed-hosts: [a, b]}\n"
         "  max-model-len: 256\n  limit-mm-per-prompt: {image: 4}\n  enforce_eager: true\n"
     )
     config = settle(tmp_path, text)["Worker"].config
@@ -67,13 +69,14 @@ def test_keys_become_fields_and_the_rest_engine_arguments(tmp_path: Path) -> Non
         "least-loaded",
         0.001,
         Media(5, ("a", "b")),
-        {"max_model_len": 256, "limit_mm_per_prompt": {"image": 4}, "enforce_eager": True},
+        {"model": "m", "max_model_len": 256, "limit_mm_per_prompt": {"image": 4}, "enforce_eager": True},
     )
 
 
 def test_precedence_is_command_line_then_yaml_then_decorator(tmp_path: Path) -> None:
-    assert settle(tmp_path, "")["Worker"].workers == 2
-    text = "Worker:\n  routing: kv\n  ServiceArgs: {workers: 3, resources: {cpu: '8'}, envs: [{name: A, value: 1}]}\n"
+    assert settle(tmp_path, "Worker: {model: m}")["Worker"].workers == 2
+    service_args = "{workers: 3, resources: {cpu: '8'}, envs: [{name: A, value: 1}]}"
+    text = f"Worker:\n  model: m\n  routing: kv\n  ServiceArgs: {service_args}\n"
     from_yaml = settle(tmp_path, text)["Worker"]
     assert (from_yaml.workers, from_yaml.resources) == (3, {"gpu": 1, "cpu": "8"})
     assert not from_yaml.resources_configured
@@ -83,7 +86,7 @@ def test_precedence_is_command_line_then_yaml_then_decorator(tmp_path: Path) -> 
 
 
 def test_nested_overrides_keep_siblings_and_reach_either_spelling(tmp_path: Path) -> None:
-    text = "Worker:\n  media: {max-bytes: 5, allowed-hosts: [a]}\n"
+    text = "Worker:\n  model: m\n  media: {max-bytes: 5, allowed-hosts: [a]}\n"
     config = settle(tmp_path, text, "--Worker.media.max_bytes=7")["Worker"].config
     assert config.media == Media(7, ("a",))
 
@@ -158,6 +161,8 @@ def test_what_a_worker_is_given_resolves_to_the_same(tmp_path: Path) -> None:
         ("Worker:\n  model: a\n  model: b\n", "c.yaml:3: model is given twice"),
         ("Worker:\n  max-model-len: 1\n  max_model_len: 2\n", "c.yaml:3: max_model_len is given twice"),
         ("Worker:\n  engine-args: {}\n", "c.yaml:2: unknown key of Worker 'engine-args'"),
+        ("Worker: {routing: kv}\n", r"c.yaml:1: Worker: model must be given, in the file of -f or as --Worker.model=…"),
+        ("Worker:\n  ServiceArgs: {envs: [{name: A}]}\n", "c.yaml:2: an entry of envs has name and value"),
         ("- a\n", "c.yaml:1: the top level must be service names"),
         ("Worker: 5\n", "c.yaml:1: Worker must hold keys"),
         ("Worker: !!python/object/apply:os.system [id]\n", "could not determine a constructor"),
@@ -167,6 +172,14 @@ def test_what_a_worker_is_given_resolves_to_the_same(tmp_path: Path) -> None:
 def test_errors_name_place_and_nearest_name(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settle(tmp_path, text)
+
+
+def test_without_a_configuration_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^the configuration: Worker: model must be given"):
+        resolve(graph(), Document())
+    assert settle(tmp_path, "Worker: {ServiceArgs: {dynamo: {enabled: false}}}")["Worker"].config.engine_args == {}
+    with pytest.raises(ConfigError, match=r"^the configuration: EmbedWorker: model must be given"):
+        resolve(build_graph(EmbedWorker, "nobody"), Document())
 
 
 def test_an_override_is_named_as_it_was_given(tmp_path: Path) -> None:
@@ -179,7 +192,7 @@ def test_an_override_is_named_as_it_was_given(tmp_path: Path) -> None:
 
 
 def test_planner_keys_are_known_to_graphs_without_a_planner(tmp_path: Path) -> None:
-    assert set(settle(tmp_path, "", "--Planner.no-operation=true")) == {"Old", "Worker"}
+    assert set(settle(tmp_path, "Worker: {model: m}", "--Planner.no-operation=true")) == {"Old", "Worker"}
 
 
 def test_the_planner_starts_a_process_only_where_it_is_switched_on() -> None:

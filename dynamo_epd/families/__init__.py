@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.sdk.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ FAMILIES = {
 
 
 def family_of(architectures: list[str]) -> Family:
-    """The family of a checkpoint. Raises ValueError with the known ones where it is not in the table."""
+    """The family of a checkpoint. Raises ConfigError with the known ones where it is not in the table."""
     for architecture in architectures:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
-    raise ValueError(f"no model family for {architectures}; known: {', '.join(sorted(FAMILIES))}")
+    raise ConfigError(f"no model family for {architectures}; known: {', '.join(sorted(FAMILIES))}")
 
 
 def refuse_typed_placeholders(family: Family, texts: list[str]) -> None:

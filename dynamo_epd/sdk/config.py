@@ -207,6 +207,10 @@ def resolve(graph: Graph, document: Document) -> dict[str, ServiceSettings]:
             raise ConfigError(
                 f"{document.place(COMMON, key)}: no service takes {key} from Common (list it in {COMMON_CONFIGS})"
             )
+    for name, one in settings.items():
+        # vLLM would take one of its own choice, and fetch it.
+        if one.runs and info_of(graph.services[name]).engine_args and "model" not in getattr(one.config, ENGINE_FIELD):
+            raise ConfigError(_missing(document, name, ["model"]))
     return settings
 
 
@@ -278,7 +282,7 @@ def _settings(
         workers=info.workers if given.workers is None else given.workers,
         resources=info.resources | resources,
         resources_configured="gpu" in resources,
-        envs=_envs(info.envs) | _envs(given.envs or {}),
+        envs=_envs(info.envs) | _envs(_complete(given.envs or {}, document.place(name, SERVICE_ARGS, "envs"))),
         dynamo=dynamo | ({} if enabled else {"enabled": False}),
         values=section,
         config=config,
@@ -290,7 +294,15 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _complete(given: Any, where: str) -> Any:
+    for entry in given if isinstance(given, list) else []:
+        if set(entry) != {"name", "value"}:
+            raise ConfigError(f"{where}: an entry of envs has name and value, and nothing else")
+    return given
+
+
 def _envs(given: Any) -> dict[str, str]:
+    """Old graphs declare names without a value, which the environment is to give: nothing is set for them."""
     if isinstance(given, dict):
         return {str(key): str(value) for key, value in given.items()}
     return {str(entry["name"]): str(entry["value"]) for entry in given if "name" in entry and "value" in entry}
@@ -325,6 +337,8 @@ def _configured(
             raise ConfigError(f"{where}: {name}.{_kebab(key)}: {error}") from error
     if info.engine_args:
         own[ENGINE_FIELD] = engine
+    if missing := [key for key in _required(info.config) if key not in own]:
+        raise ConfigError(_missing(document, name, missing))
     try:
         return info.config(**own)
     except (TypeError, ValueError) as error:
@@ -334,6 +348,20 @@ def _configured(
 def _fields(kind: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _required(kind: type) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.init and field.default is field.default_factory is dataclasses.MISSING
+    ]
+
+
+def _missing(document: Document, name: str, keys: list[str]) -> str:
+    written = [_kebab(key) for key in keys]
+    where = f"in the file of -f or as --{name}.{written[0]}=…"
+    return f"{document.place(name)}: {name}: {', '.join(written)} must be given, {where}"
 
 
 def _nested(kind: Any, value: Any, document: Document, path: tuple[str, ...], where: str) -> Any:
