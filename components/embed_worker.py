@@ -29,8 +29,8 @@ class EmbedConfig:
 
     model: str
     """A T5 encoder: a directory or a name on the hub."""
-    served_model_name: str | None = None
-    """What clients call it. Default: ``model``."""
+    served_model_name: str | list[str] | None = None
+    """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_tokens: int = 512
     """Of one text; a longer one is refused."""
@@ -49,7 +49,8 @@ class EmbedWorker(ArenaOwner):
 
     def __init__(self) -> None:
         self.config = service_config(EmbedConfig)
-        self.name = self.config.served_model_name or self.config.model
+        self.names = ModelNames.of(self.config.served_model_name, self.config.model)
+        self.name = self.names.names[0]
 
     @async_on_start
     async def start(self) -> None:
@@ -76,7 +77,7 @@ class EmbedWorker(ArenaOwner):
     @endpoint()
     async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:
         """All texts of a request, or a refusal of all of them."""
-        if request.model not in (None, self.name):
+        if request.model not in (None, *self.names.names):
             raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
         items = await tokenized(self.encoder.tokenize, request.texts, self.config.max_tokens)
         with self.metrics.visit() as visit:
@@ -105,7 +106,7 @@ class EmbedWorker(ArenaOwner):
     @endpoint()
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
-        yield ModelNames([self.name])
+        yield self.names
 
     @on_shutdown
     async def stop(self) -> None:

@@ -54,7 +54,7 @@ from dynamo_epd.images.data_url import parse_data_url
 from dynamo_epd.jobs import JobsConfig
 from dynamo_epd.page.mount import PATH, Page, PageSettings
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, on_shutdown, service, service_config
-from dynamo_epd.sdk.client import twice
+from dynamo_epd.sdk.client import Policy, twice
 from dynamo_epd.sdk.http_server import TlsConfig
 from dynamo_epd.store import StoreConfig
 from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
@@ -104,9 +104,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a worker of each stage is chosen that the frontend asks by itself."""
+
+    processor: Policy = "least-loaded"
+    image: Policy = "least-loaded"
+    embed: Policy = "least-loaded"
+
+
+@dataclass(frozen=True)
 class FrontendConfig:
     """Keys of the ``Frontend`` section."""
 
+    routing: Routing = field(default_factory=Routing)
     arena_bytes: int = 256 * 1024 * 1024
     """Pictures that came in the bodies of requests that are running."""
     media: MediaConfig = field(default_factory=MediaConfig)
@@ -187,6 +197,10 @@ class Frontend(BesideChat):
     async def start(self) -> None:
         from dynamo_epd.metrics import Metrics
 
+        routing = self.config.routing
+        self.processor.route(routing.processor)
+        self.image_worker.route(routing.image)
+        self.embed_worker.route(routing.embed)
         metrics = Metrics(dynamo_context["namespace"], "Frontend", "")
         self.metrics = metrics.requests()
         await self.open_arena(self.config.arena_bytes)

@@ -64,8 +64,8 @@ class ImageConfig:
 
     model: str
     """A diffusers pipeline: a directory or a name on the hub."""
-    served_model_name: str | None = None
-    """What clients call it. Default: ``model``."""
+    served_model_name: str | list[str] | None = None
+    """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     sizes: dict[str, str] = field(default_factory=lambda: {"default": "1024x1024"})
     """Named choices, ``WIDTHxHEIGHT``; ``default`` is taken where a request says none or ``auto``."""
@@ -108,7 +108,8 @@ class ImageWorker(ArenaOwner):
 
     def __init__(self) -> None:
         self.config = service_config(ImageConfig)
-        self.name = self.config.served_model_name or self.config.model
+        self.names = ModelNames.of(self.config.served_model_name, self.config.model)
+        self.name = self.names.names[0]
         self.waiting = 0
 
     @async_on_start
@@ -190,7 +191,7 @@ class ImageWorker(ArenaOwner):
     @endpoint()
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
-        yield ModelNames([self.name])
+        yield self.names
 
     @on_shutdown
     async def stop(self) -> None:
@@ -202,7 +203,7 @@ class ImageWorker(ArenaOwner):
         """What the generator is asked for. Raises `InvalidRequest` or `ModelNotFound`."""
         from dynamo_epd.diffusion.generator import Wanted
 
-        if request.model not in (None, self.name):
+        if request.model not in (None, *self.names.names):
             raise ModelNotFound(f"the image model here is {self.name!r}", param="model")
         width, height = self._size(request.size)
         steps = self._steps(request)

@@ -35,6 +35,7 @@ from components.protocol import (
     HealthQuery,
     HttpReply,
     HttpRequest,
+    ModelNames,
     ModelsQuery,
     Picture,
     PrefillReply,
@@ -51,8 +52,9 @@ from components.validation import Validation, ValidationConfig
 from dynamo_epd import tracing
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
+from dynamo_epd.prefix import BLOCK, blocks_of
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
-from dynamo_epd.sdk.client import Call, Policy
+from dynamo_epd.sdk.client import Call, Policy, ServiceClient
 
 if TYPE_CHECKING:
     from dynamo_epd.engine.front import Answer, Prompt
@@ -70,11 +72,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Routing:
-    """How a worker of each stage is chosen."""
+    """How a worker of each stage is chosen. ``kv``, by what is in its KV cache, is for prefill and decode."""
 
     encode: Policy = "affinity"
     prefill: Policy = "least-loaded"
     decode: Policy = "least-loaded"
+    image: Policy = "least-loaded"
+    embed: Policy = "least-loaded"
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,10 @@ class Processor:
         from dynamo_epd.engine.front import OpenAIFront
 
         model = self.config.engine_args["model"]
-        names = self.config.served_model_name or model
         self.front = await asyncio.to_thread(
             OpenAIFront,
             self.config.engine_args,
-            [names] if isinstance(names, str) else names,
+            ModelNames.of(self.config.served_model_name, model).names,
             tool_parser=self.config.tool_call_parser,
             reasoning_parser=self.config.reasoning_parser,
             chat_template=self.config.chat_template,
@@ -134,8 +137,11 @@ class Processor:
             (self.encode_worker, self.config.routing.encode),
             (self.prefill_worker, self.config.routing.prefill),
             (self.decode_worker, self.config.routing.decode),
+            (self.image_worker, self.config.routing.image),
+            (self.embed_worker, self.config.routing.embed),
         ):
             stage.route(policy)
+        self.placeholder_ids = self.front.ids_of(self.family.placeholders)
 
     @endpoint()
     async def chat(self, request: HttpRequest) -> AsyncIterator[HttpReply]:
@@ -186,6 +192,18 @@ class Processor:
         """Live workers of every stage that this graph links."""
         linked = [stage for stage in (self.encode_worker, self.prefill_worker, self.decode_worker) if stage]
         yield StageHealth({stage.name: len(stage.instances()) for stage in linked})
+
+    def blocks_of(
+        self, stage: ServiceClient, token_ids: list[int], images: list[Leased], tenant: str
+    ) -> Sequence[bytes]:
+        """What ``stage`` goes by where it is routed by its workers' KV caches."""
+        if stage.policy != "kv":
+            return ()
+        known = [
+            (leased.encoded.uuid, leased.encoded.handle.shape[0] if self.family.hand_off == "embedding" else BLOCK)
+            for leased in images
+        ]
+        return blocks_of(token_ids, known, self.placeholder_ids, tenant_salt(tenant))
 
     def prefills_apart(self, token_ids: list[int], images: list[Leased]) -> bool:
         """Whether this prompt goes through a prefill worker: there is one, and the prompt is worth the hand-off."""
@@ -308,7 +326,8 @@ class Conversation:
                     sampling,
                     tenant_salt(self._request.tenant),
                 )
-            call = processor.decode_worker.generate(decode)
+            blocks = processor.blocks_of(processor.decode_worker, token_ids, images, self._request.tenant)
+            call = processor.decode_worker.generate(decode, blocks=blocks)
             async with aclosing(call):
                 with self._suspected(call):
                     delta = await self._before_deadline(anext(call, None))
@@ -364,7 +383,9 @@ class Conversation:
         request = PrefillRequest(
             request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
         )
-        call = self._processor.prefill_worker.prefill(request)
+        stage = self._processor.prefill_worker
+        blocks = self._processor.blocks_of(stage, token_ids, images, self._request.tenant)
+        call = stage.prefill(request, blocks=blocks)
         try:
             with self._suspected(call):
                 prefilled: PrefillReply = await self._before_deadline(call.only())

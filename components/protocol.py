@@ -130,9 +130,15 @@ class HttpReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelNames(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What clients call the models of a stage."""
+    """What clients call the model of a stage; the first name is the one in replies."""
 
     names: list[str]
+
+    @classmethod
+    def of(cls, served_model_name: str | list[str] | None, model: str) -> ModelNames:
+        """As a configuration says them."""
+        names = served_model_name or model
+        return cls([names] if isinstance(names, str) else names)
 
 
 class StageHealth(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -35,6 +35,36 @@ def test_without_a_key_affinity_takes_turns() -> None:
     assert sorted(one._choose(KNOWN, None, None, ()) for _ in KNOWN) == KNOWN
 
 
+def test_by_kv_a_prompt_goes_where_its_beginning_was_sent() -> None:
+    one = client()
+    one.route("kv")
+    talks = {number: [b"%d.%d" % (number, block) for block in range(6)] for number in range(8)}
+    first = {}
+    for number, blocks in talks.items():
+        first[number] = one._choose(KNOWN, None, None, (), blocks[:4])
+        one._begin(first[number], blocks[:4])
+        one._end(first[number], lost=False, answered=True, blocks=4)
+    assert sorted(first.values()) == sorted(KNOWN * 2), "prompts that nobody has are spread"
+    assert {number: one._choose(KNOWN, None, None, (), blocks) for number, blocks in talks.items()} == first
+    assert one._choose([3, 11], None, None, (), talks[0]) in (3, 11)
+
+
+def test_by_kv_a_worker_is_passed_over_that_has_more_to_do_than_it_would_save() -> None:
+    one = client()
+    one.route("kv")
+    talk, other = [b"a", b"b", b"c"], [b"x", b"y", b"z"]
+    home = one._choose(KNOWN, None, None, (), talk)
+    one._begin(home, talk)
+    assert one._choose(KNOWN, None, None, (), [*talk, b"d"]) == home, "as much in flight as is saved: it is at home"
+    one._begin(home, other)
+    assert one._choose(KNOWN, None, None, (), [*talk, b"d"]) != home
+    assert one._choose(KNOWN, None, None, (), ()) != home
+    one._end(home, lost=False, answered=True, blocks=3)
+    one._end(home, lost=False, answered=True, blocks=3)
+    assert one._choose(KNOWN, None, None, (), [*talk, b"d"]) == home
+    assert not one._in_flight and not one._blocks_in_flight
+
+
 def test_suspects_are_passed_over_unless_nobody_else_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     one = client()
     one._begin(11)

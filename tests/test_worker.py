@@ -87,6 +87,16 @@ def test_affinity_keeps_a_key_where_it_was(relay: Served) -> None:
     assert len(set.union(*chosen)) > 1
 
 
+def test_a_conversation_goes_on_where_its_beginning_is_cached(relay: Served) -> None:
+    def asked(talk: str, turns: int) -> int:
+        blocks = [f"{talk}{turn}" for turn in range(turns)]
+        return int(relay.call({"number": 1}, policy="kv", blocks=blocks)["results"][0]["worker"])
+
+    first = {talk: asked(talk, 2) for talk in "abcdef"}
+    assert sorted(first.values()) == [0, 0, 1, 1, 2, 2]
+    assert {talk: asked(talk, 5) for talk in "fedcba"} == first
+
+
 def test_least_loaded_passes_over_the_busy(relay: Served) -> None:
     results = relay.call(*[{"number": 2, "pause": 0.5}] * 6, policy="least-loaded", at_once=True)["results"]
     assert sorted(one["worker"] for one in results) == [0, 0, 1, 1, 2, 2]

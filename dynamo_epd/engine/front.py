@@ -130,9 +130,15 @@ class OpenAIFront:
         """As in the checkpoint's ``config.json``."""
         return list(self._engine.model_config.architectures)
 
+    def ids_of(self, tokens: tuple[str, ...]) -> tuple[int, ...]:
+        """Of those that the tokenizer knows as one token."""
+        tokenizer = self._engine.renderer.tokenizer
+        ids = tokenizer.convert_tokens_to_ids(list(tokens))
+        return tuple(one for one in ids if one not in (None, tokenizer.unk_token_id))
+
     def refuse_token_ids(self, reserved: tuple[str, ...], prompt: Any) -> None:
         """Raises InvalidRequest where a prompt given as token ids holds a token of ``reserved``."""
-        ids = set(self._engine.renderer.tokenizer.convert_tokens_to_ids(list(reserved)))
+        ids = set(self.ids_of(reserved))
         rows = prompt if isinstance(prompt, list) else []
         for row in rows if rows and isinstance(rows[0], list) else [rows]:
             if ids.intersection(token for token in row if isinstance(token, int)):

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 from dynamo_epd import tracing
@@ -20,6 +20,7 @@ from dynamo_epd.errors import (
     WorkerLost,
     from_wire,
 )
+from dynamo_epd.prefix import Seen
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.context import dynamo_context, request_context
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-Policy = Literal["round-robin", "least-loaded", "affinity"]
-POLICIES: tuple[Policy, ...] = ("round-robin", "least-loaded", "affinity")
+Policy = Literal["round-robin", "least-loaded", "affinity", "kv"]
+POLICIES: tuple[Policy, ...] = ("round-robin", "least-loaded", "affinity", "kv")
 SUSPECT_SECONDS = 15.0
 """How long a lost instance is passed over: longer than discovery needs to forget a dead one (10 s lease)."""
 HEADER_ROOM = 16 * 1024
@@ -51,7 +52,7 @@ LATE_SECONDS = 0.25
 class ServiceClient:
     """Every instance of one service, as seen from this process. False where the graph pruned the dependency.
 
-    ``client.<endpoint>(request, instance=, key=, exclude=)`` gives a `Call`.
+    ``client.<endpoint>(request, instance=, key=, blocks=, exclude=)`` gives a `Call`.
     """
 
     def __init__(self, name: str, address: tuple[str, str] | None, service: type | None):
@@ -61,6 +62,8 @@ class ServiceClient:
         self.policy: Policy = "round-robin"
         self._turn = 0
         self._in_flight: dict[int, int] = {}
+        self._blocks_in_flight: dict[int, int] = {}
+        self._seen = Seen()
         self._suspects: dict[int, float] = {}
         self._met: set[int] = set()
         if service is not None:
@@ -101,7 +104,12 @@ class ServiceClient:
             await one.connect()
 
     def route(self, policy: Policy) -> None:
-        """How instances are chosen from now on. ``affinity`` needs a ``key`` with each call, else takes turns."""
+        """How instances are chosen from now on.
+
+        ``affinity`` needs a ``key`` with each call, else it takes turns. ``kv`` goes by the ``blocks`` of a call's
+        prompt (`prefix.blocks_of`): the instance with the fewest blocks to prefill and in flight, as Dynamo's router
+        weighs them; those of a call without any are least-loaded.
+        """
         if policy not in POLICIES:
             raise ValueError(f"routing {policy!r} is none of {', '.join(POLICIES)}")
         self.policy = policy
@@ -125,7 +133,14 @@ class ServiceClient:
         self._suspects = {one: until for one, until in self._suspects.items() if until > now}
         return [one for one in known if one not in self._suspects]
 
-    def _choose(self, known: list[int], instance: int | None, key: str | None, exclude: Collection[int]) -> int:
+    def _choose(
+        self,
+        known: list[int],
+        instance: int | None,
+        key: str | None,
+        exclude: Collection[int],
+        blocks: Sequence[bytes] = (),
+    ) -> int:
         if instance is not None:
             if instance not in known:
                 raise WorkerLost(f"this {self.name} is gone")
@@ -139,17 +154,29 @@ class ServiceClient:
         self._turn += 1
         turn = self._turn % len(allowed)
         allowed = allowed[turn:] + allowed[:turn]
+        if self.policy == "kv":
+            self._seen.keep(known)
+            return min(allowed, key=lambda one: self._cost(one, blocks))
         if self.policy == "least-loaded":
             return min(allowed, key=lambda one: self._in_flight.get(one, 0))
         return allowed[0]
 
-    def _begin(self, instance: int) -> None:
-        self._in_flight[instance] = self._in_flight.get(instance, 0) + 1
+    def _cost(self, instance: int, blocks: Sequence[bytes]) -> tuple[int, int, int]:
+        to_prefill = len(blocks) - self._seen.overlap(instance, blocks)
+        in_flight = self._blocks_in_flight.get(instance, 0)
+        return to_prefill + in_flight, to_prefill, self._in_flight.get(instance, 0)
 
-    def _end(self, instance: int, *, lost: bool, answered: bool) -> None:
+    def _begin(self, instance: int, blocks: Sequence[bytes] = ()) -> None:
+        self._in_flight[instance] = self._in_flight.get(instance, 0) + 1
+        self._blocks_in_flight[instance] = self._blocks_in_flight.get(instance, 0) + len(blocks)
+        if self.policy == "kv":
+            self._seen.note(instance, blocks)
+
+    def _end(self, instance: int, *, lost: bool, answered: bool, blocks: int = 0) -> None:
         self._in_flight[instance] -= 1
+        self._blocks_in_flight[instance] -= blocks
         if not self._in_flight[instance]:
-            del self._in_flight[instance]
+            del self._in_flight[instance], self._blocks_in_flight[instance]
         if lost:
             self._suspects[instance] = time.monotonic() + SUSPECT_SECONDS
         elif answered:
@@ -207,10 +234,16 @@ class EndpointClient:
         return sorted(self.remote.instance_ids()) if self.remote is not None else []
 
     def __call__(
-        self, request: Any = None, *, instance: int | None = None, key: str | None = None, exclude: Collection[int] = ()
+        self,
+        request: Any = None,
+        *,
+        instance: int | None = None,
+        key: str | None = None,
+        blocks: Sequence[bytes] = (),
+        exclude: Collection[int] = (),
     ) -> Call:
         """The call, not yet sent: the first ``__anext__`` chooses an instance and sends it."""
-        return Call(self, request, instance, key, exclude)
+        return Call(self, request, instance, key, blocks, exclude)
 
 
 class Call:
@@ -224,13 +257,20 @@ class Call:
     """
 
     def __init__(
-        self, endpoint: EndpointClient, request: Any, instance: int | None, key: str | None, exclude: Collection[int]
+        self,
+        endpoint: EndpointClient,
+        request: Any,
+        instance: int | None,
+        key: str | None,
+        blocks: Sequence[bytes],
+        exclude: Collection[int],
     ):
         self.instance: int | None = None
         self.taken = False
         self._endpoint = endpoint
         self._request = request
         self._wanted = (instance, key, exclude)
+        self._blocks = blocks
         self._context: Any = None
         self._stream: Any = None
         self._done = False
@@ -278,12 +318,12 @@ class Call:
         tried = set(exclude)
         passed_on = 0
         while True:
-            self.instance = service._choose(self._endpoint.known(), wanted, key, tried)
+            self.instance = service._choose(self._endpoint.known(), wanted, key, tried, self._blocks)
             served = request_context.get()
             self._context = Context() if served is None else served.detached(Context().id())
             if tracing.ON:
                 tracing.carry(self._context.metadata)
-            service._begin(self.instance)
+            service._begin(self.instance, self._blocks)
             try:
                 await self._send(payload, self.instance)
                 return
@@ -297,7 +337,7 @@ class Call:
             # can take it, and the caller need not know. Where it moves again it finds the request called off.
             passed_on += 1
             self._context.stop_generating()
-            service._end(self.instance, lost=True, answered=False)
+            service._end(self.instance, lost=True, answered=False, blocks=len(self._blocks))
 
     async def _send(self, payload: bytes, instance: int) -> None:
         begun = time.monotonic()
@@ -339,7 +379,8 @@ class Call:
             self._context.stop_generating()
         self._stream = None
         if self._context is not None and self.instance is not None:
-            self._endpoint.service._end(self.instance, lost=lost, answered=self._answered)
+            service = self._endpoint.service
+            service._end(self.instance, lost=lost, answered=self._answered, blocks=len(self._blocks))
 
     async def only(self) -> Any:
         """The reply of an endpoint that has exactly one, read to its end marker. Raises InternalError otherwise."""

@@ -116,6 +116,7 @@ class Front:
 
     async def _one(self, target: Any, order: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
         chosen = {name: order[name] for name in ("key", "exclude", "instance") if name in order}
+        chosen["blocks"] = [one.encode() for one in order.get("blocks", [])]
         call = getattr(target, order.get("endpoint", "answer"))(ask, **chosen)
         result: dict[str, Any] = {"ticks": []}
         try:
