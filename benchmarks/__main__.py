@@ -96,13 +96,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(row.met for row in rows) else 1
 
 
+class Late(BaseException):
+    """A row took too long. No Exception: whatever the row waits for when it rings would be believed to have failed."""
+
+
 def measured(step: Step, measure: Measure, repeats: int) -> Row:
     """The row, or why there is none."""
     before, began = os.getloadavg()[0], time.monotonic()
     try:
         with bounded(ROW_SECONDS):
             row = asyncio.run(measure(repeats))
-    except Exception as error:  # the boundary: one row's, whatever it is
+    except (Exception, Late) as error:  # the boundary: one row's, whatever it is
         traceback.print_exc()
         row = Row(step.number, step.title, "", missing=reason(error))
     row.load = [before, os.getloadavg()[0]]
@@ -112,10 +116,10 @@ def measured(step: Step, measure: Measure, repeats: int) -> Row:
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError where the block takes longer, also where it waits for another process' line."""
+    """Raises `Late` where the block takes longer, also where it waits for another process' line."""
 
     def late(*_: object) -> NoReturn:
-        raise TimeoutError(f"it was not done after {seconds:g} s")
+        raise Late(f"it was not done after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -126,7 +130,7 @@ def bounded(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What failed, and the last line of what it said: most often a log's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -39,8 +40,12 @@ PAUSE_SECONDS = 3600.0
 """How long a paused arm may stand."""
 MAX_MODEL_LEN = 2048
 
+KV_BYTES = 512 * 2**20
+"""Of each engine: resident from its start on. Nine engines stand at once, and nobody needs more."""
+
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
-CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+ENGINE += ["--kv-cache-memory-bytes", str(KV_BYTES)]
+CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 TUNED = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
 QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 
@@ -146,8 +151,11 @@ class Arm:
         return found
 
     def close(self) -> None:
-        """Ends what was started here, the last first."""
+        """Ends what was started here, the last first: all but the first are asked at once, and lean on that one."""
         self.resume()
+        for process in self._processes[1:]:
+            if process.poll() is None:
+                process.terminate()
         for process in reversed(self._processes):
             self._end(process)
         self._processes.clear()
@@ -240,12 +248,14 @@ def graph(
 
 
 def ours_agg(model: Path, *overrides: str) -> Arm:
-    return graph("OURS-agg", "graphs.agg:Frontend", "configs/tiny-agg.yaml", model, *overrides)
+    own = f"--DecodeWorker.kv-cache-memory-bytes={KV_BYTES}"
+    return graph("OURS-agg", "graphs.agg:Frontend", "configs/tiny-agg.yaml", model, own, *overrides)
 
 
 def ours_disagg(model: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Arm:
     spec, config = "graphs.disagg:Frontend", "configs/tiny-disagg.yaml"
-    return graph("OURS-disagg", spec, config, model, *overrides, environment=environment)
+    own = [f"--{service}.kv-cache-memory-bytes={KV_BYTES}" for service in ("PrefillWorker", "DecodeWorker")]
+    return graph("OURS-disagg", spec, config, model, *own, *overrides, environment=environment)
 
 
 def install_stock() -> None:
@@ -275,6 +285,9 @@ def environment_without_graphs() -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that Linux gives to connections: an arm binds it up to a minute later."""
+    while True:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -31,8 +31,8 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts. One
-    without a limit is shown beside the others, and no goal."""
+    """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts, and
+    without any it was not measured. One without a limit is shown beside the others, and no goal."""
 
     what: str
     values: list[float]
@@ -48,10 +48,14 @@ class Goal:
     def met(self) -> bool:
         if self.limit is None:
             return True
+        if not self.values:
+            return False
         return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sense](self.median, self.limit)
 
     def __str__(self) -> str:
-        figure = f"{shown(self.median)} {self.unit} ({shown(min(self.values))} … {shown(max(self.values))})"
+        figure = "not measured"
+        if self.values:
+            figure = f"{shown(self.median)} {self.unit} ({shown(min(self.values))} … {shown(max(self.values))})"
         return figure if self.limit is None else f"{figure}; goal {self.sense} {shown(self.limit)} {self.unit}"
 
 
@@ -83,7 +87,10 @@ class Row:
         return not self.void and not self.missing and limited and all(goal.met for goal in self.goals)
 
     def as_json(self) -> dict[str, Any]:
-        goals = [dataclasses.asdict(goal) | {"median": goal.median, "met": goal.met} for goal in self.goals]
+        goals = [
+            dataclasses.asdict(goal) | {"median": goal.median if goal.values else None, "met": goal.met}
+            for goal in self.goals
+        ]
         return dataclasses.asdict(self) | {"goals": goals, "met": self.met}
 
 

@@ -2,7 +2,8 @@
 """Processes that lay bytes out for others to READ: over an arena, over NIXL alone, over Dynamo's own connector.
 
 Each runs in a process of its own and obeys one command: so many bytes are laid out anew, filled from a seed. It replies
-with what a reader needs.
+with what a reader needs. The connector's reader has a process of its own too: the thread of an agent, made as the
+connector makes it, takes a whole core for as long as its process lives, so both are stopped out of their turn.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +34,12 @@ def content(nbytes: int) -> bytes:
     return np.random.default_rng(SEED).bytes(nbytes)
 
 
+def check(value: Any, nbytes: int) -> None:
+    """Raises ValueError for bytes that are not those that were laid out: the run is void."""
+    if hashlib.sha256(value).digest() != hashlib.sha256(content(nbytes)).digest():
+        raise ValueError("an arm handed on wrong bytes")
+
+
 class Owner(Obedient):
     """The reader's end."""
 
@@ -41,6 +50,10 @@ class Owner(Obedient):
     def lay_out(self, nbytes: int) -> Any:
         """What it takes to READ ``nbytes`` that were laid out just now."""
         return self.ask("lay out", nbytes=nbytes)
+
+    def take(self, nbytes: int, laid_out: Any) -> float:
+        """Of a reader: the seconds in which it READ what somebody laid out."""
+        return float(self.ask("take", nbytes=nbytes, **laid_out)["seconds"])
 
 
 @contextlib.contextmanager
@@ -57,10 +70,16 @@ def say(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
 
 
+async def ordered() -> Any:
+    """The next command; None at the end."""
+    line = await asyncio.to_thread(sys.stdin.readline)
+    return json.loads(line) if line else None
+
+
 async def asked() -> int | None:
     """The next number of bytes; None at the end."""
-    line = await asyncio.to_thread(sys.stdin.readline)
-    return int(json.loads(line)["nbytes"]) if line else None
+    order = await ordered()
+    return int(order["nbytes"]) if order else None
 
 
 async def own_arena() -> None:
@@ -108,5 +127,26 @@ async def own_connector() -> None:
         say({"metadata": readable.metadata().model_dump(mode="json")})
 
 
+async def read_by_connector() -> None:
+    import torch
+
+    from dynamo import nixl_connect
+
+    connector = nixl_connect.Connector()
+    say({"card": None})
+    while (order := await ordered()) is not None:
+        metadata = nixl_connect.RdmaMetadata.model_validate(order["metadata"])
+        tensor = torch.empty(order["nbytes"], dtype=torch.uint8)
+        began = time.perf_counter()
+        async with asyncio.timeout(ANSWER_SECONDS):
+            with await connector.begin_read(metadata, nixl_connect.Descriptor(tensor)) as operation:
+                await operation.wait_for_completion()
+        seconds = time.perf_counter() - began
+        check(memoryview(tensor.numpy()), order["nbytes"])
+        say({"seconds": seconds})
+
+
+KINDS = {"arena": own_arena, "nixl": own_nixl, "connector": own_connector, "connector-reader": read_by_connector}
+
 if __name__ == "__main__":
-    asyncio.run({"arena": own_arena, "nixl": own_nixl, "connector": own_connector}[sys.argv[1]]())
+    asyncio.run(KINDS[sys.argv[1]]())

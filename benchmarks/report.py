@@ -46,8 +46,6 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    # Only its own arm sees it: see `arms.install_stock`.
-    versions |= {one.name: one.version for one in distributions(path=[str(STOCK)]) if one.name == "ai-dynamo"}
     memory = psutil.virtual_memory().total / 2**30
     return {
         "processor": processor,
@@ -69,6 +67,9 @@ def write(
     ``about``: the `machine`, as it was before the first row. ``new``: the only row whose plot is not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     about = about or machine()
+    # Only its own arm sees it, and it is installed when that is first started: see `arms.install_stock`.
+    peers = {one.name: one.version for one in distributions(path=[str(STOCK)]) if one.name == "ai-dynamo"}
+    about = about | {"versions": about["versions"] | peers}
     whole = {"command": command, "machine": about, "rows": [row.as_json() for row in rows]}
     (directory / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
     text = "\n".join(_markdown(rows, command, about)) + "\n"

@@ -69,7 +69,7 @@ class Standing:
     def _start(self, names: Sequence[str]) -> None:
         """`ALONE` first; then those that need no more than their imports, and those that spin, each at once."""
         nothing_else = not self._arms
-        alone = [name for name in ALONE if name in names]
+        alone = [name for name in ALONE if name in names][:: -1 if len(self.starts) % 2 else 1]
         for name in alone:
             self._together([name])
         if nothing_else and len(alone) == len(ALONE):
@@ -109,9 +109,11 @@ async def turn(client: aiohttp.ClientSession, arm: Arm, row: Row) -> AsyncIterat
         arm.pause()
 
 
-def agree(row: Row, told: Mapping[str, Sequence[Told]], right: str = "AGG") -> None:
-    """Notes what failed and which answers are not those of the arm ``right``. The row is void where a question failed,
-    or where any but STOCK's, whose tower has other features and numbers than the model's, answers otherwise."""
+def agree(row: Row, told: Mapping[str, Sequence[Told]], right: str = "AGG") -> list[str]:
+    """Notes what failed and which answers are not those of the arm ``right``. The row is void where a question failed
+    or was answered otherwise by any but STOCK, whose tower has other features and numbers than the model's. Returns the
+    names of STOCK's arms that failed: nothing can be said against them."""
+    left_out: list[str] = []
     for name, answers in told.items():
         failed = [one.failed for one in answers if one.failed]
         differ = sum(one.text != other.text for one, other in zip(told[right], answers, strict=True))
@@ -119,7 +121,10 @@ def agree(row: Row, told: Mapping[str, Sequence[Told]], right: str = "AGG") -> N
             row.notes.append(f"{name}: {len(failed)} of {len(answers)} failed: {failed[0]}")
         if differ:
             row.notes.append(f"{name}: {differ} of {len(answers)} answers are not {right}'s")
-        if failed:
+        if failed and name.startswith("STOCK"):
+            left_out.append(name)
+        elif failed:
             row.void = row.void or f"a question to {name} failed"
         elif differ and not name.startswith("STOCK"):
             row.void = row.void or f"{name}'s answers differ from {right}'s"
+    return left_out

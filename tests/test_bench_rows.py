@@ -21,19 +21,22 @@ from benchmarks.standing import agree
 from benchmarks.traces import Span, Traces
 
 
-def told(first: float = 0.1, text: str = "same", gaps: Sequence[float] = (0.01, 0.01), failed: str = "") -> Told:
+def told(first: float = 0.1, text: str = "yes", gaps: Sequence[float] = (0.01, 0.01), failed: str = "") -> Told:
+    """A letter is a token."""
     return Told(text, first, first + sum(gaps), list(gaps), failed)
 
 
 def test_answers_that_differ_make_a_row_void_unless_they_are_stocks() -> None:
     row = Row(1, "t", "s")
-    agree(row, {"AGG": [told()], "STOCK": [told(text="other")], "OURS-agg": [told()]})
+    assert not agree(row, {"AGG": [told()], "STOCK": [told(text="other")], "OURS-agg": [told()]})
     assert not row.void and row.notes == ["STOCK: 1 of 1 answers are not AGG's"]
     agree(row, {"AGG": [told()], "OURS-agg": [told(text="other")]})
     assert row.void == "OURS-agg's answers differ from AGG's"
     row = Row(1, "t", "s")
-    agree(row, {"AGG": [told()], "STOCK": [told(failed="503: no")]})
-    assert row.void == "a question to STOCK failed" and "STOCK: 1 of 1 failed: 503: no" in row.notes
+    assert agree(row, {"AGG": [told()], "STOCK": [told(failed="503: no")]}) == ["STOCK"]
+    assert not row.void and "STOCK: 1 of 1 failed: 503: no" in row.notes
+    assert agree(row, {"AGG": [told(failed="503: no")]}) == []
+    assert row.void == "a question to AGG failed"
 
 
 # Models
@@ -78,6 +81,10 @@ def test_a_whole_answer_is_set_against_both_kinds_of_arm() -> None:
         "OURS-disagg at rest": (2.5, 10.0),
     }
     assert row.met and not Goal("at rest", [10.0], "<", 10.0).met, "less than a tenth of a core"
+    row = Row(1, "t", "s")
+    answer.fill(row, {name: [told(one, failed="503" * name.startswith("STOCK"))] for name, one in whole.items()}, {})
+    assert [goal.what for goal in row.goals if not goal.values] == ["STOCK against OURS-disagg"]
+    assert not row.met and not row.void
     row = Row(1, "t", "s")
     answer.fill(row, {name: [told(text=name[:3])] for name in whole}, {})
     assert row.void == "OURS-agg's answers differ from AGG's" and not row.goals
@@ -209,6 +216,8 @@ def test_a_storm_that_failed_shows_nothing() -> None:
         (told(1.01, gaps=[0.1, 0.1]), False),
         (told(1.0, gaps=[0.02, 0.2]), False),
         (told(1.0, gaps=[0.0, 0.2]), True),
+        (told(1.0, gaps=[0.2]), True),
+        (told(1.0, gaps=[0.3]), False),
         (told(1.0, gaps=[]), False),
         (told(0.1, failed="500"), False),
     ],
@@ -242,13 +251,21 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
         ([0.96], 0.95),
         ([0.96], None),
     ]
-    assert row.met and row.notes == ["OURS-disagg: 1 of 2 answers under load are not AGG's"]
+    assert row.met and row.notes == [
+        "OURS-disagg: 1 of 2 answers under load are not AGG's",
+        "at this rate no arm can be more than 2.00 times as good as AGG",
+    ]
     del arms["AGG-tuned"], arms["STOCK-tuned"]
     arms["STOCK"].failed.append("500: no")
     row = Row(7, "t", "s")
     goodput.fill(row, arms, limits)
     assert row.met and len(row.goals) == 3 and "STOCK: 1 requests failed under load: 500: no" in row.notes
     assert "--tuned" in row.notes[-1], "a row without them says where they are"
+    del arms["STOCK"]
+    row = Row(7, "t", "s")
+    goodput.fill(row, arms, limits)
+    assert [str(goal) for goal in row.goals if not goal.met] == ["not measured; goal ≥ 1.30 times"]
+    assert not row.met and row.as_json()["goals"][1]["median"] is None
     arms["AGG"].failed.append("500: no")
     goodput.fill(row, arms, limits)
     assert row.void == "requests to AGG failed"

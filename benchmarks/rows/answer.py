@@ -45,8 +45,8 @@ async def measure(standing: Standing, repeats: int) -> Row:
 
 def fill(row: Row, told: Mapping[str, Sequence[Told]], resting: Mapping[str, Sequence[float]]) -> None:
     """Samples and goals. ``resting``: shares of a core, by arm."""
-    agree(row, told)
-    whole = {name: [1e3 * one.whole for one in answers] for name, answers in told.items()}
+    left_out = agree(row, told)
+    whole = {name: [1e3 * one.whole for one in answers] for name, answers in told.items() if name not in left_out}
     row.samples += [Samples(name, values, "ms") for name, values in whole.items()]
     shares = {name: [100 * one for one in of] for name, of in resting.items()}
     row.samples += [Samples(f"{name} at rest", of, "% of a core") for name, of in shares.items()]
@@ -58,9 +58,11 @@ def fill(row: Row, told: Mapping[str, Sequence[Told]], resting: Mapping[str, Seq
         ("STOCK", "OURS-disagg", "≥", 3.5),
     )
     for of, to, sense, limit in goals:
-        row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to]), sense, limit))
+        both = of in whole and to in whole
+        row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to]) if both else [], sense, limit))
         of, to = (name if name.startswith("OURS") else f"{name}-tuned" for name in (of, to))
-        row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to])))
+        if of in whole and to in whole:
+            row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to])))
     row.goals += [Goal(f"{name} at rest", of, "<", 10.0, "% of a core") for name, of in shares.items()]
 
 

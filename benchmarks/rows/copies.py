@@ -52,9 +52,14 @@ EmbedWorker: {common-configs: [model], dtype: float32}
 class PictureGraph(Arm):
     """A graph that makes pictures and answers no chat."""
 
+    workers = 0
+
     @classmethod
-    def of(cls, arm: Arm) -> PictureGraph:
-        return cls(arm.name, arm._started, int(arm.url.rpartition(":")[2]))
+    def of(cls, arm: Arm, workers: int) -> PictureGraph:
+        """``workers``: so many make pictures."""
+        one = cls(arm.name, arm._started, int(arm.url.rpartition(":")[2]))
+        one.workers = workers
+        return one
 
     def _until_it_answers(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -63,8 +68,11 @@ class PictureGraph(Arm):
                 log = WORK / "logs" / f"{self.name}-0.log"
                 raise RuntimeError(f"{self.name} has ended:\n{log.read_text(errors='replace')[-2000:]}")
             with suppress(OSError):
-                self.picture(0)
-                return
+                with urllib.request.urlopen(f"{self.url}/health", timeout=10) as reply:
+                    ready = json.load(reply)["stages"]["ImageWorker"]
+                if ready == self.workers:  # one that was not there yet would hold little
+                    self.picture(0)
+                    return
             time.sleep(0.5)
         raise RuntimeError(f"{self.name} has made no picture within {START_SECONDS:g} s")
 
@@ -105,7 +113,7 @@ def _measure(workers: int, pipeline: Path) -> Row:
         config = (WORK / f"{name}.yaml").absolute()
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(CONFIG.replace("WORKERS", str(workers)) + embed)
-        with PictureGraph.of(graph(name, f"benchmarks.{name}:Frontend", str(config), pipeline)) as arm:
+        with PictureGraph.of(graph(name, f"benchmarks.{name}:Frontend", str(config), pipeline), workers) as arm:
             row.notes += [f"`{command}`" for command in arm.commands]
             assert isinstance(arm, PictureGraph)
             pictures[name] = [arm.picture(seed) for seed in range(PICTURES_EACH * workers)]  # they take turns
@@ -130,6 +138,10 @@ def _measure(workers: int, pipeline: Path) -> Row:
         Goal(f"copies in a graph of {workers}", [1 + workers * (1 - one) for one in saved], "≤", 1.25, "copies"),
     ]
     row.notes.append("Copies: the embed worker's one, and of each image worker what it does not save.")
+    row.notes.append(
+        "RSS counts: served in the checkpoint's own dtype, weights stay pages of the file, which workers of one "
+        "machine share; USS leaves them out. On cards, in other dtypes and on several machines each has its own."
+    )
     return row
 
 

@@ -19,8 +19,8 @@ from benchmarks.standing import Standing, agree, turn
 
 NUMBER = 6
 TITLE = "a text stream during an image storm"
-TOKENS = 256
-RATE = 2.0
+TOKENS = 512
+RATE = 3.0
 """Questions about a new picture, a second; they wait for nobody, and want one token."""
 SHARE = 0.99
 ARMS = ("AGG", "OURS-disagg")

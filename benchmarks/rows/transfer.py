@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any
 
 from benchmarks.figures import Goal, Row, Samples, ratios
-from benchmarks.owners import MIB, ROOM, Owner, content, owner
+from benchmarks.owners import MIB, ROOM, Owner, check, content, owner
 
 NUMBER = 3
 TITLE = "embedding hand-off, digest checked"
@@ -30,24 +28,16 @@ takes a fraction of a handshake."""
 WARM_UP = 3
 BOUND = 30.0
 
-Take = Callable[[Owner, Any, int], Awaitable[float]]
-"""READs what was laid out; seconds."""
+Take = Callable[[int], Awaitable[float]]
+"""Has so many bytes laid out and READs them; the seconds of the READ."""
 
 
 async def measure(repeats: int) -> Row:
     """The row. ``repeats``: of each size and arm, interleaved; at least 5."""
     row = Row(NUMBER, TITLE, f"{repeats} repeats of each size, two processes on one host, milliseconds")
-    async with _arms() as arms:
-        for name, nbytes in SIZES.items():
-            seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-            for repeat in range(WARM_UP + repeats):
-                for arm, (source, take) in arms.items():
-                    took = await take(source, source.lay_out(nbytes) if source else None, nbytes)
-                    if repeat >= WARM_UP:
-                        seconds[arm].append(took)
-            row.samples += [Samples(f"{arm}, {name}", [1e3 * one for one in of], "ms") for arm, of in seconds.items()]
-            row.goals += _goals(name, seconds)
-        together, alone = await _at_once(arms["arena"][0], repeats)
+    with owner("arena") as source:
+        await _measure_sizes(row, source, repeats)
+        together, alone = await _at_once(source, repeats)
         row.samples.append(Samples(f"arena, {AT_ONCE} of 1 MiB at once, all", [1e3 * one for one in together], "ms"))
         fair = ratios(together, [AT_ONCE * one for one in alone])
         row.goals.append(Goal(f"{AT_ONCE} at once against {AT_ONCE} times one alone", fair, "≤", 2.0))
@@ -60,6 +50,19 @@ async def measure(repeats: int) -> Row:
     return row
 
 
+async def _measure_sizes(row: Row, source: Owner, repeats: int) -> None:
+    async with _arms(source) as arms:
+        for name, nbytes in SIZES.items():
+            seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+            for repeat in range(WARM_UP + repeats):
+                for arm, take in arms.items():
+                    took = await take(nbytes)
+                    if repeat >= WARM_UP:
+                        seconds[arm].append(took)
+            row.samples += [Samples(f"{arm}, {name}", [1e3 * one for one in of], "ms") for arm, of in seconds.items()]
+            row.goals += _goals(name, seconds)
+
+
 def _goals(name: str, seconds: dict[str, list[float]]) -> Iterator[Goal]:
     ours = seconds["arena"]
     if name in SMALL:
@@ -70,23 +73,20 @@ def _goals(name: str, seconds: dict[str, list[float]]) -> Iterator[Goal]:
 
 
 @asynccontextmanager
-async def _arms() -> Any:
-    """name → its owner (None where nobody else is needed) and how it is read."""
+async def _arms(source: Owner) -> AsyncIterator[dict[str, Take]]:
+    """name → how it hands over."""
     async with AsyncExitStack() as stack:
-        arena = stack.enter_context(owner("arena"))
-        nixl = stack.enter_context(owner("nixl"))
-        connector = stack.enter_context(owner("connector"))
         yield {
-            "arena": (arena, (await stack.enter_async_context(_arena_reader(arena)))[0]),
-            "nixl": (nixl, stack.enter_context(_nixl_reader(nixl))),
-            "nixl_connect": (connector, _connector_reader()),
-            "copy": (None, _copy),
-            "digest": (None, _digest),
+            "arena": (await stack.enter_async_context(_arena_reader(source)))[0],
+            "nixl": stack.enter_context(_by_nixl()),
+            "nixl_connect": stack.enter_context(_by_connector()),
+            "copy": _copy,
+            "digest": _digest,
         }
 
 
 @asynccontextmanager
-async def _arena_reader(source: Owner) -> Any:
+async def _arena_reader(source: Owner) -> AsyncIterator[tuple[Take, float]]:
     """How it READs, and the seconds of its handshake."""
     import msgspec
 
@@ -97,12 +97,12 @@ async def _arena_reader(source: Owner) -> Any:
 
     arena = await Arena.open(ROOM, owner="reader", resolve=resolve)
 
-    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
-        handle = msgspec.convert(laid_out, Handle)
+    async def take(nbytes: int) -> float:
+        handle = msgspec.convert(source.lay_out(nbytes), Handle)
         began = time.perf_counter()
         async with arena.read([handle], timeout=BOUND) as (value,):
             took = time.perf_counter() - began
-            _check(value, nbytes)
+            check(value, nbytes)
         return took
 
     try:
@@ -114,70 +114,64 @@ async def _arena_reader(source: Owner) -> Any:
 
 
 @contextmanager
-def _nixl_reader(source: Owner) -> Iterator[Take]:
+def _by_nixl() -> Iterator[Take]:
     from dynamo_epd.transfer.agent import Agent
     from dynamo_epd.transfer.memory import Memory
 
-    memory = Memory(ROOM)
-    agent = Agent("reader", memory.address, memory.nbytes)
-    peer = agent.add_peer(base64.b64decode(source.card["card"]))
+    with owner("nixl") as source:
+        memory = Memory(ROOM)
+        agent = Agent("reader", memory.address, memory.nbytes)
+        peer = agent.add_peer(base64.b64decode(source.card["card"]))
 
-    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
-        began = time.perf_counter()
-        read = agent.read(peer, memory.address, laid_out["address"], nbytes, b"taken")
-        while not read.poll():
-            if time.perf_counter() - began > BOUND:
-                raise TimeoutError("NIXL did not end the READ")
-        took = time.perf_counter() - began
-        _check(memory.bytes_at(0, nbytes), nbytes)
-        return took
+        async def take(nbytes: int) -> float:
+            laid_out = source.lay_out(nbytes)
+            began = time.perf_counter()
+            read = agent.read(peer, memory.address, laid_out["address"], nbytes, b"taken")
+            while not read.poll():
+                if time.perf_counter() - began > BOUND:
+                    raise TimeoutError("NIXL did not end the READ")
+            took = time.perf_counter() - began
+            check(memory.bytes_at(0, nbytes), nbytes)
+            return took
 
-    yield take
-    agent.remove_peer(peer)
-    agent.close()
-
-
-def _connector_reader() -> Take:
-    import torch
-
-    from dynamo import nixl_connect
-
-    connector = nixl_connect.Connector()
-
-    async def take(_: Owner, laid_out: Any, nbytes: int) -> float:
-        metadata = nixl_connect.RdmaMetadata.model_validate(laid_out["metadata"])
-        tensor = torch.empty(nbytes, dtype=torch.uint8)
-        began = time.perf_counter()
-        async with asyncio.timeout(BOUND):
-            with await connector.begin_read(metadata, nixl_connect.Descriptor(tensor)) as operation:
-                await operation.wait_for_completion()
-        took = time.perf_counter() - began
-        _check(memoryview(tensor.numpy()), nbytes)
-        return took
-
-    return take
+        yield take
+        agent.remove_peer(peer)
+        agent.close()
 
 
-async def _copy(_: Owner, laid_out: Any, nbytes: int) -> float:
-    source, target = content(nbytes), bytearray(nbytes)
+@contextmanager
+def _by_connector() -> Iterator[Take]:
+    with owner("connector") as source, owner("connector-reader") as reader:
+
+        async def take(nbytes: int) -> float:
+            for one in (source, reader):
+                one.go_on()
+            took = reader.take(nbytes, source.lay_out(nbytes))
+            for one in (source, reader):
+                one.pause()
+            return took
+
+        try:
+            yield take
+        finally:
+            for one in (source, reader):
+                one.go_on()
+
+
+async def _copy(nbytes: int) -> float:
+    source, target = content(nbytes), bytearray(b"\1") * nbytes  # written: its pages are there
     began = time.perf_counter()
     target[:] = source
     return time.perf_counter() - began
 
 
-async def _digest(_: Owner, laid_out: Any, nbytes: int) -> float:
+async def _digest(nbytes: int) -> float:
     from dynamo_epd.transfer.memory import digest_of
 
     source = content(nbytes)
     began = time.perf_counter()
     digest_of(source)
     return time.perf_counter() - began
-
-
-def _check(value: Any, nbytes: int) -> None:
-    """Raises ValueError for bytes that are not those that were laid out: the run is void."""
-    if hashlib.sha256(value).digest() != hashlib.sha256(content(nbytes)).digest():
-        raise ValueError("an arm handed on wrong bytes")
 
 
 async def _at_once(source: Owner, repeats: int) -> tuple[list[float], list[float]]:
@@ -213,4 +207,4 @@ async def _first() -> tuple[float, float]:
     """Seconds of a reader's handshake, and of its first READ."""
     with owner("arena") as source:
         async with _arena_reader(source) as (take, handshake):
-            return handshake, await take(source, source.lay_out(64 * KIB), 64 * KIB)
+            return handshake, await take(64 * KIB)
