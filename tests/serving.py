@@ -26,7 +26,7 @@ import psutil
 from models.untrained import write
 from tests.toys.running import ROOT, Served
 
-START_SECONDS = 400.0
+START_SECONDS = 900.0
 """Bound of a graph's start: engines are loaded side by side, and the machine may be busy."""
 WORKER_SECONDS = "200"
 """Bound of one worker's start: it is then shown and made again."""
@@ -75,15 +75,14 @@ class Graph(Served):
         self._temporary.mkdir()
         self._shared_memory: set[str] = set()
         self._seen: set[psutil.Process] = set()
+        self._told_at: dict[tuple[str, int], tuple[psutil.Process, str]] = {}
         system_port = free_ports(SYSTEM_PORTS)
-        super().__init__(
-            home / "state",
-            *arguments,
-            TMPDIR=str(self._temporary),
-            DYN_SYSTEM_PORT=str(system_port),
-            DYNAMO_START_SECONDS=WORKER_SECONDS,
-            **environment,
-        )
+        own = {
+            "TMPDIR": str(self._temporary),
+            "DYN_SYSTEM_PORT": str(system_port),
+            "DYNAMO_START_SECONDS": WORKER_SECONDS,
+        }
+        super().__init__(home / "state", *arguments, **own | environment)
 
     def __enter__(self) -> Graph:
         return self
@@ -100,8 +99,12 @@ class Graph(Served):
 
     def metrics(self, service: str, index: int = 0) -> Metrics:
         """What a worker's own system port says now."""
-        environment = psutil.Process(self.pid(service, index)).environ()
-        return Metrics.scrape(f"http://127.0.0.1:{environment['DYN_SYSTEM_PORT']}/metrics")
+        process, url = self._told_at.get((service, index), (None, ""))
+        if process is None or not is_alive(process):  # to look for it takes longer than to ask it
+            process = psutil.Process(self.pid(service, index))
+            url = f"http://127.0.0.1:{process.environ()['DYN_SYSTEM_PORT']}/metrics"
+            self._told_at[service, index] = process, url
+        return Metrics.scrape(url)
 
     def nats(self) -> int | None:
         """The process of the graph's own NATS server."""
@@ -143,8 +146,9 @@ class Graph(Served):
         """What is held for requests anywhere, by worker: leases, room in arenas, requests that wait or run. Empty when
         at rest."""
         held: dict[str, float] = {}
+        workers = self.all_workers()
         for service, names in HELD.items():
-            for index in self.workers(service):
+            for index in workers.get(service, {}):
                 metrics = self.metrics(service, index)
                 held |= {f"{service}-{index} {name}": total for name in names if (total := metrics.total(name))}
         return held

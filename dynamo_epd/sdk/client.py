@@ -211,9 +211,14 @@ class EndpointClient:
         self.decode = wire.Decoder(reply)
         self.place: Any = None
         self.remote: Any = None
+        self._connecting = asyncio.Lock()
 
     async def connect(self) -> None:
-        if self.remote is None and self.place is not None:
+        if self.remote is not None or self.place is None:
+            return
+        async with self._connecting:  # each watch takes inotify instances: the first calls share one
+            if self.remote is not None:
+                return
             try:
                 remote = await self.place.client()
             except Exception as error:  # the runtime raises plain Exception for all that can go wrong here

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from tests.hardening.edge import Door, Neighbour
 from tests.hardening.fuzz import Fuzzer, shots
 from tests.hardening.report import Report
@@ -13,8 +15,10 @@ SEED = 7
 
 
 def test_twenty_thousand_bodies_break_nothing(seeing: Graph) -> None:
-    with Report("fuzz", bodies=COUNT, seed=SEED) as report:
-        door = Door(seeing, Neighbour.of_trained(seeing))
+    with (
+        Report("fuzz", bodies=COUNT, seed=SEED) as report,
+        closing(Door(seeing, Neighbour.of_trained(seeing))) as door,
+    ):
         found = Fuzzer(seeing.url, door.neighbour.asks).run(shots(COUNT, SEED), report.say)
         report.note(statuses={str(status): count for status, count in sorted(found.statuses.items())})
         report.note(faults=found.faults, slowest_seconds=found.slowest)
@@ -27,4 +31,3 @@ def test_twenty_thousand_bodies_break_nothing(seeing: Graph) -> None:
         report.goal("no process is lost, no canary dialled", True)
         at_rest(seeing, 60)
         report.goal("nothing is held", True)
-        door.close()

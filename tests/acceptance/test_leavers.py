@@ -258,11 +258,14 @@ def still_held(graph: Graph) -> dict[str, float]:
     left: dict[str, float] = {}
     since = time.monotonic()
     with Clock() as clock:
-        while (now := held(graph)) and time.monotonic() - since < LEASES_END:
-            if time.monotonic() - since > GIVEN_BACK + clock.late():
+        while True:
+            began = time.monotonic()
+            now = held(graph)
+            if not now or began - since > LEASES_END:
+                return left
+            if began - since > GIVEN_BACK + clock.late():
                 left = left or now
             time.sleep(0.02)
-    return left
 
 
 def descriptors(graph: Graph) -> dict[str, int]:
@@ -367,7 +370,7 @@ def settled(graph: Graph) -> Kept:
 
 def show(*readings: Kept) -> None:
     for pid, process in readings[0].processes.items():
-        own = [one.processes[pid] for one in readings]
+        own = [one.processes[pid] for one in readings if pid in one.processes]
         descriptors = " → ".join(str(one.descriptors) for one in own)
         mappings = " → ".join(str(one.mappings) for one in own)
         print(f"{process.name} ({pid}): {descriptors} descriptors, {mappings} shared mappings")
@@ -474,7 +477,6 @@ def test_whoever_leaves_gives_back_what_was_held(seeing: Graph, leavers: Leavers
         left.append(still_held(seeing))
         after = kept(seeing, before)
 
-        show(before, half, after)
         report.note(seen=dict(leavers.seen), held=left, grown=[grown(before, half), grown(before, after)])
         same = before.processes.keys() == half.processes.keys() == after.processes.keys()
         report.goal("no process is lost, or new", same)
@@ -484,6 +486,7 @@ def test_whoever_leaves_gives_back_what_was_held(seeing: Graph, leavers: Leavers
         more = grown(before, after)
         report.goal("not one descriptor, mapping or file more than after the warm-up", not more, more or None)
         report.goal(f"nothing is held for requests {GIVEN_BACK:g} s after", not any(left), left if any(left) else None)
+        show(before, half, after)
         assert not report.missed, report.missed
         places(seeing)
         report.goal("every place is free", True, PLACES)

@@ -310,7 +310,7 @@ class Fuzzer:
         ``say`` is told every `AT_ONCE` shots how far it is."""
         began = time.monotonic()
         waiting: Queue[Shot | None] = Queue(2 * CONNECTIONS)
-        threads = [threading.Thread(target=self._work, args=(waiting,)) for _ in range(CONNECTIONS)]
+        threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(CONNECTIONS)]
         for thread in threads:
             thread.start()
         for index, shot in enumerate(shots):

@@ -231,7 +231,8 @@ def run(graph: Graph, report: Report, minutes: float, seed: int, clients: int, b
         report.say(f"{who}: {count}")
     for line in seen.said[:40]:
         report.say(line)
-    report.note(outcomes=dict(sorted(seen.by_kind.items())), failures=seen.said, samples=samples)
+    outcomes = dict(sorted(seen.by_kind.items()))
+    report.note(outcomes=outcomes, failures=seen.said, wrong=seen.wrong, samples=samples)
     memory_bound, descriptors_bound = bounds
     report.goal(
         f"no process grows by more than {memory_bound:g} MiB and {descriptors_bound:g} descriptors an hour",

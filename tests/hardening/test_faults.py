@@ -48,6 +48,8 @@ from tests.test_leaving import Client
 
 BEHIND = tuple(stage for stage in STAGES if stage != "Frontend")
 AT_ONCE = 4
+SLOW_START = "400"
+"""Bound of a worker's start, where fourteen start at once."""
 BACK = 200.0
 """Bound of a worker's return: its engine is loaded anew, and the machine may be busy."""
 RECOVERED = 5.0
@@ -69,7 +71,9 @@ def graph(report: Report) -> Iterator[Graph]:
     """Pictures may come from servers on this machine."""
     workers = [f"--{stage}.ServiceArgs.workers={WORKERS}" for stage in STAGES]
     private = "--Common.media.allow-private=true"
-    with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", private, *workers) as served:
+    with serve(
+        "graphs.cova:Frontend", "configs/tiny-cova.yaml", private, *workers, DYNAMO_START_SECONDS=SLOW_START
+    ) as served:
         report.say("the graph is up")
         yield served
 
@@ -141,21 +145,24 @@ def more(told: list[Future[tuple[Kind, int, str]]], count: int) -> None:
     eventually(lambda: len(told) >= wanted, f"{count} more answers", 300)
 
 
-def at_work(graph: Graph, stage: str) -> int:
-    """The worker of a stage that now has a request; a frontend leases the pictures that came in one."""
+def at_work(graph: Graph, stage: str) -> tuple[int, int]:
+    """Index and process of a worker of a stage that has a request at this moment, which for some lasts milliseconds; a
+    frontend leases the pictures that came in one."""
     name = "epd_arena_leases" if stage == "Frontend" else "dynamo_component_inflight_requests"
+    workers = graph.workers(stage)
 
     def found() -> list[int]:
-        return [index for index in graph.workers(stage) if graph.metrics(stage, index).total(name)]
+        return [index for index in workers if graph.metrics(stage, index).total(name)]
 
-    return int(eventually(found, f"a {stage} is at work")[0])
+    index = int(eventually(found, f"a {stage} is at work", 120, pause=0.002)[0])
+    return index, workers[index]
 
 
 @pytest.mark.parametrize("stage", ["Processor", "EncodeWorker", "PrefillWorker", "ImageWorker", "EmbedWorker"])
 def test_a_killed_worker_is_not_seen(graph: Graph, in_peace: Answers, stage: str) -> None:
     with asking(graph, in_peace, crossing(stage, streams=stage != "Processor")) as told:
         more(told, 4)
-        os.kill(graph.pid(stage, at_work(graph, stage)), signal.SIGKILL)
+        os.kill(at_work(graph, stage)[1], signal.SIGKILL)
         more(told, 24)
     all_right(told, in_peace)
 
@@ -185,7 +192,7 @@ def test_a_stream_whose_processor_is_killed_ends_in_an_error_event(graph: Graph)
     body = {"model": "tiny-llava", "messages": [user("Describe the picture.")], "max_tokens": 1500, "ignore_eos": True}
     client = Client(graph, body | {"stream": True})
     client.read_until(5)
-    os.kill(graph.pid("Processor", at_work(graph, "Processor")), signal.SIGKILL)
+    os.kill(at_work(graph, "Processor")[1], signal.SIGKILL)
     client.read_until(1, b'data: {"error"')
     client.leave()
 
@@ -195,13 +202,13 @@ def test_a_worker_that_ends_by_sigterm_loses_nothing(graph: Graph, in_peace: Ans
     """It finishes what it has while others are asked, ends with exit status 0, and its place is taken again."""
     with asking(graph, in_peace, crossing(stage)) as told:
         more(told, 2)
-        index = at_work(graph, stage)
-        name, pid = f"{stage}-{index}", graph.pid(stage, index)
-        before = ends(graph, name)
+        before = {index: ends(graph, f"{stage}-{index}") for index in range(WORKERS)}
+        index, pid = at_work(graph, stage)
         os.kill(pid, signal.SIGTERM)
-        eventually(lambda: len(ends(graph, name)) > len(before), f"{name} has drained", 60)
+        name = f"{stage}-{index}"
+        eventually(lambda: len(ends(graph, name)) > len(before[index]), f"{name} has drained", 60)
         more(told, 4)
-    assert ends(graph, name)[len(before) :] == ["exit status 0"]
+    assert ends(graph, name)[len(before[index]) :] == ["exit status 0"]
     all_right(told, in_peace)
 
 
@@ -273,7 +280,8 @@ def in_time(measure: Callable[[], float], report: Report, what: str, bound: floa
 
 SILENT = re.compile(r"WARNING dynamo_epd\.sdk\.client: a (\w+) was silent for")
 LONG = {"model": "tiny-llava", "messages": [user("Describe the picture.")], "max_tokens": 1500, "ignore_eos": True}
-DRAWING = {"prompt": "a large red star", "num_inference_steps": 100}
+DRAWING_STEPS = 100
+DRAWING: dict[str, Any] = {"prompt": "a large red star", "num_inference_steps": DRAWING_STEPS}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +303,7 @@ def test_a_worker_that_is_stopped_at_work_is_found_within_3_seconds(
 
         with ThreadPoolExecutor(1) as client:
             asked = client.submit(httpx.post, f"{graph.url}{path}", json=body, timeout=200)
-            pid = graph.pid(stage, at_work(graph, stage))
+            _, pid = at_work(graph, stage)
             before, began = said(), time.monotonic()
             os.kill(pid, signal.SIGSTOP)
             try:
@@ -328,16 +336,67 @@ def test_a_stopped_frontend_is_ended_within_3_seconds(graph: Graph, report: Repo
 
 
 @pytest.mark.parametrize("stage", ["PrefillWorker", "DecodeWorker"])
-def test_an_engine_that_is_stopped_is_ended(graph: Graph, in_peace: Answers, stage: str) -> None:
+def test_an_engine_that_is_stopped_is_ended_within_3_seconds(
+    graph: Graph, in_peace: Answers, report: Report, stage: str
+) -> None:
     """Only its EngineCore stands still: the worker before it goes on and says so."""
-    worker = graph.pid(stage, 1)
-    (core,) = (one for one in psutil.Process(worker).children() if "EngineCore" in one.name())
-    with asking(graph, in_peace, crossing(stage)) as told:
-        more(told, 2)
-        core.suspend()
-        more(told, 24)
-    all_right(told, in_peace)
-    eventually(lambda: graph.workers(stage).get(1) not in (None, worker), f"{stage}-1 is started again", BACK)
+
+    def said() -> int:
+        return sum(line.endswith("is stopped and is ended") for line in list(graph.lines))
+
+    def found() -> float:
+        worker = graph.pid(stage, 1)
+        (core,) = (one for one in psutil.Process(worker).children() if "EngineCore" in one.name())
+        with asking(graph, in_peace, crossing(stage)) as told:
+            more(told, 2)
+            before, began = said(), time.monotonic()
+            core.suspend()
+            eventually(lambda: said() > before, f"the engine of {stage}-1 is missed", 60, pause=0.02)
+            took = time.monotonic() - began
+            more(told, 24)
+        all_right(told, in_peace)
+        eventually(lambda: graph.workers(stage).get(1) not in (None, worker), f"{stage}-1 is started again", BACK)
+        eventually(lambda: whole(graph) == set(STAGES), f"{stage}-1 is back", BACK, pause=0.5)
+        return took
+
+    in_time(found, report, f"the engine of {stage}-1 was stopped and ended")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_picture_is_made_though_its_worker_is_killed(graph: Graph, share: float) -> None:
+    """At the beginning of its steps, in their midst, and at the last one; the same picture comes."""
+    body = {**DRAWING, "seed": 11}
+    steps = "epd_denoise_step_seconds_count"
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{graph.url}/v1/validations", json=body, timeout=200)
+
+    def drawn() -> dict[int, float]:
+        """Steps of each worker since the test began."""
+        return {index: graph.metrics("ImageWorker", index).total(steps) - had for index, had in before.items()}
+
+    right = ask().json()["data"][0]["b64_json"]
+    before = dict.fromkeys(graph.workers("ImageWorker"), 0.0)
+    before = drawn()
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(ask)
+        if share:
+            far = eventually(
+                lambda: [index for index, done in drawn().items() if done >= share * DRAWING_STEPS],
+                f"{share:.0%} of the steps are done",
+                120,
+                pause=0.002,
+            )
+            index, pid = far[0], graph.workers("ImageWorker")[far[0]]
+        else:
+            index, pid = at_work(graph, "ImageWorker")
+        os.kill(pid, signal.SIGKILL)
+        reply = asked.result()
+    assert reply.status_code == 200, reply.text
+    assert alike(reply.json()["data"][0]["b64_json"], right)
+    if share < 0.9:  # else it may just have been done
+        del before[index]
+        assert all(done >= DRAWING_STEPS for done in drawn().values()), "the other one has drawn it anew"
 
 
 def test_chat_comes_back_when_nats_does(graph: Graph, report: Report) -> None:

@@ -112,11 +112,16 @@ class Served:
 
     def workers(self, service: str) -> dict[int, int]:
         """Worker index → pid."""
-        found = {}
+        return self.all_workers().get(service, {})
+
+    def all_workers(self) -> dict[str, dict[int, int]]:
+        """Service → worker index → pid."""
+        found: dict[str, dict[int, int]] = {}
         for pid in self.processes():
             words = _read_words(pid, "cmdline")
-            if "dynamo_epd.sdk.worker" in words and service in words:
-                found[int(words[words.index("--worker-index") + 1])] = pid
+            if "dynamo_epd.sdk.worker" in words:
+                service, index = (words[words.index(name) + 1] for name in ("--service-name", "--worker-index"))
+                found.setdefault(service, {})[int(index)] = pid
         return found
 
     def processes(self) -> list[int]:
