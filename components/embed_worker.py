@@ -32,6 +32,7 @@ class EmbedConfig:
     served_model_name: str | list[str] | None = None
     """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """``auto``: the checkpoint's own on a GPU, float32 elsewhere."""
     max_tokens: int = 512
     """Of one text; a longer one is refused."""
     batch_tokens: int = 16384
@@ -39,6 +40,7 @@ class EmbedConfig:
     arena_bytes: int = 64 * 1024 * 1024
     """States that wait for their READ."""
     lease_seconds: float = 30.0
+    """How long states wait for their READ."""
     max_waiting: int = 8192
     """Texts that may wait for a forward; one more is refused."""
 

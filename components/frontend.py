@@ -72,6 +72,7 @@ class Admission:
     """How much is taken on at once."""
 
     max_in_flight: int = 256
+    """Requests of one frontend worker; one more is refused."""
     deadline: float = 300.0
     """Seconds that one request may take, and that its pictures are leased for."""
     max_readers: int = 128
@@ -92,8 +93,9 @@ class Limits:
     """What one tenant may ask of one worker of the frontend; without keys everyone is one tenant."""
 
     requests_per_minute: int | None = None
+    """As many may come at once after a minute of rest. Default: any number."""
     concurrent: int | None = None
-    """Requests at once, streams until their end."""
+    """Requests at once, streams until their end. Default: any number."""
     body_bytes: int = 64 * 1024 * 1024
     """Of one request."""
 
@@ -108,8 +110,11 @@ class Routing:
     """How a worker of each stage is chosen that the frontend asks by itself."""
 
     processor: Policy = "least-loaded"
+    """Or ``round-robin``, as of all stages."""
     image: Policy = "least-loaded"
+    """For pictures that no validation asks for."""
     embed: Policy = "least-loaded"
+    """For embeddings that no validation asks for."""
 
 
 @dataclass(frozen=True)

@@ -67,19 +67,27 @@ class ImageConfig:
     served_model_name: str | list[str] | None = None
     """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """``auto``: bfloat16 on a GPU, float32 elsewhere."""
     sizes: dict[str, str] = field(default_factory=lambda: {"default": "1024x1024"})
     """Named choices, ``WIDTHxHEIGHT``; ``default`` is taken where a request says none or ``auto``."""
     max_pixels: int = 2048 * 2048
+    """Width times height of one picture."""
     qualities: dict[str, int] = field(default_factory=dict)
     """Named choices of denoise steps, for OpenAI's ``quality``."""
     num_inference_steps: int | None = None
     """Where a request says neither. Default: the pipeline's own."""
     max_steps: int = 100
+    """Denoise steps that a request may ask for."""
     guidance_scale: float | None = None
+    """Where a request says none. Default: the pipeline's own."""
     attention_slicing: bool = False
+    """Less memory for attention, in more time."""
     vae_slicing: bool = False
+    """Less memory for decoding several pictures, in more time."""
     cpu_offload: bool = False
+    """Only the part of the pipeline that works is on the GPU."""
     compile: bool = False
+    """Faster steps, after minutes at the start and at each new size."""
     loras: dict[str, str] = field(default_factory=dict)
     """LoRA adapters by the name that requests give them: directory or name on the hub."""
     max_batch: int = 8
@@ -90,6 +98,7 @@ class ImageConfig:
     arena_bytes: int = 128 * 1024 * 1024
     """Pictures that wait for their READ, and states being READ."""
     lease_seconds: float = 30.0
+    """How long token states wait for their READ."""
     max_waiting: int = 256
     """Pictures that may wait for their turn; one more is refused. By default as many as a frontend lets in at once."""
 

@@ -25,9 +25,10 @@ one request is for a load test to find; too high a guess is mended by the measur
 
 @dataclasses.dataclass(frozen=True)
 class PlannerConfig:
-    """Keys of the ``Planner`` section. ``no_operation``: True starts no process."""
+    """Keys of the ``Planner`` section."""
 
     no_operation: bool = True
+    """While it is true no process is started."""
     interval: float = 1.0
     """Seconds from one look to the next."""
     stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)

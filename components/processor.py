@@ -72,13 +72,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Routing:
-    """How a worker of each stage is chosen. ``kv``, by what is in its KV cache, is for prefill and decode."""
+    """How a worker of each stage is chosen: ``affinity``, ``kv``, ``least-loaded`` or ``round-robin``."""
 
     encode: Policy = "affinity"
+    """``affinity`` leads a picture to where its embedding is kept; ``least-loaded`` and ``round-robin`` do not."""
     prefill: Policy = "least-loaded"
+    """``kv``: the worker with the least to prefill and in flight, by what it was sent before."""
     decode: Policy = "least-loaded"
+    """As ``prefill``."""
     image: Policy = "least-loaded"
+    """For validations."""
     embed: Policy = "least-loaded"
+    """For validations."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,10 @@ class ProcessorConfig:
     served_model_name: str | list[str] | None = None
     """Names under which clients ask for the model; the first is the one in replies. Default: the model's own."""
     tool_call_parser: str | None = None
+    """vLLM's parser of the model's tool calls (``hermes``, ``llama4_pythonic``, …). Default: none, and a request with
+    tools is refused."""
     reasoning_parser: str | None = None
+    """vLLM's parser of what a reasoning model says to itself. Default: none."""
     chat_template: str | None = None
     """A Jinja template, or the path of one, in place of the checkpoint's."""
     attempts: int = 3

@@ -37,12 +37,14 @@ REFERENCE = "image:0"
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Key ``validation`` of the ``Processor`` section."""
+    """How a made picture is described and judged (key ``validation``)."""
 
     threshold: float = 0.8
     """Cosine similarity of prompt and caption from which a picture is right."""
     question: str = "Describe the picture."
+    """That the chat model is asked about each picture."""
     max_tokens: int = 128
+    """Of its answer."""
 
 
 class Validation:

@@ -60,7 +60,7 @@ TOO_MANY = 10077
 
 @dataclass(frozen=True)
 class JobsConfig:
-    """Key ``jobs`` of the ``Frontend`` and ``ImageWorker`` sections."""
+    """Pictures that wait their turn (key ``jobs``)."""
 
     max_waiting: int = 10_000
     """Jobs that may wait; one more is refused."""

@@ -202,5 +202,9 @@ def test_the_planner_starts_a_process_only_where_it_is_switched_on() -> None:
     assert quiet.config.no_operation
     assert not quiet.runs
     document = Document()
+    document.values = {"Planner": {"stages": {"Worke": {"max": 2}}}}
+    with pytest.raises(ConfigError, match=r"unknown service 'Worke'"):
+        resolve(build_graph(Planner, "nobody"), document)
+    document = Document()
     document.override("Planner", "no-operation", "false")
     assert resolve(build_graph(Planner, "nobody"), document)["Planner"].runs

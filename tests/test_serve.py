@@ -155,8 +155,10 @@ def test_a_configuration_that_a_worker_refuses_is_said_once_without_another_try(
         assert "starting it again" not in served.text
 
 
-def test_a_worker_that_says_it_is_not_alive_is_started_again(tmp_path: Path) -> None:
-    with Served(tmp_path, "tests/toys/failing.py:Ailing") as served:
+def test_a_worker_says_that_it_is_ready_and_that_it_is_not_alive(tmp_path: Path) -> None:
+    with Served(tmp_path, "tests/toys/failing.py:Ailing", "-v") as served:
+        served.wait_for(r"asked 3 times")
+        assert "Ailing ready" not in served.text.partition("asked 3 times")[0]
         served.wait_for(r"^Ailing ready")
         served.wait_for(r"Ailing-0 died \(exit status 1\); starting it again")
         served.wait_for(r"Ailing is not alive any more")

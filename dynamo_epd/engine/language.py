@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KV_LEASE_SECONDS = 10
-"""How long prefill keeps blocks that nobody came for. vLLM's default is 30 s; DESIGN.md bounds ours."""
+"""How long prefill keeps blocks that nobody came for. vLLM's default is 30 s, in which the blocks of
+decode workers that were killed fill a busy cache."""
 
 HANDED_OVER = 1024
 """KV caches whose handles a prefill engine remembers: as many as a worker has calls at once. A caller that leaves says
@@ -54,7 +55,7 @@ class ImageInput:
     """One image of a prompt, in prompt order.
 
     Attributes:
-        uuid: identity of the content for vLLM's caches (DESIGN.md: tenant, image digest, size, tower revision).
+        uuid: identity of the content for vLLM's caches (of tenant, image digest, size and tower revision).
         tensor: (tokens, hidden) embedding or, for families whose vLLM model takes none, (height, width, 3) uint8
             pixels; None where the KV cache is taken over and only ``metadata`` is needed.
         metadata: what the model needs beside the embedding, such as ``image_grid_thw``.

@@ -52,7 +52,7 @@ _EXPIRES = re.compile(r"\d{1,12}")
 
 @dataclass(frozen=True)
 class AuthConfig:
-    """Key ``auth``."""
+    """Who may ask (key ``auth``)."""
 
     keys_file: Path
     """YAML or JSON: a list of ``{name, hash}``. A name is a tenant; one with two keys is one tenant."""

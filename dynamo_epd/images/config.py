@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """The rules for pictures, by default the strict ones.
-
-    ``allow_private`` opens loopback, private, shared (RFC 6598) and unique-local addresses, names that only a local
-    resolver knows, and every port; cloud metadata services, link-local, multicast and reserved addresses stay shut.
-    ``allowed_hosts``, when not empty, are the only hosts (``name`` or ``*.suffix``), on any port; their addresses must
-    still pass. ``ca_file`` replaces the public certificate authorities.
-    """
+    """The rules for pictures, by default the strict ones."""
 
     allow_http: bool = False
+    """Whether addresses without TLS are fetched."""
     allow_private: bool = False
+    """Opens loopback, private, shared (RFC 6598) and unique-local addresses, names that only a local resolver knows,
+    and every port; cloud metadata services, link-local, multicast and reserved addresses stay shut."""
     allowed_hosts: tuple[str, ...] = ()
+    """When not empty these are the only hosts (``name`` or ``*.suffix``), on any port; their addresses must still
+    pass."""
     ca_file: str | None = None
+    """Replaces the public certificate authorities."""
     max_bytes: int = 32 * 1024 * 1024
     """Bytes of one picture as it is stored, fetched or sent."""
     max_pixels: int = 50_000_000

@@ -31,9 +31,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("graph", help="module[:Service] or path/to/file.py[:Service]")
     serve.add_argument("-f", "--config-file", "--file", dest="file", help="YAML: service names, and Common")
     serve.add_argument("--service-name", help="run that service alone in this terminal")
-    serve.add_argument("--depends", action="append", default=[], metavar="Service=namespace/component")
-    serve.add_argument("-p", "--port", type=int, default=8000)
-    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument(
+        "--depends",
+        action="append",
+        default=[],
+        metavar="Service=namespace/component",
+        help="where a stage is served that this graph is to use",
+    )
+    serve.add_argument("-p", "--port", type=int, default=8000, help="of the frontend (default: %(default)s)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="that it listens on (default: %(default)s: this machine alone)"
+    )
     serve.add_argument("--working-dir", help="where the graph's modules are found (default: here)")
     serve.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the environment")
     serve.add_argument("-v", "--verbose", action="store_true", help="show everything that the workers print")
@@ -84,12 +92,16 @@ def _add_batch(batch: argparse.ArgumentParser) -> None:
     what.add_argument("--validate", action="store_true", default=True, help="caption and compare too (default)")
     batch.add_argument("--size", help="WIDTHxHEIGHT, or a name that the graph's configuration gives a size")
     batch.add_argument("--quality", help="a name that the graph's configuration gives a number of steps")
-    batch.add_argument("--num-inference-steps", type=int)
+    batch.add_argument("--num-inference-steps", type=int, help="denoise steps (default: the graph's)")
     batch.add_argument("--seed", type=int, help="of every prompt (default: one that follows from the prompt)")
     batch.add_argument("--threshold", type=float, help="similarity from which a picture matches")
-    batch.add_argument("--output-format", choices=("png", "webp", "jpeg"))
+    batch.add_argument("--output-format", choices=("png", "webp", "jpeg"), help="default: png")
     batch.add_argument("--timeout", type=float, default=600.0, help="seconds for a prompt with all of its attempts")
-    batch.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key: OPENAI_API_KEY")
+    batch.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="environment variable with the key (default: OPENAI_API_KEY, which goes to --url where it is set)",
+    )
     batch.set_defaults(run=_batch)
 
 

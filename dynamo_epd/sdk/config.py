@@ -207,6 +207,9 @@ def resolve(graph: Graph, document: Document) -> dict[str, ServiceSettings]:
             raise ConfigError(
                 f"{document.place(COMMON, key)}: no service takes {key} from Common (list it in {COMMON_CONFIGS})"
             )
+    for stage in getattr(settings[PLANNER].config, "stages", {}) if PLANNER in settings else {}:
+        if stage not in settings:
+            raise ConfigError(f"{document.place(PLANNER, 'stages', stage)}: {_unknown('service', stage, known)}")
     for name, one in settings.items():
         # vLLM would take one of its own choice, and fetch it.
         if one.runs and info_of(graph.services[name]).engine_args and "model" not in getattr(one.config, ENGINE_FIELD):

@@ -79,4 +79,6 @@ liveness.__doc__ = (
     "Marks a function that tells whether the service lives: on a no the process ends, to be started again."
 )
 readiness = _moment("readiness")
-readiness.__doc__ = "Marks a function that tells whether the service can take requests."
+readiness.__doc__ = (
+    "Marks a function that must say yes, after the start hooks, before anything is served; it is asked until it does."
+)

@@ -29,11 +29,12 @@ PROBES = ("/live", "/health")
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """Key ``tls`` of a service with HTTP. Both files are PEM and read at its start."""
+    """HTTP over TLS (key ``tls``). Both files are PEM and read at the start."""
 
     cert_file: Path
     """The certificate, then those that lead to a root."""
     key_file: Path
+    """The certificate's private key, without a passphrase."""
 
 
 class _Server(uvicorn.Server):

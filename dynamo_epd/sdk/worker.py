@@ -47,6 +47,8 @@ DEPENDS = "DYNAMO_DEPENDS"
 DRAIN = "DYNAMO_DRAIN_SECONDS"
 DEFAULT_DRAIN = 30.0
 LIVENESS_SECONDS = 0.5
+READINESS_SECONDS = 0.2
+"""From one time that a service is asked to the next."""
 BEAT_EVERY = 4
 """Looks at its own life after which a worker tells the supervisor that it turns: to tell costs CPU time at rest."""
 NATS_SECONDS = 30.0
@@ -101,6 +103,8 @@ class Worker:
             await self._connect()
             self.instance = self.service()
             await self._run_hooks("on_start")
+            while not await self._all_say_yes("readiness"):
+                await asyncio.sleep(READINESS_SECONDS)
             await self._serve()
             self._ready = True
             await self._wait()
@@ -177,6 +181,13 @@ class Worker:
             result = getattr(self.instance, name)()
             if inspect.isawaitable(result):
                 await result
+
+    async def _all_say_yes(self, kind: str) -> bool:
+        for name in self.info.marked(kind):
+            answer = getattr(self.instance, name)()
+            if not (await answer if inspect.isawaitable(answer) else answer):
+                return False
+        return True
 
     async def _serve(self) -> None:
         handlers: list[Any] = [
@@ -270,13 +281,10 @@ class Worker:
     async def _lose_life(self) -> None:
         """Tells the supervisor that this loop turns, and raises once a `@liveness` function of the service says no: a
         child it cannot do without has died, say."""
-        checks = [getattr(self.instance, name) for name in self.info.marked("liveness")]
         for turn in itertools.count():
             await asyncio.sleep(LIVENESS_SECONDS)
-            for check in checks:
-                alive = check()
-                if not (await alive if inspect.isawaitable(alive) else alive):
-                    raise RuntimeError(f"{self.settings.name} is not alive any more")
+            if not await self._all_say_yes("liveness"):
+                raise RuntimeError(f"{self.settings.name} is not alive any more")
             if turn % BEAT_EVERY == 0:
                 notify(WATCHDOG=1)
 

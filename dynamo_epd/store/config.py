@@ -18,7 +18,8 @@ LONGEST_URL_SECONDS = 7 * 86400.0
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Credentials are no part of it: S3's come from the environment (``AWS_ACCESS_KEY_ID`` and its like).
+    """Where pictures are kept. Credentials are no part of it: S3's come from the environment (``AWS_ACCESS_KEY_ID``
+    and its like).
 
     Every service that names one store must name the same ``timeout`` and ``leftover_seconds``.
     """
@@ -30,6 +31,7 @@ class StoreConfig:
     public_endpoint: str | None = None
     """The same server as clients reach it: presigned addresses are signed for this one."""
     region: str = "us-east-1"
+    """Of the bucket."""
     allow_http: bool = False
     """Whether ``endpoint`` may be without TLS."""
     ttl: float = 86400.0

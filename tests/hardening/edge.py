@@ -143,7 +143,7 @@ def send_raw(graph: Graph, *pieces: bytes, pause: float = 0.0) -> Reply:
 
 
 def refused(reply: Reply, status: int | tuple[int, ...], code: str | None = None, param: str | None = None) -> None:
-    """Fails unless this is a refusal as CONTRACTS.md wants it: OpenAI's body, short, and silent about the inside."""
+    """Fails unless this is a refusal as it should be: OpenAI's body, short, and silent about the inside."""
     said = reply.body[:LONGEST_REFUSAL].decode("utf-8", "replace")
     assert reply.status in ((status,) if isinstance(status, int) else status), f"{reply.status}: {said}"
     assert len(reply.body) <= LONGEST_REFUSAL

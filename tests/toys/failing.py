@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 
-from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, service
+from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, readiness, service
 from dynamo_epd.sdk.config import ConfigError
 
 
@@ -67,10 +67,16 @@ class Locking:
 
 @service
 class Ailing:
-    """Comes up, and soon says of itself that it does not live any more."""
+    """Comes up once it was asked three times, and soon says of itself that it does not live any more."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self.waited = 0
+
+    @readiness
+    async def fit(self) -> bool:
+        self.waited += 1
+        print(f"asked {self.waited} times", flush=True)
+        return self.waited >= 3
 
     @liveness
     def alive(self) -> bool:

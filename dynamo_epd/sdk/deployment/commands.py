@@ -85,8 +85,17 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
 
 def _add_rendered(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--config-file", dest="file", help="YAML: service names, and Common")
-    parser.add_argument("--env", "--envs", action="append", default=[], metavar="NAME=VALUE", dest="envs")
-    parser.add_argument("--env-from-secret", action="append", default=[], metavar="NAME=KEY", dest="secrets")
+    parser.add_argument(
+        "--env", "--envs", action="append", default=[], metavar="NAME=VALUE", dest="envs", help="for every pod"
+    )
+    parser.add_argument(
+        "--env-from-secret",
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        dest="secrets",
+        help="for every pod, from the Secret",
+    )
     parser.add_argument(
         "--env-secrets-name",
         default=os.environ.get("DYNAMO_ENV_SECRETS", "dynamo-env-secrets"),
@@ -97,7 +106,11 @@ def _add_rendered(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--namespace", default=os.environ.get("KUBE_NS"), help="of Kubernetes (default: $KUBE_NS)")
+    parser.add_argument(
+        "--namespace",
+        default=os.environ.get("KUBE_NS"),
+        help="of Kubernetes (default: $KUBE_NS, else the kubeconfig's)",
+    )
     parser.add_argument("-t", "--target", choices=("kubernetes",), default="kubernetes")
     parser.add_argument("-e", "--endpoint", default=os.environ.get("DYNAMO_CLOUD"), help=argparse.SUPPRESS)
 
