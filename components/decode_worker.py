@@ -90,5 +90,7 @@ class DecodeWorker(ArenaOwner):
 
     @on_shutdown
     async def stop(self) -> None:
-        await self.close_arena()
-        self.engine.close()
+        try:
+            await self.close_arena()
+        finally:
+            self.engine.close()

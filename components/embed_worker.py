@@ -83,7 +83,7 @@ class EmbedWorker(ArenaOwner):
             raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
         items = await tokenized(self.encoder.tokenize, request.texts, self.config.max_tokens)
         with self.metrics.visit() as visit:
-            done = await asyncio.gather(*(self.batcher.submit(ids) for ids in items))
+            done = await self.batcher.submit_all(items)
             queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
             visit.waited = queued
         tracing.generation("embeddings", {"model": self.name})
@@ -100,7 +100,7 @@ class EmbedWorker(ArenaOwner):
         real = request.ids[: request.real]
         rows = [real] if request.masked else [request.ids, real]
         with self.metrics.visit() as visit:
-            done = await asyncio.gather(*(self.batcher.submit(row) for row in rows))
+            done = await self.batcher.submit_all(rows)
             visit.waited = max(one.queue_seconds for one in done)
         handle = await self.offer(done[0].result.states.contiguous(), self.config.lease_seconds)
         yield States(handle, done[-1].result.vector.numpy().tobytes())

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -58,8 +58,6 @@ from dynamo_epd.sdk.client import Policy, twice
 from dynamo_epd.sdk.http_server import TlsConfig
 from dynamo_epd.store import StoreConfig
 from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
-
-Result = TypeVar("Result")
 
 HEALTH_SECONDS = 2.0
 """A processor that does not say within this long how its stages are counts as gone."""
@@ -310,6 +308,7 @@ class Frontend(BesideChat):
         async with AsyncExitStack() as held:
             account = held.enter_context(self.accounted(request.state.request_id))
             held.enter_context(self.admitted())
+            deadline = time.time() + self.config.admission.deadline
             checked = await parsed(await request.body(), check)
             images = checked.images if isinstance(checked, ChatBody) else ()
             account.images = len(images)
@@ -317,8 +316,8 @@ class Frontend(BesideChat):
                 request.state.request_id,
                 request.state.tenant,
                 checked.body,
-                await held.enter_async_context(self._pictures(request, images)),
-                time.time() + self.config.admission.deadline,
+                await held.enter_async_context(self._pictures(request, images, deadline)),
+                deadline,
             )
             call, head = await unless_gone(request, first_reply(stage, message))
             await held.enter_async_context(aclosing(call))
@@ -359,7 +358,9 @@ class Frontend(BesideChat):
             self.in_flight -= 1
 
     @asynccontextmanager
-    async def _pictures(self, request: Request, images: tuple[ImageRef, ...]) -> AsyncIterator[list[Picture]]:
+    async def _pictures(
+        self, request: Request, images: tuple[ImageRef, ...], deadline: float
+    ) -> AsyncIterator[list[Picture]]:
         """The request's pictures in order, those from the body leased until the request is over.
 
         The body's parts then say where in this list their picture is. All room is reserved at once.
@@ -378,7 +379,7 @@ class Frontend(BesideChat):
         if not bodies:
             yield pictures
             return
-        seconds = self.config.admission.deadline
+        seconds = max(0.0, deadline - time.time())
         with await unless_gone(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
             leases = []
             try:

@@ -72,9 +72,6 @@ class Planner:
         from dynamo_epd.planning.doors import DoorClosed, door_of
         from dynamo_epd.planning.observing import Observer
 
-        unknown = self.config.stages.keys() - dynamo_context["graph"].services.keys()
-        if unknown:
-            raise ConfigError(f"Planner.stages: this graph has no {', '.join(sorted(unknown))}")
         try:
             self.door = door_of(os.environ)
         except DoorClosed as closed:

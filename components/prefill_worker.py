@@ -72,5 +72,7 @@ class PrefillWorker(ArenaOwner):
 
     @on_shutdown
     async def stop(self) -> None:
-        await self.close_arena()
-        self.engine.close()
+        try:
+            await self.close_arena()
+        finally:
+            self.engine.close()

@@ -72,13 +72,24 @@ class Batcher(Generic[Item, Result]):
 
     async def submit(self, item: Item) -> Ran[Result]:
         """Waits for the item's result. Cancelled while it waits, the item never runs."""
-        if len(self._queue) >= self._waiting:
-            raise Overloaded(f"{self._waiting} items wait in this stage already; try again later")
-        future: asyncio.Future[Ran[Result]] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(item, future, perf_counter()))
+        return (await self.submit_all([item]))[0]
+
+    async def submit_all(self, items: Sequence[Item]) -> list[Ran[Result]]:
+        """Waits for the results of all items, in order. They are taken on all or none; where one fails, or the caller
+        is cancelled, those that still wait never run."""
+        if len(self._queue) + len(items) > self._waiting:
+            raise Overloaded(f"{self._waiting} items may wait in this stage, and there is no room; try again later")
+        loop = asyncio.get_running_loop()
+        waiting = [_Waiting[Item, Result](item, loop.create_future(), perf_counter()) for item in items]
+        self._queue.extend(waiting)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._drain())
-        return await future
+        try:
+            return list(await asyncio.gather(*(one.future for one in waiting)))
+        except BaseException:
+            for one in waiting:
+                one.future.cancel()
+            raise
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()

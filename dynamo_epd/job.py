@@ -41,6 +41,8 @@ class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
     ended: float | None = None
     error: dict[str, Any] | None = None
     """As in OpenAI's error object."""
+    sent: bool = False
+    """It is known to be in the queue: whoever asks again need not send it again, and so make a second one of it."""
     asked_again: bool = False
     """Somebody else counts on it by its idempotency key: who submitted it first cannot take it back."""
 
@@ -49,7 +51,7 @@ class JobState(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.status in ("completed", "failed")
 
     def given_back(self) -> JobState:
-        return msgspec.structs.replace(self, status="queued")
+        return msgspec.structs.replace(self, status="queued", sent=True)
 
     def end(self, error: EpdError | None, ended: float) -> JobState:
         """It has failed of ``error``, or is completed."""

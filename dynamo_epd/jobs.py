@@ -183,7 +183,7 @@ class JobQueue:
 
     async def _accepted(self, job: Job) -> JobState:
         state, own = await self._claimed(state_of(job))
-        if state.status != "queued":
+        if state.status != "queued" or state.sent:
             return state
         # Whoever accepted it before may have died before it was in the queue: it is sent again.
         job = msgspec.structs.replace(job, pictures=state.pictures, created=state.created)
@@ -198,6 +198,10 @@ class JobQueue:
             if error.err_code == TOO_MANY:
                 raise Overloaded(f"{self._config.max_waiting} jobs wait already; try again later") from error
             raise
+        if own is not None:
+            with contextlib.suppress(KeyWrongLastSequenceError):  # it was asked for again, or is being worked on
+                sent = msgspec.structs.replace(state, sent=True)
+                await self._states.update(job.id, msgspec.json.encode(sent), own)
         return state
 
     async def _claimed(self, new: JobState) -> tuple[JobState, int | None]:
@@ -323,7 +327,7 @@ class JobQueue:
                 log.exception("job %s broke off", job.id)
                 await message.nak(self._config.retry_seconds)
                 return
-        await self._end(state, error)
+        await self._end(state, revision, error)
         await message.ack()
 
     async def _give_back(self, message: Any, before: JobState, revision: int, seconds: float | None) -> None:
@@ -339,13 +343,25 @@ class JobQueue:
             return waited_too_long()
         return None
 
-    async def _end(self, state: JobState, error: EpdError | None) -> None:
-        """Says how the job ended, as soon as NATS can be told; the pictures are stored by now."""
-        ended = state.end(error, time.time())
+    async def _end(self, state: JobState, revision: int | None, error: EpdError | None) -> None:
+        """Says how the job ended, as soon as NATS can be told; the pictures are stored by now. What somebody else has
+        said of its end stays."""
+        ended = msgspec.json.encode(state.end(error, time.time()))
         while True:
             try:
-                await self._states.put(state.id, msgspec.json.encode(ended))
+                if revision is None:
+                    written, revision = await self._state(state.id)
+                    if written.over:
+                        return
+                await self._states.update(state.id, ended, revision)
                 return
+            except KeyWrongLastSequenceError:
+                revision = None
+            except KeyNotFoundError:  # the states were lost
+                await asyncio.sleep(RECONNECT_SECONDS)
+                with contextlib.suppress(NatsError, OSError):
+                    await self._states.put(state.id, ended)
+                    return
             except (NatsError, OSError) as lost:
                 log.warning("the end of job %s cannot be told yet: %s", state.id, lost)
                 await asyncio.sleep(RECONNECT_SECONDS)

@@ -102,6 +102,28 @@ def test_more_than_may_wait_is_refused():
     asyncio.run(main())
 
 
+def test_a_request_of_several_is_taken_on_whole_or_not_at_all():
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=10, waiting=3)
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        left = asyncio.create_task(batcher.submit_all([1, 2]))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.submit_all([3, 4])
+        assert len(batcher) == 2
+        left.cancel()
+        last = asyncio.create_task(batcher.submit(5))
+        await asyncio.sleep(0)
+        run.go.set()
+        assert [one.result for one in await asyncio.gather(first, last)] == [0, 10]
+        assert run.batches == [[0], [5]]
+        batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_batch_is_bounded_by_weight_and_one_too_heavy_runs_alone():
     async def main() -> None:
         run = Doubling()

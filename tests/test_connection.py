@@ -152,6 +152,27 @@ def test_the_second_request_of_a_connection_has_the_same_patience(port: int) -> 
         refused(connection.recv(65536), 408, "request_timeout")
 
 
+def test_an_empty_line_between_requests_is_no_way_to_stay(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(GET + b"\r\n")
+        answers(connection)
+        connection.sendall(b"\r\n")
+        time.sleep(0.1)
+        connection.sendall(GET + b"\r\n")  # RFC 9112, 2.2: a server ignores one
+        answers(connection)
+        time.sleep(1)
+        connection.sendall(b"\r\n")
+        refused(connection.recv(65536), 408, "request_timeout")
+
+
+def test_requests_ahead_of_their_answers_are_answered_in_order_up_to_a_bound(patient_port: int) -> None:
+    most = BoundedConnection.most_pipelined
+    last = GET + b"Connection: close\r\n\r\n"
+    assert say(patient_port, (GET + b"\r\n") * most + last).count(b'"here"') == most + 1
+    assert say(patient_port, (GET + b"\r\n") * 5000 + last).count(b'"here"') < 100
+    assert httpx.get(f"http://127.0.0.1:{patient_port}").text == '"here"'
+
+
 @pytest.mark.parametrize("piece", [b"x", b"X-A: b\r\n"], ids=["one header without end", "headers without end"])
 def test_a_head_without_end_is_cut_off(patient_port: int, piece: bytes) -> None:
     said = b""
@@ -220,6 +241,14 @@ def test_a_stream_that_nobody_reads_is_cut_off_and_its_route_ends(port: int) -> 
         eventually(lambda: cut_off(connection), "it is reset")
         eventually(lambda: open_streams == 0, "what the route held is free")
     assert httpx.get(f"http://127.0.0.1:{port}").text == '"here"'
+
+
+def test_a_stream_with_a_request_behind_it_still_learns_that_its_client_left(port: int) -> None:
+    with reader(port, "/stream?pieces=1000&pause=0.02") as connection:
+        eventually(lambda: open_streams == 1, "the stream begins")
+        connection.sendall(GET + b"\r\n")
+        time.sleep(0.1)
+    eventually(lambda: open_streams == 0, "what the route held is free", 5)
 
 
 def test_a_stream_that_nobody_reads_gives_its_place_among_the_tenants_requests_back() -> None:

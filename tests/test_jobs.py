@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import nats
 import pytest
 
@@ -211,8 +212,7 @@ def test_a_full_queue_takes_no_accepted_job_back(server):
             config = (await stream.stream_info(STREAM)).config
             await stream.update_stream(config, duplicate_window=0.1)
             await asyncio.sleep(0.3)
-            with pytest.raises(Overloaded):
-                await submitted(front, key="first")
+            assert (await submitted(front, key="first")).id == accepted.id
             assert (await front.state("", accepted.id)).status == "queued"
             front.work(nothing)
             ended = await over(front, accepted.id)
@@ -413,6 +413,55 @@ def test_a_refusal_ends_the_job_and_what_is_away_does_not(server):
             assert ended.error["param"] == "size"
             ended = await over(front, good.id)
             assert (ended.status, ended.attempts) == ("completed", 1)
+
+    run(scenario())
+
+
+def test_a_job_that_is_asked_for_again_is_in_the_queue_once(server, monkeypatch):
+    """Also once the queue itself does not know a repetition any more, and after it was given back."""
+    monkeypatch.setattr("dynamo_epd.jobs.DEDUPLICATION_SECONDS", 0.2)
+
+    async def scenario():
+        async with queue(server) as front:
+
+            async def waiting():
+                await asyncio.sleep(0.5)
+                assert (await submitted(front, key="again")).id == state.id
+                return (await front._stream.stream_info(STREAM)).state.messages
+
+            state = await submitted(front, key="again")
+            assert await waiting() == 1
+            begun = asyncio.Event()
+
+            async def long(job):
+                begun.set()
+                await asyncio.sleep(BOUND)
+
+            async with queue(server) as leaving:
+                leaving.work(long)
+                await begun.wait()
+            state = await front.state("", state.id)
+            assert state.status == "queued"
+            assert await waiting() == 1
+
+    run(scenario())
+
+
+def test_what_somebody_else_has_said_of_a_jobs_end_stays(server):
+    async def scenario():
+        async with queue(server) as front:
+            state = await submitted(front)
+
+            async def late(job):
+                ended = (await front.state("", job.id)).end(None, time.time())
+                await front._states.put(job.id, msgspec.json.encode(ended))
+                raise InvalidRequest("no such size")
+
+            async with queue(server) as worker:
+                worker.work(late)
+                assert (await over(front, state.id)).status == "completed"
+                await asyncio.sleep(1)
+            assert (await front.state("", state.id)).status == "completed"
 
     run(scenario())
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from components.planner import CONCURRENCY, Planner, PlannerConfig
+from components.planner import CONCURRENCY, PlannerConfig
 from dynamo_epd.planning.policy import Limits
 from dynamo_epd.sdk.config import ConfigError, Document, resolve
 from dynamo_epd.sdk.control import ask
-from dynamo_epd.sdk.graph import build_graph
+from dynamo_epd.sdk.graph import load_graph
 from tests.test_worker import eventually
 from tests.toys.calling import Callers, busy_worker, door, ready
-from tests.toys.running import Served
+from tests.toys.running import ROOT, Served
 
 GRAPH = "tests/toys/scaled.py:Front"
 WORK = 0.3
@@ -100,14 +100,15 @@ def test_it_goes_with_the_graph_and_leaves_nothing(served: Served) -> None:
 def test_a_stage_that_the_graph_has_not_is_said_before_anything_is_planned(tmp_path: Path) -> None:
     with Served(tmp_path, GRAPH, *SETTINGS, "--Planner.stages.Bsy.max=2") as served:
         assert served.wait() == 2
-        assert "Planner.stages: this graph has no Bsy" in served.text
+        assert "unknown service 'Bsy'; did you mean Busy?" in served.text
 
 
 def planner(*overrides: tuple[str, str]) -> PlannerConfig:
     document = Document()
+    document.read(ROOT / "configs" / "tiny-agg.yaml")
     for key, value in overrides:
         document.override("Planner", key, value)
-    settings = resolve(build_graph(Planner, "nobody"), document)["Planner"]
+    settings = resolve(load_graph("graphs.agg:Frontend", str(ROOT)), document)["Planner"]
     assert settings.runs is not settings.config.no_operation
     found: PlannerConfig = settings.config
     return found

@@ -148,8 +148,9 @@ def test_one_that_keeps_dying_ends_the_graph_with_its_last_error(tmp_path: Path)
         assert served.leftovers() == []
 
 
-def test_a_configuration_that_a_worker_refuses_is_said_once_without_another_try(tmp_path: Path) -> None:
-    with Served(tmp_path, "tests/toys/failing.py:Misconfigured") as served:
+@pytest.mark.parametrize("service", ["Misconfigured", "Halfway"])
+def test_a_configuration_that_a_worker_refuses_is_said_once_without_another_try(tmp_path: Path, service: str) -> None:
+    with Served(tmp_path, f"tests/toys/failing.py:{service}") as served:
         assert served.wait() == 2
         assert served.text.count("model: no such directory") == 1
         assert "starting it again" not in served.text

@@ -328,7 +328,8 @@ class LanguageEngine:
                 self._heard = time.monotonic()
                 yield output
         except VLLMValidationError as error:
-            raise InvalidRequest(str(error), param=error.parameter) from error
+            # Its text would go on with the client's value.
+            raise InvalidRequest(str(error.args[0]), param=error.parameter) from error
         except EngineDeadError as error:
             raise WorkerLost("the engine's process is gone") from error
 

@@ -80,28 +80,12 @@ class ChatBody:
     body: dict[str, Any]
     images: tuple[ImageRef, ...]
 
-    @property
-    def model(self) -> str | None:
-        return self.body.get("model")
-
-    @property
-    def stream(self) -> bool:
-        return bool(self.body.get("stream"))
-
 
 @dataclass(frozen=True)
 class CompletionBody:
     """A completion body that passed."""
 
     body: dict[str, Any]
-
-    @property
-    def model(self) -> str | None:
-        return self.body.get("model")
-
-    @property
-    def stream(self) -> bool:
-        return bool(self.body.get("stream"))
 
 
 # Fields of OpenAI's API that are not served: null says nothing, anything else is refused.

@@ -14,8 +14,9 @@ import resource
 import socket
 import struct
 import termios
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, Overloaded, RequestTimeout
 from dynamo_epd.http.errors import error_response
@@ -47,6 +48,9 @@ class BoundedConnection(HttpToolsProtocol):
     unread_bytes = 16 * 1024
     """Half a kilobyte a second, which any link carries."""
 
+    most_pipelined = 32
+    """Requests that may wait behind the one that is being answered. Few clients send any; more close the connection,
+    or one could fill the memory with heads."""
     leaving_seconds = 0.5
     """Between a server's last connection and the end of those on which nothing is being answered: a request that is on
     its way there still is. What reaches a closed connection is reset, and nobody knows whether it was done."""
@@ -56,6 +60,7 @@ class BoundedConnection(HttpToolsProtocol):
     _beside_body = 0
     _reading: asyncio.TimerHandle | None = None
     _untaken = 0
+    _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,6 +79,10 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_watching()
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the newest request alone, which may only wait behind this one.
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -85,8 +94,12 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse(HeadersTooLarge(f"the headers have more than {self.head_bytes} bytes"))
         elif self.cycle is not None and self.cycle.more_body and self._beside_body > self.trailer_bytes:
             self._refuse(HeadersTooLarge(f"the trailers have more than {self.trailer_bytes} bytes"))
+        elif self._rests and self.timeout_keep_alive_task is None:
+            self._wait_for_head()  # an empty line, which no callback tells of, has ended uvicorn's patience
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= self.most_pipelined:
+            raise ValueError("too many requests ahead of their answers")  # httptools makes it an HttpParserError
         super().on_message_begin()
         self._wait_for_head()
 
@@ -120,9 +133,19 @@ class BoundedConnection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest("the request is not valid HTTP"))
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     @property
     def _in_head(self) -> bool:
         return self._patience is not None
+
+    @property
+    def _rests(self) -> bool:
+        """Between two requests: all are answered, and their bodies have come, which `RequestLimits` sees to."""
+        answered = self.cycle is not None and self.cycle.response_complete and not self.pipeline
+        return answered and not self.transport.is_closing()
 
     def _wait_for_head(self) -> None:
         if self._patience is None:

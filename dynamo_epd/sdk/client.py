@@ -343,6 +343,7 @@ class Call:
             passed_on += 1
             self._context.stop_generating()
             service._end(self.instance, lost=True, answered=False, blocks=len(self._blocks))
+            self._context = None  # nothing is begun any more that `_finish` would end
 
     async def _send(self, payload: bytes, instance: int) -> None:
         begun = time.monotonic()

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from dynamo_epd import tracing
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, Overloaded
+from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, Overloaded, WorkerLost
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.context import dynamo_context, request_context
 from dynamo_epd.sdk.endpoints import Mark
@@ -124,10 +124,10 @@ class EndpointHandler:
         except EpdError as error:
             last = error.to_wire()
         except asyncio.CancelledError:
-            if not context.is_stopped():
-                raise
-            while not frames.empty():  # nobody reads them; the end marker only lets the handler itself return
+            while not frames.empty():  # most often nobody reads them; the last one lets the handler itself return
                 frames.get_nowait()
+            if not context.is_stopped():  # somebody waits for what was given up here, and would hear beats for ever
+                last = WorkerLost(f"{self.name} was given up by its worker").to_wire()
         except Exception:  # the process boundary: anything unknown is logged here and leaves without its text
             log.exception("%s failed", self.name)
             last = InternalError("internal error").to_wire()

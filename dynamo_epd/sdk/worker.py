@@ -99,20 +99,30 @@ class Worker:
 
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
+        started = False
         try:
             await self._connect()
             self.instance = self.service()
             await self._run_hooks("on_start")
+            started = True
             while not await self._all_say_yes("readiness"):
+                await self._raise_unless_alive()
                 await asyncio.sleep(READINESS_SECONDS)
             await self._serve()
             self._ready = True
             await self._wait()
             await self._drain()
         finally:
-            if self.instance is not None:
-                await self._run_hooks("on_shutdown")
-            await self._disconnect()
+            try:
+                if self.instance is not None:
+                    await self._run_hooks("on_shutdown")
+            except Exception:
+                if started:
+                    raise
+                # What the start has not made cannot be closed; why it failed is what must be seen.
+                log.debug("after a start that failed", exc_info=True)
+            finally:
+                await self._disconnect()
 
     async def _connect(self) -> None:
         from dynamo._core import DistributedRuntime
@@ -181,6 +191,10 @@ class Worker:
             result = getattr(self.instance, name)()
             if inspect.isawaitable(result):
                 await result
+
+    async def _raise_unless_alive(self) -> None:
+        if not await self._all_say_yes("liveness"):
+            raise RuntimeError(f"{self.settings.name} is not alive any more")
 
     async def _all_say_yes(self, kind: str) -> bool:
         for name in self.info.marked(kind):
@@ -283,8 +297,7 @@ class Worker:
         child it cannot do without has died, say."""
         for turn in itertools.count():
             await asyncio.sleep(LIVENESS_SECONDS)
-            if not await self._all_say_yes("liveness"):
-                raise RuntimeError(f"{self.settings.name} is not alive any more")
+            await self._raise_unless_alive()
             if turn % BEAT_EVERY == 0:
                 notify(WATCHDOG=1)
 

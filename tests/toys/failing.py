@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 
-from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, readiness, service
+from dynamo_epd.sdk import async_on_start, depends, endpoint, liveness, on_shutdown, readiness, service
 from dynamo_epd.sdk.config import ConfigError
 
 
@@ -33,6 +33,23 @@ class Root:
 class Misconfigured:
     def __init__(self) -> None:
         raise ConfigError("model: no such directory")
+
+
+@service
+class Halfway:
+    """Refuses its configuration in its start hook, and has nothing yet of what its end wants to close."""
+
+    @async_on_start
+    async def start(self) -> None:
+        raise ConfigError("model: no such directory")
+
+    @on_shutdown
+    async def stop(self) -> None:
+        self.engine.close()  # type: ignore[attr-defined]
+
+    @endpoint()
+    async def answer(self) -> AsyncIterator[int]:
+        yield 1
 
 
 @service
