@@ -61,7 +61,7 @@ class Seen:
 
     def overlap(self, worker: int, blocks: Sequence[bytes]) -> int:
         """How many of the first ``blocks`` ``worker`` has."""
-        known = self._of.get(worker, {})
+        known = self._of.get(worker, OrderedDict[bytes, None]())
         return next((count for count, block in enumerate(blocks) if block not in known), len(blocks))
 
     def note(self, worker: int, blocks: Sequence[bytes]) -> None:

@@ -98,6 +98,8 @@ async def passes(_: Message) -> None:
 
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/", "headers": []}
+LATER = 4e9
+"""A deadline in Unix seconds."""
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_a_client_that_leaves_while_it_waits_for_room_is_noticed(one: Frontend) 
         one.arena = SimpleNamespace(reserve=slots.reserve)  # type: ignore[assignment]
         part = {"image_url": {"url": "data:image/png;base64," + base64.b64encode(b"picture").decode()}}
         with await slots.reserve([ALIGNMENT], 1), pytest.raises(ClientDisconnect):
-            async with asyncio.timeout(20), one._pictures(Request(SCOPE, gone), (ImageRef(part, "image"),)):
+            async with asyncio.timeout(20), one._pictures(Request(SCOPE, gone), (ImageRef(part, "image"),), LATER):
                 raise AssertionError("there is no room")
         assert slots.waiters == 0
         slots.close()
@@ -136,7 +138,7 @@ def test_a_request_without_pictures_asks_for_no_room(one: Frontend) -> None:
 
     async def main() -> None:
         one.arena = SimpleNamespace(reserve=reserve)  # type: ignore[assignment]
-        async with one._pictures(Request(SCOPE, never), ()) as pictures:
+        async with one._pictures(Request(SCOPE, never), (), LATER) as pictures:
             assert pictures == []
 
     asyncio.run(main())

@@ -57,12 +57,12 @@ def page() -> Iterator[str]:
     shared: dict[str, list[str]] = {}
     kinds: dict[str, type] = {}
     for service in SERVICES:
-        for name, kind in _sections_of(info_of(service).config):
-            if kind.__module__ != info_of(service).config.__module__:
+        for name, kind in _sections_of(_config_of(service)):
+            if kind.__module__ != _config_of(service).__module__:
                 shared.setdefault(name, []).append(service.__name__)
                 kinds[name] = kind
     for service in SERVICES:
-        yield from ("", f"## {service.__name__}", "", *_table(info_of(service).config, skip=shared))
+        yield from ("", f"## {service.__name__}", "", *_table(_config_of(service), skip=shared))
     for name, services in shared.items():
         of = " and ".join(f"`{one}`" for one in services)
         yield from (
@@ -92,6 +92,12 @@ def _rows(kind: type, above: str, skip: Collection[str]) -> Iterator[str]:
             yield from _rows(nested[name], f"{above}{name}.", ())
         elif field.name != ENGINE_FIELD:
             yield f"| `{above}{name}` | {_default_of(field)} | {said[field.name]} |"
+
+
+def _config_of(service: type) -> type:
+    config = info_of(service).config
+    assert config is not None
+    return config
 
 
 def _sections_of(kind: type) -> Iterator[tuple[str, type]]:

@@ -115,7 +115,7 @@ class Front:
         return {"results": results, "instances": [str(one) for one in self.back.instances()]}
 
     async def _one(self, target: Any, order: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:
-        chosen = {name: order[name] for name in ("key", "exclude", "instance") if name in order}
+        chosen: dict[str, Any] = {name: order[name] for name in ("key", "exclude", "instance") if name in order}
         chosen["blocks"] = [one.encode() for one in order.get("blocks", [])]
         call = getattr(target, order.get("endpoint", "answer"))(ask, **chosen)
         result: dict[str, Any] = {"ticks": []}
