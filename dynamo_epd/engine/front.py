@@ -134,7 +134,7 @@ class OpenAIFront:
         """Of those that the tokenizer knows as one token."""
         tokenizer = self._engine.renderer.tokenizer
         ids = tokenizer.convert_tokens_to_ids(list(tokens))
-        return tuple(one for one in ids if one not in (None, tokenizer.unk_token_id))
+        return tuple(one for one in ids if one not in (None, getattr(tokenizer, "unk_token_id", None)))
 
     def refuse_token_ids(self, reserved: tuple[str, ...], prompt: Any) -> None:
         """Raises InvalidRequest where a prompt given as token ids holds a token of ``reserved``."""
