@@ -77,6 +77,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.loop.call_later(self.leaving_seconds, super().shutdown)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._idle.pop(self, None)
         self._stop_waiting()
         self._stop_watching()
         if self._running is not None and not self._running.response_complete:
@@ -86,6 +87,7 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._idle.pop(self, None)
         self._beside_body += len(data)
         super().data_received(data)
         if self._in_head:
@@ -127,6 +129,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self._idle[self] = None
         if self.transport.get_write_buffer_size():  # too little of it to pause for, perhaps
             self._watch_reader()
 
@@ -159,17 +163,19 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _close_an_idle_one(self) -> bool:
         """Whether there was one: between two requests, that is."""
-        idle = {
-            one: one.timeout_keep_alive_task.when()
-            for one in self.connections
-            if isinstance(one, HttpToolsProtocol)
-            and one.timeout_keep_alive_task is not None
-            and not one.transport.is_closing()
-        }
-        if not idle:
-            return False
-        min(idle, key=idle.__getitem__).timeout_keep_alive_handler()
-        return True
+        while self._idle:
+            longest = next(iter(self._idle))
+            del self._idle[longest]
+            if not longest.transport.is_closing():
+                longest.timeout_keep_alive_handler()
+                return True
+        return False
+
+    @property
+    def _idle(self) -> dict[BoundedConnection, None]:
+        """Of this server, the longest idle first: where connections are many nobody can look through all of them."""
+        found: dict[BoundedConnection, None] = vars(self.server_state).setdefault("idle", {})
+        return found
 
     def _watch_reader(self) -> None:
         """Anew from now on: what is unsent now is the present reply's, and no longer an earlier one's."""
