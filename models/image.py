@@ -300,7 +300,7 @@ def main() -> None:
         train("image-transformer-fine", FINE_STEPS, RATE, FINE_SPREAD, FINE_PAIRS, SHARE, apart=True),
     ]
     pipeline = PixArtSigmaPipeline(
-        tokenizer=tokenizer,
+        tokenizer=T5Tokenizer.from_pretrained(t5.DIRECTORY),  # not as the last batch was tokenized
         text_encoder=text.cpu(),
         vae=vae.cpu(),
         transformer=transformer.cpu(),

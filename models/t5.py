@@ -263,6 +263,8 @@ def main() -> None:
     run.train(lambda chance: _loss(whole, tokenizer, chance))
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     model.cpu().save_pretrained(DIRECTORY)
+    tokenizer.backend_tokenizer.no_padding()  # as the last batch was tokenized is nobody's default
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(DIRECTORY)
     figures = evaluate(model, tokenizer, triples(2000))
     recipe = {
