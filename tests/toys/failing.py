@@ -84,7 +84,7 @@ class Locking:
 
 @service
 class Ailing:
-    """Comes up once it was asked three times, and soon says of itself that it does not live any more."""
+    """Comes up once it was asked three times, lives while it does, and soon says that it does not live any more."""
 
     def __init__(self) -> None:
         self.asked = self.waited = 0
@@ -97,7 +97,7 @@ class Ailing:
 
     @liveness
     def alive(self) -> bool:
-        self.asked += 1
+        self.asked += self.waited >= 3
         return self.asked < 2
 
     @endpoint()
