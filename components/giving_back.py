@@ -29,7 +29,7 @@ def afterwards(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def give_back(call: Call) -> Any:
-    """The reply of a release; None where it fails: the lease then ends by itself."""
+    """The reply of a release or a renewal; None where it fails: the lease then ends by itself."""
     try:
         async with asyncio.timeout(SECONDS):
             return await call.only()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from components.embed_worker import EmbedWorker
 from components.protocol import (
+    PIXELS_SECONDS,
     Completed,
     Done,
     Generated,
@@ -26,6 +27,7 @@ from components.protocol import (
     ModelNames,
     ModelsQuery,
     ReleaseRequest,
+    RenewRequest,
     StatesRequest,
 )
 from dynamo_epd import tracing
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
     from dynamo_epd.job import Job
     from dynamo_epd.metrics import Visit
 
-LEASE_SECONDS = 60.0
-"""Of pixels, where the request names no deadline."""
+NO_DEADLINE = 60.0
+"""Seconds that a request may take which names none."""
 SIZE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")
 
 
@@ -195,6 +197,12 @@ class ImageWorker(ArenaOwner):
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases on pixels that nobody will READ any more."""
         self.end_leases(request.leases, request.request_ids)
+        yield Completed()
+
+    @endpoint()
+    async def renew(self, request: RenewRequest) -> AsyncIterator[Completed]:
+        """Keeps pixels for those who have not READ them yet. A lease that has ended stays so."""
+        self.arena.renew(request.lease, PIXELS_SECONDS)
         yield Completed()
 
     @endpoint()
@@ -362,11 +370,15 @@ class _Making:
         return await self._worker.store.put(request.tenant, request.keep, data, f"image/{request.format}", about)
 
     async def _kept(self, image: numpy.ndarray) -> Handle:
-        """For a stage that may have to READ it more than once."""
+        """For a stage that may have to READ it more than once, as long as the processor lives that asked for it."""
         import torch
 
-        seconds = max(1.0, self._request.deadline - time.time()) if self._request.deadline else LEASE_SECONDS
-        return self._given(await self._worker.offer(torch.from_numpy(image), seconds, ends_on_read=False))
+        seconds = max(1.0, self._request.deadline - time.time()) if self._request.deadline else NO_DEADLINE
+        return self._given(
+            await self._worker.offer(
+                torch.from_numpy(image), seconds, ends_on_read=False, renewed_within=PIXELS_SECONDS
+            )
+        )
 
 
 def generate_request(

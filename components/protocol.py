@@ -37,6 +37,7 @@ __all__ = [
     "PromptImage",
     "RejectRequest",
     "ReleaseRequest",
+    "RenewRequest",
     "Stage",
     "StageHealth",
     "States",
@@ -155,6 +156,16 @@ class ReleaseRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     leases: list[str] = []
     request_ids: list[str] = []
+
+
+class RenewRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A lease on a picture's pixels that are still wanted."""
+
+    lease: str
+
+
+PIXELS_SECONDS = 30.0
+"""How long a picture's pixels are kept after whoever wants them has last said so."""
 
 
 # To an encode worker

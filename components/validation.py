@@ -16,12 +16,14 @@ import msgspec
 
 from components.giving_back import afterwards, drawing, give_back
 from components.protocol import (
+    PIXELS_SECONDS,
     Embedded,
     EmbedRequest,
     Generated,
     HttpRequest,
     Picture,
     ReleaseRequest,
+    RenewRequest,
     Stage,
     Validated,
     ValidateRequest,
@@ -64,13 +66,15 @@ class Validation:
         try:
             async with asyncio.timeout(self._request.deadline - time.time()):
                 made, worker = await twice(self._picture)
+                assert made.done is not None
+                assert made.pixels is not None
+                renewing = asyncio.create_task(self._renew(made.pixels.lease, worker))
                 try:
-                    assert made.done is not None
                     yield Validated(Stage("image", made.done.queue_seconds, made.done.run_seconds), picture=made)
                     caption, stage = await self._caption(made)
                 finally:
-                    if made.pixels is not None:
-                        self._release(worker, ReleaseRequest([made.pixels.lease]))
+                    renewing.cancel()
+                    self._release(worker, ReleaseRequest([made.pixels.lease]))
                 yield Validated(stage, caption=caption)
                 said = await self._embed(caption) if caption else None  # of no text there is no vector
                 vector = made.done.prompt_vector or (await (ahead or self._embed(prompt))).vectors[0]
@@ -129,6 +133,12 @@ class Validation:
         request = EmbedRequest(self._request.request_id, [text])
         found: Embedded = await twice(lambda: self._processor.embed_worker.embed(request).only())
         return found
+
+    async def _renew(self, lease: str, worker: int) -> None:
+        """Until it is cancelled. Two renewals in a row may be lost."""
+        while True:
+            await asyncio.sleep(PIXELS_SECONDS / 3)
+            await give_back(self._processor.image_worker.renew(RenewRequest(lease), instance=worker))
 
     def _release(self, worker: int, request: ReleaseRequest) -> None:
         afterwards(give_back(self._processor.image_worker.release(request, instance=worker)))

@@ -7,6 +7,7 @@ The NIXL metadata of an arena is asked for over the control plane, once a peer (
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,14 @@ class ArenaOwner:
         """How to READ from this arena."""
         yield CardReply(self.arena.metadata())
 
-    async def offer(self, value: Any, seconds: float, *, ends_on_read: bool = True) -> Handle:
-        """Lays a tensor or bytes into the arena, for one READ or ``seconds``. Raises what `Arena.reserve` raises."""
+    async def offer(
+        self, value: Any, seconds: float, *, ends_on_read: bool = True, renewed_within: float = math.inf
+    ) -> Handle:
+        """Lays a tensor or bytes into the arena, leased as `Arena.lease` says. Raises what `Arena.reserve` raises."""
         nbytes = value.nbytes if hasattr(value, "nbytes") else len(value)
         with await self.arena.reserve([nbytes], timeout=seconds) as (slot,):
             slot.write(value)
-            return self.arena.lease(slot.publish(), seconds, ends_on_read=ends_on_read)
+            return self.arena.lease(slot.publish(), seconds, ends_on_read=ends_on_read, renewed_within=renewed_within)
 
     def give(self, request_id: str, handle: Handle) -> bool:
         """Notes who gets this lease. False, and the lease is ended, where that caller has left already."""

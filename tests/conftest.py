@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from tests.reference import Reference, plain_engine
 from tests.serving import Graph, serve, untrained
 
 TINY_DISAGG = "configs/tiny-disagg.yaml"
+
+
+def pytest_sessionstart() -> None:
+    """Ended by a time limit, pytest ends its graphs too, which are in process groups of their own."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

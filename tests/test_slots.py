@@ -179,6 +179,22 @@ def test_a_lease_ends_by_itself_after_the_grace(monkeypatch: pytest.MonkeyPatch)
     on_slots(1, test)
 
 
+def test_a_lease_that_is_renewed_ends_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "GRACE_SECONDS", 0.0)
+
+    async def test(slots: Slots) -> None:
+        kept = slots.lease(await publish(slots, None), 0.05, ends_on_read=False)
+        other = slots.lease(await publish(slots, None), 0.05, ends_on_read=False)
+        assert slots.renew(kept, 60)
+        with pytest.raises(Overloaded):
+            await slots.reserve([2 * BLOCK], 0.3)
+        assert slots.leased(kept) is not None
+        assert slots.leased(other) is None
+        assert not slots.renew(other, 60), "what has ended stays so"
+
+    on_slots(2, test)
+
+
 def test_the_newer_entry_of_a_key_wins() -> None:
     async def test(slots: Slots) -> None:
         old = await publish(slots, "a")

@@ -12,9 +12,23 @@ from typing import Any
 
 import pytest
 
-from components.protocol import Done, Embedded, EmbedRequest, Generated, GenerateRequest, HttpRequest, ValidateRequest
+from components import validation
+from components.protocol import (
+    Completed,
+    Done,
+    Embedded,
+    EmbedRequest,
+    Generated,
+    GenerateRequest,
+    Handle,
+    HttpRequest,
+    ReleaseRequest,
+    RenewRequest,
+    ValidateRequest,
+)
 from components.validation import Validation, ValidationConfig
 
+PIXELS = Handle("a/b/1", "incarnation", "lease", 0, 192, (8, 8, 3), "uint8", "", 0.0, ends_on_read=False)
 PROMPT, OTHER = array("f", [1, 0]).tobytes(), array("f", [0.6, 0.8]).tobytes()
 
 
@@ -47,13 +61,20 @@ class ProcessorDouble:
     config = SimpleNamespace(validation=ValidationConfig(threshold=0.5))
     conditioned = False
 
-    def __init__(self, caption: str | None):
+    def __init__(self, caption: str | None, seconds: float = 0.0):
         self._caption = caption
+        self._seconds = seconds
         self.texts: list[str] = []
-        self.image_worker = SimpleNamespace(
-            generate=lambda _: CallDouble(Generated(1, 1, 8, 8, done=Done("m", 1, 1, 0.0, 0.0)))
-        )
+        self.said: list[Any] = []
+        """To the worker that keeps the pixels."""
+        made = Generated(1, 1, 8, 8, pixels=PIXELS, done=Done("m", 1, 1, 0.0, 0.0))
+        self.image_worker = SimpleNamespace(generate=lambda _: CallDouble(made), renew=self._say, release=self._say)
         self.embed_worker = SimpleNamespace(embed=self._embed)
+
+    def _say(self, request: Any, *, instance: int) -> CallDouble:
+        assert instance == CallDouble.instance
+        self.said.append(request)
+        return CallDouble(Completed())
 
     def _embed(self, request: EmbedRequest) -> CallDouble:
         self.texts += request.texts
@@ -61,6 +82,7 @@ class ProcessorDouble:
         return CallDouble(Embedded(vectors, [1], "m", 0.25, 0.5))
 
     async def answered(self, _: HttpRequest) -> tuple[str, float]:
+        await asyncio.sleep(self._seconds)
         return json.dumps({"choices": [{"message": {"content": self._caption}}]}), 0.0
 
 
@@ -68,7 +90,9 @@ def validated(processor: ProcessorDouble) -> list[Any]:
     async def main() -> list[Any]:
         until = time.time() + 60
         request = ValidateRequest("id", "", GenerateRequest("id", "prompt", 1, deadline=until), None, until)
-        return [one async for one in Validation(processor, request).results()]  # type: ignore[arg-type]
+        results = [one async for one in Validation(processor, request).results()]  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)  # what is given back is given back afterwards
+        return results
 
     return asyncio.run(main())
 
@@ -91,3 +115,14 @@ def test_a_caption_is_compared_without_the_space_around_it() -> None:
     assert (compared.stage.queue_seconds, compared.stage.run_seconds) == (0.25, 0.5)
     assert compared.caption_vector == OTHER
     assert sorted(processor.texts) == ["other", "prompt"]
+
+
+def test_pixels_are_renewed_while_they_may_be_read_and_then_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they are not held until the request's deadline for a processor that died."""
+    monkeypatch.setattr(validation, "PIXELS_SECONDS", 0.3)
+    processor = ProcessorDouble("other", seconds=0.5)
+    validated(processor)
+    *renewed, last = processor.said
+    assert len(renewed) >= 2
+    assert set(renewed) == {RenewRequest("lease")}
+    assert last == ReleaseRequest(["lease"])

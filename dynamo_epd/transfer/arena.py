@@ -129,13 +129,17 @@ class Arena:
         self._check_open()
         return await self._slots.reserve(sizes, timeout)
 
-    def lease(self, entry: Entry, seconds: float, *, ends_on_read: bool = True) -> Handle:
+    def lease(
+        self, entry: Entry, seconds: float, *, ends_on_read: bool = True, renewed_within: float = math.inf
+    ) -> Handle:
         """A handle to ``entry`` that is good for ``seconds``, and until the first READ if ``ends_on_read``.
 
-        Several leases may be out on one entry. Raises `HandOffFailed` if the entry was evicted.
+        ``renewed_within``: seconds after which it ends before, unless it is renewed by then: what a reader may need
+        for long is not held as long for one that died. Several leases may be out on one entry. Raises
+        `HandOffFailed` if the entry was evicted.
         """
         self._check_open()
-        lease = self._slots.lease(entry, seconds, ends_on_read=ends_on_read)
+        lease = self._slots.lease(entry, min(seconds, renewed_within), ends_on_read=ends_on_read)
         if ends_on_read:
             self._hurry = True  # a READ follows soon
             if self._listener is None:
@@ -152,6 +156,10 @@ class Arena:
             time.time() + seconds,
             ends_on_read,
         )
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Lets a lease end ``seconds`` from now. False where it has ended already."""
+        return self._slots.renew(lease, seconds)
 
     def release(self, lease: str) -> None:
         """End a lease now. A READ of it that is still in flight will fail on its digest if the slot is reused."""

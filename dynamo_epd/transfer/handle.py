@@ -43,7 +43,7 @@ class Handle(msgspec.Struct, frozen=True):
     digest: str
     """XXH3-128, 32 hex characters: see `memory.digest_of` for what it guards against."""
     lease_end: float
-    """Unix seconds by the owner's clock."""
+    """Unix seconds by the owner's clock. One that has to be renewed may end before: see `Arena.lease`."""
     ends_on_read: bool
     """True: the READ's completion notice ends the lease. False: it lives until released or expired."""
 

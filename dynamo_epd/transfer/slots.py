@@ -255,6 +255,15 @@ class Slots:
         self._idle.pop(entry, None)
         return lease
 
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Lets a lease end ``seconds`` and a grace from now. False where it has ended already."""
+        found = self._leases.get(lease)
+        if found is None:
+            return False
+        found.timer.cancel()
+        found.timer = asyncio.get_running_loop().call_later(seconds + GRACE_SECONDS, self._expire, lease)
+        return True
+
     def leased(self, lease: str) -> Entry | None:
         found = self._leases.get(lease)
         return None if found is None else found.entry

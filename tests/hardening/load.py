@@ -37,9 +37,8 @@ TOKENS, STEPS = 48, 8
 """Of an answer, and of a picture."""
 PATIENCE = 120.0
 """Seconds that one request may take before it counts as failed."""
-LEASES_END = 330.0
-"""Seconds after which each lease has ended by itself. The longest are those of a picture's pixels, which last until the
-deadline of their request (300 s): where the processor that asked for them is killed nobody ends them sooner."""
+LEASES_END = 45.0
+"""Seconds after which each lease of somebody who was killed has ended by itself: after 30, and 2 of grace."""
 REST = 1.0
 """Seconds until a client whose request has failed asks its next question, as one that reads ``Retry-After`` does."""
 ROUNDED = 0.002
