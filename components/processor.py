@@ -50,6 +50,7 @@ from components.protocol import (
 )
 from components.validation import Validation, ValidationConfig
 from dynamo_epd import tracing
+from dynamo_epd.engine.language import decode_sampling, encode_sampling
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.prefix import BLOCK, blocks_of
@@ -500,9 +501,8 @@ def continued(sampling: str, streamed: int) -> str:
     """The sampling parameters of the rest of an answer of which ``streamed`` tokens are there."""
     if not streamed:
         return sampling
-    params = json.loads(sampling)
-    if params.get("max_tokens") is not None:
-        params["max_tokens"] = max(1, params["max_tokens"] - streamed)
-    if params.get("min_tokens"):
-        params["min_tokens"] = max(0, params["min_tokens"] - streamed)
-    return json.dumps(params)
+    params = decode_sampling(sampling)  # the text leaves defaults out, and one is of `max_tokens`
+    if params.max_tokens is not None:
+        params.max_tokens = max(1, params.max_tokens - streamed)
+    params.min_tokens = max(0, params.min_tokens - streamed)
+    return encode_sampling(params)

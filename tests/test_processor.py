@@ -74,9 +74,19 @@ def test_an_answer_goes_on_only_where_its_beginning_can_move_into_the_prompt():
 
 
 def test_what_was_streamed_counts_against_the_limits_of_the_rest():
-    text = json.dumps({"max_tokens": 16, "min_tokens": 4, "temperature": 0.0})
-    assert continued(text, 0) == text
-    assert json.loads(continued(text, 6)) == {"max_tokens": 10, "min_tokens": 0, "temperature": 0.0}
+    from vllm import SamplingParams
+
+    from dynamo_epd.engine.language import decode_sampling, encode_sampling
+
+    for most in (16, 40):  # the first is vLLM's default, which its text leaves out
+        text = encode_sampling(SamplingParams(temperature=0.0, max_tokens=most, min_tokens=4))
+        assert continued(text, 0) == text
+        rest = decode_sampling(continued(text, 3))
+        assert (rest.max_tokens, rest.min_tokens, rest.temperature) == (most - 3, 1, 0.0)
+        assert decode_sampling(continued(text, 6)).min_tokens == 0
+        assert decode_sampling(continued(text, most)).max_tokens == 1
+    endless = encode_sampling(SamplingParams(max_tokens=None))
+    assert decode_sampling(continued(endless, 6)).max_tokens is None
 
 
 def test_every_text_of_a_body_is_looked_at():
