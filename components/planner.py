@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 AFTER_REFUSAL_SECONDS = 30.0
 """A stage for which no other number could be had is left alone for so long."""
+STARTING_SECONDS = 60.0
+"""In which it is no news that the graph cannot be looked at."""
 CONCURRENCY = {"EncodeWorker": 4, "PrefillWorker": 2, "DecodeWorker": 16, "ImageWorker": 4, "EmbedWorker": 32}
 """Where the configuration does not say: guesses for stages that batch. What a worker really runs at once in the time of
 one request is for a load test to find; too high a guess is mended by the measured queue time, one worker at a time."""
@@ -83,14 +85,14 @@ class Planner:
     async def _plan(self) -> None:
         from dynamo_epd.planning.doors import DoorClosed
 
-        trouble = ""
+        trouble, start = "", time.monotonic()
         while True:
             began = time.monotonic()
             try:
                 await self.look()
                 trouble = ""
             except DoorClosed as closed:  # also while the graph starts: its door opens when all of it is there
-                if self.states and str(closed) != trouble:
+                if (self.states or began - start > STARTING_SECONDS) and str(closed) != trouble:
                     trouble = str(closed)
                     log.warning("cannot look at the graph: %s", trouble)
             await asyncio.sleep(max(0.05, began + self.config.interval - time.monotonic()))

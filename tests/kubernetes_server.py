@@ -2,10 +2,12 @@
 """A small Kubernetes API server over HTTP: objects in memory, for the `kubernetes` client, kubectl and the runtime.
 
 A double. It speaks what they need of the REST paths: discovery, get, list, watch, create, replace, patch and delete,
-with resource versions, bearer tokens that may do all or only read, and the Status objects of Kubernetes' errors. Two
-resources of Dynamo's operator are checked against its schemas (tests/crds), and a key that these do not know is
-refused. What it does not do: convert between versions of a resource, evaluate the schemas' CEL rules, prune, set
-defaults, or know who owns a field (an apply patch is merged like any other).
+with resource versions, bearer tokens that may do all, only read, or what Dynamo's planners may, and the Status objects
+of Kubernetes' errors. Two resources of Dynamo's operator are checked against its schemas (tests/crds), and a key that
+these do not know is refused; so are changes that its webhook refuses (deploy/operator/internal/webhook/validation of
+ai-dynamo/dynamo), and it makes and follows scaling adapters. What it does not do: convert between versions of a
+resource, evaluate the schemas' CEL rules, prune, set defaults, or know who owns a field (an apply patch is merged like
+any other).
 
 ``python -m tests.kubernetes_server`` serves until Ctrl-C, for commands that are typed in another terminal. It prints
 which KUBECONFIG to export there.
@@ -33,10 +35,11 @@ import yaml
 
 CRDS = Path(__file__).with_name("crds") / "crds.json.gz"
 GROUP = "nvidia.com"
+DEPLOYMENTS, ADAPTERS = "dynamographdeployments", "dynamographdeploymentscalingadapters"
 RESOURCES: dict[tuple[str, str], tuple[str, list[str], list[str]]] = {
     # (group, plural): kind, versions, short names
-    (GROUP, "dynamographdeployments"): ("DynamoGraphDeployment", ["v1beta1", "v1alpha1"], ["dgd"]),
-    (GROUP, "dynamographdeploymentscalingadapters"): ("DynamoGraphDeploymentScalingAdapter", ["v1alpha1"], ["dgdsa"]),
+    (GROUP, DEPLOYMENTS): ("DynamoGraphDeployment", ["v1beta1", "v1alpha1"], ["dgd"]),
+    (GROUP, ADAPTERS): ("DynamoGraphDeploymentScalingAdapter", ["v1beta1", "v1alpha1"], ["dgdsa"]),
     (GROUP, "dynamoworkermetadatas"): ("DynamoWorkerMetadata", ["v1alpha1"], []),
     ("", "pods"): ("Pod", ["v1"], []),
     ("discovery.k8s.io", "endpointslices"): ("EndpointSlice", ["v1"], []),
@@ -46,6 +49,13 @@ _PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status|scale))?"
 )
+PLANNER_MAY = {
+    ("GET", DEPLOYMENTS, None),
+    ("PATCH", DEPLOYMENTS, None),
+    ("PATCH", ADAPTERS, "scale"),
+    ("GET", "pods", None),
+}
+"""Verb, resource, part of it: the Role that the operator's chart gives planners (its templates/planner.yaml)."""
 _SEMANTIC_TAG = re.compile(r":v?\d+\.\d+\.\d+")
 WATCH_SECONDS = 30.0
 
@@ -93,8 +103,8 @@ class KubernetesServer:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def kubeconfig(self, path: Path, token: str = "admin", namespace: str | None = None) -> Path:
-        """Writes a kubeconfig. Tokens: ``admin``, ``reader``; any other is refused. Without a token comes kubectl,
-        which says none over plain HTTP.
+        """Writes a kubeconfig. Tokens: ``admin``, ``reader``, ``planner``; any other is refused. Without a token comes
+        kubectl, which says none over plain HTTP.
         """
         context = {"cluster": "test", "user": "test"} | ({"namespace": namespace} if namespace else {})
         path.write_text(
@@ -113,7 +123,7 @@ class KubernetesServer:
 
     def deployment(self, name: str, namespace: str = "default") -> dict[str, Any]:
         """What is stored. Changing it is somebody else's change: follow it with `touch`."""
-        return self.objects[GROUP, "dynamographdeployments", namespace, name]
+        return self.objects[GROUP, DEPLOYMENTS, namespace, name]
 
     def touch(self, stored: dict[str, Any]) -> None:
         with self._changed:
@@ -143,7 +153,7 @@ class KubernetesServer:
         parts = urlsplit(url)
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self.requests.append((verb, parts.path, content_type))
-        if token not in ("", "admin", "reader"):
+        if token not in ("", "admin", "reader", "planner"):
             raise Refused(401, "Unauthorized", "Unauthorized")
         self.before(verb, parts.path)
         if verb == "GET" and (known := self._discovery(parts.path)) is not None:
@@ -155,12 +165,13 @@ class KubernetesServer:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         if match["version"] not in known_resource[1]:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
-        if token == "reader" and verb != "GET":
-            verbs = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+        may = token != "planner" or (verb, plural, match["sub"]) in PLANNER_MAY
+        if not may or (token == "reader" and verb != "GET"):
+            verbs = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete", "GET": "get"}
             raise Refused(
                 403,
                 "Forbidden",
-                f'{plural}.{group} is forbidden: User "reader" cannot {verbs[verb]} resource "{plural}" '
+                f'{plural}.{group} is forbidden: User "{token}" cannot {verbs[verb]} resource "{plural}" '
                 f'in API group "{group}" in the namespace "{match["namespace"]}"',
             )
         key = (group, plural, match["namespace"] or "", match["name"] or "")
@@ -263,6 +274,9 @@ class KubernetesServer:
         with self._changed:
             stored = self._existing(key)
             del self.objects[key]
+            if key[1] == DEPLOYMENTS:
+                for adapter in [place for place, one in self.objects.items() if _is_of(place, one, key)]:
+                    del self.objects[adapter]
             self._version += 1
             self._events.append((self._version, "DELETED", key, stored))
             self._changed.notify_all()
@@ -292,6 +306,10 @@ class KubernetesServer:
             found = merged(self.objects.get(key, {}), sent)
         elif "json-patch" in content_type:
             raise Refused(415, "UnsupportedMediaType", "this double knows merge and apply patches")
+        elif "strategic" in content_type and key[0] == GROUP:
+            raise Refused(415, "UnsupportedMediaType", "custom resources have no strategic merge patch")
+        elif sub == "scale":
+            found = merged(self._existing(key), {"spec": {"replicas": sent["spec"]["replicas"]}})
         else:
             self._check_version(self._existing(key), sent)
             found = merged(self._existing(key), sent)
@@ -300,12 +318,36 @@ class KubernetesServer:
         if sub == "status":
             found["spec"] = self._existing(key).get("spec")
         check(key[1], found)
+        if key[1] == DEPLOYMENTS and key in self.objects:
+            _check_update(self.objects[key], found)
         if query.get("dryRun"):
             return found
         self._store(key, found)
-        if key[1] == "dynamographdeployments" and sub is None:
+        if key[1] == DEPLOYMENTS and sub is None:
+            self._make_adapters(key, found)
             self.operator(found)
+        if key[1] == ADAPTERS:
+            self._follow(key, found)
         return found
+
+    def _make_adapters(self, key: tuple[str, str, str, str], deployment: dict[str, Any]) -> None:
+        """Of every component that asks for one."""
+        for name, one in components_of(deployment).items():
+            place = (GROUP, ADAPTERS, key[2], f"{key[3]}-{name.lower()}")
+            if _has_adapter(one) and place not in self.objects:
+                spec = {"dgdRef": {"name": key[3], "componentName": name}, "replicas": one.get("replicas", 1)}
+                metadata = {"name": place[3], "namespace": key[2]}
+                kind = RESOURCES[GROUP, ADAPTERS][0]
+                self._store(place, {"apiVersion": f"{GROUP}/v1beta1", "kind": kind, "metadata": metadata, "spec": spec})
+
+    def _follow(self, key: tuple[str, str, str, str], adapter: dict[str, Any]) -> None:
+        """The deployment gets an adapter's replicas."""
+        reference = adapter["spec"]["dgdRef"]
+        place = (GROUP, DEPLOYMENTS, key[2], reference["name"])
+        deployment = copy.deepcopy(self.objects[place])
+        components_of(deployment)[reference["componentName"]]["replicas"] = adapter["spec"]["replicas"]
+        self._store(place, deployment)
+        self.operator(deployment)
 
     def _store(self, key: tuple[str, str, str, str], found: dict[str, Any]) -> None:
         before = self.objects.get(key)
@@ -334,6 +376,38 @@ class KubernetesServer:
             )
 
 
+def components_of(deployment: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By name: the objects themselves."""
+    spec = deployment["spec"]
+    found: dict[str, dict[str, Any]] = (
+        {one["name"]: one for one in spec["components"]} if "components" in spec else spec["services"]
+    )
+    return found
+
+
+def _has_adapter(component: dict[str, Any]) -> bool:
+    asked = component.get("scalingAdapter")
+    return asked is not None and asked.get("enabled", True)
+
+
+def _is_of(place: tuple[str, str, str, str], one: dict[str, Any], deployment: tuple[str, str, str, str]) -> bool:
+    return place[:3] == (GROUP, ADAPTERS, deployment[2]) and one["spec"]["dgdRef"]["name"] == deployment[3]
+
+
+def _check_update(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raises Refused for what the operator's webhook refuses of anybody who is not the operator."""
+    old, new = components_of(before), components_of(after)
+    name = after["metadata"]["name"]
+    if old.keys() != new.keys():
+        raise Refused(422, "Invalid", f"{name}: component topology is immutable and cannot be modified after creation")
+    for one in old:
+        owned = _has_adapter(old[one]) or _has_adapter(new[one])
+        if owned and old[one].get("replicas", 1) != new[one].get("replicas", 1):
+            raise Refused(
+                422, "Invalid", f"{name}: {one}.replicas cannot be modified directly when scaling adapter is enabled"
+            )
+
+
 def _openapi() -> dict[str, Any]:
     """As much as kubectl needs to leave the checking of fields to the server."""
     kind = {"group": GROUP, "version": "v1beta1", "kind": "DynamoGraphDeployment"}
@@ -345,8 +419,6 @@ def _openapi() -> dict[str, Any]:
 
 def make_ready(deployment: dict[str, Any]) -> None:
     """A stand-in for the operator: every component is up, at once."""
-    spec = deployment["spec"]
-    components = {one["name"]: one for one in spec["components"]} if "components" in spec else spec["services"]
     condition = {"type": "Ready", "status": "True", "reason": "AllReady", "message": "", "lastTransitionTime": _now()}
     deployment["status"] = {
         "observedGeneration": deployment["metadata"]["generation"],
@@ -359,7 +431,7 @@ def make_ready(deployment: dict[str, Any]) -> None:
                 "readyReplicas": one.get("replicas", 1),
                 "updatedReplicas": one.get("replicas", 1),
             }
-            for name, one in components.items()
+            for name, one in components_of(deployment).items()
         },
     }
 

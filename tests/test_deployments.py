@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import shutil
@@ -19,9 +21,10 @@ import pytest
 import yaml
 
 from dynamo_epd.sdk.deployment import builds, commands
+from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED
 from dynamo_epd.sdk.deployment.merging import change, three_way
 from tests.deploying import Desk, desk  # noqa: F401
-from tests.kubernetes_server import KubernetesServer, make_ready, merged
+from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, KubernetesServer, Refused, make_ready, merged
 from tests.pods import Pod, main_of, nats
 from tests.test_worker import eventually
 from tests.toys.running import ROOT, clean_environment
@@ -83,7 +86,7 @@ def test_deploy_and_deployment_create_are_the_same(desk: Desk, cluster: Kubernet
 def test_an_update_keeps_what_others_changed(desk: Desk, cluster: KubernetesServer) -> None:
     deploy(desk, "--env", "A=1", "--env-from-secret", "KEY=key")
     stored = cluster.deployment("corner")
-    component(cluster, "Store")["replicas"] = 9  # as a scaling adapter does
+    component(cluster, "Store")["replicas"] = 9  # as the operator does when an adapter was told so
     main_of(component(cluster, "Door"))["image"] = "example/fixed:1.0.1"
     main_of(component(cluster, "Door"))["env"] = [{"name": "DEBUG", "value": "1"}]
     component(cluster, "Till")["podTemplate"]["metadata"] = {"annotations": {"theirs": "yes"}}
@@ -123,7 +126,7 @@ def test_an_update_that_another_gets_ahead_of_is_made_again(desk: Desk, cluster:
         if verb == "PATCH" and ahead:
             ahead -= 1
             stored = cluster.deployment("corner")
-            component(cluster, "Store")["replicas"] += 5
+            component(cluster, "Store")["replicas"] = component(cluster, "Store").get("replicas", 1) + 5
             cluster.touch(stored)
 
     cluster.before = another
@@ -170,10 +173,65 @@ def test_v1alpha1_can_be_updated_too(desk: Desk, cluster: KubernetesServer) -> N
 
 
 def test_the_planner_is_switched_on_by_the_seeds_own_words(desk: Desk, cluster: KubernetesServer) -> None:
-    deploy(desk, "--Planner.no-operation=false")
+    deploy(desk)
     assert component(cluster, "Planner")["type"] == "planner"
+    assert component(cluster, "Planner")["replicas"] == 0, "the operator takes no component later on"
+    assert desk.run("deployment", "update", "corner", "--Planner.no-operation=false") == 0, desk.noted
+    assert "replicas" not in component(cluster, "Planner"), "one is what the operator takes by itself"
     assert desk.run("deployment", "update", "corner", "--Planner.no-operation=true") == 0
-    assert [one["name"] for one in cluster.deployment("corner")["spec"]["components"]] == ["Door", "Store", "Till"]
+    assert component(cluster, "Planner")["replicas"] == 0
+
+
+def test_replicas_are_changed_where_the_operator_has_them(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--Store.ServiceArgs.workers=2")
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=4") == 0, desk.noted
+    scaled = [path for verb, path, _ in cluster.requests if verb == "PATCH" and path.endswith("/scale")]
+    assert [path.rpartition("/v1beta1/")[2] for path in scaled] == [
+        "namespaces/default/dynamographdeploymentscalingadapters/corner-store/scale"
+    ]
+    component(cluster, "Store")["replicas"] = 7  # somebody's autoscaler
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=9") == 0, desk.noted
+    assert component(cluster, "Store")["replicas"] == 7, "which stay where the number was not asked for anew"
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=1") == 0, desk.noted
+    assert component(cluster, "Store")["replicas"] == 1
+    # What the double refuses as the operator's webhook does, or none of this says anything.
+    stored = copy.deepcopy(cluster.deployment("corner"))
+    component_of_copy = next(one for one in stored["spec"]["components"] if one["name"] == "Store")
+    component_of_copy["replicas"] = 3
+    path = "/apis/nvidia.com/v1beta1/namespaces/default/dynamographdeployments/corner"
+    with pytest.raises(Refused, match="cannot be modified directly"):
+        cluster.answer("PUT", path, "admin", "application/json", json.dumps(stored).encode())
+
+
+def test_an_adapter_that_is_not_there_is_said(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk)
+    for place in [place for place in cluster.objects if place[1] == ADAPTERS]:
+        del cluster.objects[place]
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=4") == 1
+    assert desk.noted.endswith("error: the operator has not made the scaling adapter 'corner-store' yet\n")
+
+
+def test_an_update_that_would_change_the_services_is_refused(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk)
+    stored = cluster.deployment("corner")
+    gone = component(cluster, "Till")
+    stored["spec"]["components"].remove(gone)
+    last = json.loads(stored["metadata"]["annotations"][LAST_APPLIED])
+    last["spec"]["components"] = [one for one in last["spec"]["components"] if one["name"] != "Till"]
+    stored["metadata"]["annotations"][LAST_APPLIED] = json.dumps(last)  # as of a build without it
+    assert desk.run("deployment", "update", "corner") == 1
+    assert "this adds Till; a deployment keeps its services: `dynamo deployment delete corner`" in desk.noted
+
+
+def test_what_a_dry_run_said_and_kubectl_applied_can_be_updated(desk: Desk, cluster: KubernetesServer) -> None:
+    tag = desk.build()
+    assert desk.run("deploy", tag, "-n", "corner", "--dry-run") == 0
+    path = "/apis/nvidia.com/v1beta1/namespaces/default/dynamographdeployments"
+    made = yaml.safe_load(desk.said)
+    main_of(made["spec"]["components"][0])["volumeMounts"] = [{"name": "kustomize", "mountPath": "/theirs"}]
+    cluster.answer("POST", path, "admin", "application/json", json.dumps(made).encode())
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=9") == 0, desk.noted
+    assert main_of(cluster.deployment("corner")["spec"]["components"][0])["volumeMounts"][0]["name"] == "kustomize"
 
 
 def test_the_namespace_is_said_or_the_environments_or_the_contexts(desk: Desk, cluster: KubernetesServer) -> None:
@@ -183,7 +241,7 @@ def test_the_namespace_is_said_or_the_environments_or_the_contexts(desk: Desk, c
     desk.patch.setenv("KUBE_NS", "dynamo-cloud")
     assert desk.run("deploy", tag, "-n", "corner") == 0
     assert desk.run("deploy", tag, "-n", "corner", "--namespace", "said") == 0
-    assert sorted(key[2] for key in cluster.objects) == ["context", "dynamo-cloud", "said"]
+    assert sorted(key[2] for key in cluster.objects if key[1] == DEPLOYMENTS) == ["context", "dynamo-cloud", "said"]
     assert all(stored["metadata"]["namespace"] == key[2] for key, stored in cluster.objects.items())
 
 
@@ -276,7 +334,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
         assert len(errors) == 1, desk.noted
         assert errors[0].startswith("error: ")
         assert words in errors[0]
-    assert [key[3] for key in cluster.objects] == ["corner", "theirs"]
+    assert [key[3] for key in cluster.objects if key[1] == DEPLOYMENTS] == ["corner", "theirs"]
 
 
 def test_a_cluster_that_is_away_or_lacks_the_operator(desk: Desk) -> None:
@@ -392,6 +450,9 @@ def test_merging_three_ways() -> None:
     assert merged(live, change(live, found)) == found
     dropped = three_way(last, wanted | {"list": [{"name": "x", "v": 1}]}, live)
     assert dropped["list"] == [{"name": "z"}, {"name": "x", "v": 1}]
+    ours, theirs = {"limits": {"gpu": 1}}, {"limits": {"gpu": 1, "cpu": 2}, "claims": 1}
+    assert three_way({"r": ours}, {}, {"r": theirs}) == {"r": {"limits": {"cpu": 2}, "claims": 1}}
+    assert three_way({"r": ours}, {}, {"r": ours}) == {}
     assert change(live, live) == {}
     assert live["gone"] == 3
 

@@ -11,26 +11,40 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
-from dynamo_epd.planning.doors import ADAPTERS, DoorClosed, KubernetesDoor, Staffed, SupervisorDoor, Worker, door_of
-from tests import kubernetes_server
-from tests.kubernetes_server import KubernetesServer
-
-GROUP = kubernetes_server.GROUP
+from dynamo_epd.planning.doors import DoorClosed, KubernetesDoor, Staffed, SupervisorDoor, Worker, door_of
+from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, GROUP, KubernetesServer
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
-    # the version in which the operator stores them
-    kind = "DynamoGraphDeploymentScalingAdapter"
-    monkeypatch.setitem(kubernetes_server.RESOURCES, (GROUP, ADAPTERS), (kind, ["v1beta1"], []))
+def server() -> Iterator[KubernetesServer]:
     with KubernetesServer() as found:
         yield found
 
 
-def door(server: KubernetesServer, tmp_path: Path, token: str = "admin") -> KubernetesDoor:
+def door(server: KubernetesServer, tmp_path: Path, token: str = "planner") -> KubernetesDoor:
+    """With the rights that the operator gives a planner."""
     settings = config.new_client_from_config(str(server.kubeconfig(tmp_path / f"{token}.yaml", token)))
     assert isinstance(settings, client.ApiClient)
     return KubernetesDoor(settings, "default", "demo")
+
+
+def deployed(server: KubernetesServer, **replicas: int) -> None:
+    """A deployment with adapters, and a planner that has none."""
+    components: list[dict[str, Any]] = [
+        {"name": name, "type": "worker", "replicas": count, "scalingAdapter": {}} for name, count in replicas.items()
+    ]
+    server.put(
+        GROUP,
+        DEPLOYMENTS,
+        {
+            "apiVersion": f"{GROUP}/v1beta1",
+            "kind": "DynamoGraphDeployment",
+            "metadata": {"name": "demo", "namespace": "default"},
+            "spec": {"components": [*components, {"name": "Planner", "type": "planner"}]},
+        },
+    )
+    for name, count in replicas.items():
+        server.put(GROUP, ADAPTERS, adapter(name, count))
 
 
 def adapter(component: str, replicas: int, deployment: str = "demo") -> dict[str, Any]:
@@ -56,9 +70,8 @@ def pod(name: str, component: str, *, ready: bool, leaving: bool = False, addres
     }
 
 
-def test_workers_are_the_deployments_pods_and_numbers_its_adapters(server: KubernetesServer, tmp_path: Path) -> None:
-    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
-    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 7, deployment="another"))
+def test_workers_are_the_deployments_pods_and_numbers_its_own(server: KubernetesServer, tmp_path: Path) -> None:
+    deployed(server, EncodeWorker=2)
     server.put("", "pods", pod("e-1", "EncodeWorker", ready=True))
     server.put("", "pods", pod("e-2", "EncodeWorker", ready=False, address="fd00::8"))
     server.put("", "pods", pod("e-3", "EncodeWorker", ready=True, leaving=True))
@@ -77,11 +90,10 @@ def test_workers_are_the_deployments_pods_and_numbers_its_adapters(server: Kuber
 
 
 def test_it_patches_the_adapter_and_nothing_else_of_it(server: KubernetesServer, tmp_path: Path) -> None:
-    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
+    deployed(server, EncodeWorker=2)
 
     async def scale() -> dict[str, Staffed]:
         kubernetes = door(server, tmp_path)
-        await kubernetes.services()
         await kubernetes.scale("EncodeWorker", 5, "a test")
         return await kubernetes.services()
 
@@ -89,12 +101,12 @@ def test_it_patches_the_adapter_and_nothing_else_of_it(server: KubernetesServer,
     stored = server.objects[GROUP, ADAPTERS, "default", "demo-encodeworker"]
     assert stored["spec"] == {"dgdRef": {"name": "demo", "componentName": "EncodeWorker"}, "replicas": 5}
     assert [path.partition("?")[0] for verb, path, _ in server.requests if verb == "PATCH"] == [
-        f"/apis/{GROUP}/v1beta1/namespaces/default/{ADAPTERS}/demo-encodeworker"
+        f"/apis/{GROUP}/v1beta1/namespaces/default/{ADAPTERS}/demo-encodeworker/scale"
     ]
 
 
 def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: KubernetesServer, tmp_path: Path) -> None:
-    server.put(GROUP, ADAPTERS, adapter("EncodeWorker", 2))
+    deployed(server, EncodeWorker=2)
 
     async def refused(kubernetes: KubernetesDoor, service: str) -> str:
         await kubernetes.services()
@@ -103,15 +115,15 @@ def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: Kubernetes
         return str(closed.value)
 
     assert "Kubernetes: 403" in asyncio.run(refused(door(server, tmp_path, "reader"), "EncodeWorker"))
-    missing = asyncio.run(refused(door(server, tmp_path), "Frontend"))
-    assert missing == "Frontend has no scaling adapter in demo"
+    assert "Kubernetes: 404" in asyncio.run(refused(door(server, tmp_path), "Frontend"))
     nowhere = client.Configuration()
     nowhere.host, nowhere.retries = "http://127.0.0.1:1", False
     with pytest.raises(DoorClosed, match="cannot be reached"):
         asyncio.run(KubernetesDoor(client.ApiClient(nowhere), "default", "demo").services())
 
 
-def test_the_door_is_that_of_who_runs_the_planner() -> None:
+def test_the_door_is_that_of_who_runs_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere")
     assert isinstance(door_of({"DYNAMO_CONTROL": "/nowhere"}), SupervisorDoor)
     with pytest.raises(DoorClosed, match="no access to Kubernetes"):
         door_of({"DYN_PARENT_DGD_K8S_NAME": "demo", "DYNAMO_CONTROL": "/of the pod's own serve"})

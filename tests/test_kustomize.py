@@ -110,7 +110,7 @@ def test_every_excerpt_is_used(made: dict[str, list[Object]]) -> None:
 @pytest.mark.parametrize("place", [*OVERLAYS, *OTHERS])
 def test_every_pod_is_restricted(made: dict[str, list[Object]], place: str) -> None:
     pods = [pod for one in made[place] for pod in pod_specs(one)]
-    assert len(pods) == (9 if place in OVERLAYS else 1)
+    assert len(pods) == (10 if place in OVERLAYS else 1)
     for name, spec, _ in pods:
         assert not unrestricted(spec), name
         for key in ("runAsNonRoot", "seccompProfile"):
@@ -171,6 +171,8 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
         assert mounts.pop("temporary") == "/tmp" and volumes.pop("temporary")
         if component["name"] == "Frontend":
             assert mounts == {"keys": "/etc/graph"} and volumes["keys"]["secret"]["secretName"] in secrets
+        elif component["name"] == "Planner":
+            assert mounts == {} and component["replicas"] == 0
         else:
             assert mounts == {"models": "/workspace/models"}
             assert volumes["models"]["persistentVolumeClaim"]["claimName"] in claims
@@ -179,7 +181,7 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
         assert place == "overlays/gpu" or "nvidia.com/gpu" not in gpus
     names = {one["name"] for one in graph["spec"]["components"]}
     budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(objects, "PodDisruptionBudget").values()]
-    assert {one["nvidia.com/dynamo-component"] for one in budgets} == names
+    assert {one["nvidia.com/dynamo-component"] for one in budgets} == names - {"Planner"}
     (scraped,) = of_kind(objects, "PodMonitor")["epd"]["spec"]["podMetricsEndpoints"]
     assert str(scraped["portNumber"]) == told["DYN_SYSTEM_PORT"]
     # as rules and panels want it: deploy/observability/README.md
@@ -300,7 +302,7 @@ def test_only_encode_workers_reach_out(made: dict[str, list[Object]], place: str
     objects = [*made[place], *made["kserve"], *made["models/copy"]]
     policies = list(of_kind(objects, "NetworkPolicy").values())
     pods = _pods(objects)
-    assert len(pods) == 11
+    assert len(pods) == 12
     outside = ("93.184.215.14", "1.1.1.1", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "2a00:1450:4001:829::200e")
     for name, labels in pods.items():
         for address in outside:

@@ -19,7 +19,7 @@ from dynamo_epd.sdk.config import ConfigError, Document, resolve, split_override
 from dynamo_epd.sdk.deployment import builds, images, manifest
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.graph import Graph, load_graph
-from dynamo_epd.sdk.operator import CONFIG, configuration, outer_namespace, placed
+from dynamo_epd.sdk.operator import CONFIG, VERSIONS, configuration, outer_namespace, placed
 from dynamo_epd.sdk.serve import DEFAULT_DRAIN
 from dynamo_epd.sdk.service import info_of
 from dynamo_epd.sdk.supervisor import KILL_GRACE
@@ -65,7 +65,7 @@ def main_of(component: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("version", manifest.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_passes_the_schemas(config: str, version: str) -> None:
     made = rendered(config, version, "--Planner.no-operation=false")
@@ -81,7 +81,7 @@ def pods(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: one | {"containers": [{"name": "main"} | one["mainContainer"]]} for name, one in extra.items()}
 
 
-@pytest.mark.parametrize("version", manifest.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_pod_is_restricted_and_writes_to_one_volume_alone(config: str, version: str) -> None:
     found = pods(rendered(config, version, "--Planner.no-operation=false"))
@@ -157,17 +157,23 @@ def test_one_component_a_service_that_runs() -> None:
     assert {name: one["type"] for name, one in found.items()} == kinds | {
         "PrefillWorker": "prefill",
         "DecodeWorker": "decode",
+        "Planner": "planner",
     }
-    assert {name: one["replicas"] for name, one in found.items()} == {**dict.fromkeys(found, 1), "PrefillWorker": 3}
-    assert all(one["scalingAdapter"] == {} for one in found.values())
+    replicas = {name: one["replicas"] for name, one in found.items() if "replicas" in one}
+    assert replicas == {"PrefillWorker": 3, "Planner": 0}, "one is what the operator takes by itself"
+    adapted = {name for name, one in found.items() if one.get("scalingAdapter") == {}}
+    assert adapted == found.keys() - {"Planner"}
     gpus = {name: main_of(one).get("resources", {}).get("limits") for name, one in found.items()}
     assert gpus["DecodeWorker"] == gpus["EncodeWorker"] == {"nvidia.com/gpu": "1"}
     assert gpus["Frontend"] is gpus["Processor"] is None
     assert found["DecodeWorker"]["sharedMemorySize"] == "8Gi"
     planned = components(rendered("disagg.yaml", "v1beta1", "--Planner.no-operation=false"))
-    assert planned.keys() == {*found, "Planner"}
-    assert planned["Planner"]["type"] == "planner"
-    assert "scalingAdapter" not in planned["Planner"]
+    assert planned.keys() == found.keys()
+    assert "replicas" not in planned["Planner"]
+    ports: dict[str, Any] = {name: main_of(one).get("ports") for name, one in found.items()}
+    # A PodMonitor finds what a container declares; of all others the operator declares it.
+    assert {one["containerPort"] for one in ports.pop("Frontend")} == {8000, 9090}
+    assert set(ports.values()) == {None}
 
 
 def test_probes_stand_where_the_operator_probes() -> None:

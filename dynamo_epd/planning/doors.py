@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dynamo_epd.sdk.control import SOCKET, ControlError, ask
-from dynamo_epd.sdk.operator import DEPLOYMENT, SYSTEM_PORT
+from dynamo_epd.sdk.operator import ADAPTERS, DEPLOYMENT, DEPLOYMENTS, GROUP, SYSTEM_PORT, VERSIONS, adapter_of
 
-GROUP, VERSION, ADAPTERS = "nvidia.com", "v1beta1", "dynamographdeploymentscalingadapters"
 DEPLOYMENT_NAMESPACE = "DYN_PARENT_DGD_K8S_NAMESPACE"
 DEPLOYMENT_LABEL = "nvidia.com/dynamo-graph-deployment-name"
 COMPONENT_LABEL = "nvidia.com/dynamo-component"
@@ -79,47 +78,56 @@ class KubernetesDoor:
 
     The operator copies ``spec.replicas`` of an adapter into the deployment, so that autoscalers do not fight over it.
     Services are named as the deployment's components are. Pods are found by the labels that the operator gives them.
+
+    It does with what the operator lets its planners do (deploy/helm/charts/platform/components/operator/templates/
+    planner.yaml of ai-dynamo/dynamo): get deployments, list pods, patch the scale of adapters.
     """
 
     def __init__(self, api_client: Any, namespace: str, deployment: str):
         from kubernetes import client
 
         self._custom = client.CustomObjectsApi(api_client)
+        # The client calls a patch that is no list a strategic one, which custom objects do not have.
+        patching = client.ApiClient(api_client.configuration, "Content-Type", "application/merge-patch+json")
+        self._patches = client.CustomObjectsApi(patching)
         self._core = client.CoreV1Api(api_client)
         self._namespace, self._deployment = namespace, deployment
-        self._adapters: dict[str, str] = {}
 
     async def services(self) -> dict[str, Staffed]:
-        listed = await self._call(self._custom.list_namespaced_custom_object, GROUP, VERSION, self._namespace, ADAPTERS)
-        ours = [one for one in listed["items"] if one["spec"]["dgdRef"]["name"] == self._deployment]
-        self._adapters = {one["spec"]["dgdRef"]["componentName"]: one["metadata"]["name"] for one in ours}
+        found = await self._call(
+            self._custom.get_namespaced_custom_object,
+            GROUP,
+            VERSIONS[0],
+            self._namespace,
+            DEPLOYMENTS,
+            self._deployment,
+        )
         pods = await self._call(
             self._core.list_namespaced_pod,
             self._namespace,
             label_selector=f"{DEPLOYMENT_LABEL}={self._deployment}",
         )
         return {
-            one["spec"]["dgdRef"]["componentName"]: Staffed(
-                one["spec"]["replicas"],
+            one["name"]: Staffed(
+                one.get("replicas", 1),
                 tuple(
                     _worker(pod)
                     for pod in pods.items
-                    if (pod.metadata.labels or {}).get(COMPONENT_LABEL) == one["spec"]["dgdRef"]["componentName"]
+                    if (pod.metadata.labels or {}).get(COMPONENT_LABEL) == one["name"]
                 ),
             )
-            for one in ours
+            for one in found["spec"]["components"]
+            if one.get("scalingAdapter") is not None
         }
 
     async def scale(self, service: str, replicas: int, why: str) -> None:
-        if service not in self._adapters:
-            raise DoorClosed(f"{service} has no scaling adapter in {self._deployment}")
         await self._call(
-            self._custom.patch_namespaced_custom_object,
+            self._patches.patch_namespaced_custom_object_scale,
             GROUP,
-            VERSION,
+            VERSIONS[0],
             self._namespace,
             ADAPTERS,
-            self._adapters[service],
+            adapter_of(self._deployment, service),
             {"spec": {"replicas": replicas}},
         )
 
@@ -155,7 +163,10 @@ def door_of(environment: Mapping[str, str]) -> Door:
         try:
             config.load_incluster_config()
         except config.ConfigException as error:
-            raise DoorClosed(f"no access to Kubernetes: {error}") from error
+            try:
+                config.load_kube_config()
+            except config.ConfigException:
+                raise DoorClosed(f"no access to Kubernetes: {error}") from error
         namespace = environment.get(DEPLOYMENT_NAMESPACE, "default")
         return KubernetesDoor(client.ApiClient(), namespace, environment[DEPLOYMENT])
     if SOCKET in environment:

@@ -24,8 +24,17 @@ DEPLOYMENT = "DYN_PARENT_DGD_K8S_NAME"
 NAMESPACE = "DYN_NAMESPACE"
 WORKER_SUFFIX = "DYN_NAMESPACE_WORKER_SUFFIX"
 HEALTH_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
+GROUP, VERSIONS = "nvidia.com", ("v1beta1", "v1alpha1")
+DEPLOYMENTS, ADAPTERS = "dynamographdeployments", "dynamographdeploymentscalingadapters"
 HTTP_PORT, SYSTEM_PORT = 8000, 9090
 """Of pods: where the operator sends clients of the frontend, and where it has a worker's metrics and health."""
+
+
+def adapter_of(deployment: str, component: str) -> str:
+    """The name of the scaling adapter that the operator makes for a component which asks for one. From then on only it
+    says how many replicas there are: the operator refuses them in the deployment itself.
+    """
+    return f"{deployment}-{component.lower()}"
 
 
 def configuration(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:

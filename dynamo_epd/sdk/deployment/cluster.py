@@ -18,11 +18,10 @@ from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION
 from urllib3.exceptions import HTTPError
 
 from dynamo_epd.sdk.deployment import DeploymentError
-from dynamo_epd.sdk.deployment.manifest import BUILD, GROUP, KIND, PLURAL, VERSIONS
+from dynamo_epd.sdk.deployment.manifest import BUILD, KIND, LAST_APPLIED, components_of, remembering
 from dynamo_epd.sdk.deployment.merging import change, three_way
+from dynamo_epd.sdk.operator import ADAPTERS, DEPLOYMENTS, GROUP, VERSIONS, adapter_of
 
-LAST_APPLIED = "dynamo-epd/last-applied"
-"""Annotation: the manifest as it was last rendered. What differs from it in the cluster was changed by others."""
 SECONDS = 30.0
 """For the API server to answer."""
 ATTEMPTS = 5
@@ -56,8 +55,8 @@ class Cluster:
                 GROUP,
                 _version(manifest),
                 self.namespace,
-                PLURAL,
-                _remembering(manifest),
+                DEPLOYMENTS,
+                remembering(manifest),
                 field_validation="Strict",
                 _request_timeout=SECONDS,
             )
@@ -66,33 +65,38 @@ class Cluster:
     def get(self, name: str, version: str = VERSIONS[0]) -> dict[str, Any]:
         with self._errors(name):
             found: dict[str, Any] = self._objects.get_namespaced_custom_object(
-                GROUP, version, self.namespace, PLURAL, name, _request_timeout=SECONDS
+                GROUP, version, self.namespace, DEPLOYMENTS, name, _request_timeout=SECONDS
             )
             return found
 
     def all(self) -> list[dict[str, Any]]:
         with self._errors(None):
             found = self._objects.list_namespaced_custom_object(
-                GROUP, VERSIONS[0], self.namespace, PLURAL, _request_timeout=SECONDS
+                GROUP, VERSIONS[0], self.namespace, DEPLOYMENTS, _request_timeout=SECONDS
             )
             return list(found["items"])
 
     def delete(self, name: str) -> None:
         with self._errors(name):
             self._objects.delete_namespaced_custom_object(
-                GROUP, VERSIONS[0], self.namespace, PLURAL, name, _request_timeout=SECONDS
+                GROUP, VERSIONS[0], self.namespace, DEPLOYMENTS, name, _request_timeout=SECONDS
             )
 
     def update(self, manifest: dict[str, Any]) -> bool:
         """Brings the deployment from what was rendered last to ``manifest``; says whether there was anything to change.
 
         A field that differs in the cluster from what was rendered last, and does not change between the two, is left
-        as it is: replicas that a scaling adapter holds, an annotation, an image set by hand.
+        as it is: an annotation, an image set by hand. Replicas are changed in the scaling adapter that holds them.
         """
         name, version = manifest["metadata"]["name"], _version(manifest)
         for attempt in range(ATTEMPTS):
             live = self.get(name, version)
-            wanted = three_way(rendered(live), _remembering(manifest), live)
+            last = rendered(live)
+            wanted = three_way(last, remembering(manifest), live)
+            _check_components(live, wanted)
+            for component, replicas in _scaled(last, manifest, live).items():
+                self._scale(name, component, replicas)  # first: what the annotation says once is not asked for again
+            _keep_replicas(live, wanted)
             patch = change(live, wanted)
             if not patch:
                 return False
@@ -112,12 +116,24 @@ class Cluster:
                 GROUP,
                 version,
                 self.namespace,
-                PLURAL,
+                DEPLOYMENTS,
                 name,
                 patch,
                 field_validation="Strict",
                 _request_timeout=SECONDS,
             )
+
+    def _scale(self, name: str, component: str, replicas: int) -> None:
+        adapter = adapter_of(name, component)
+        place = (GROUP, VERSIONS[0], self.namespace, ADAPTERS, adapter)
+        body = {"spec": {"replicas": replicas}}
+        with self._errors(name):
+            try:
+                self._patches.patch_namespaced_custom_object_scale(*place, body, _request_timeout=SECONDS)
+            except ApiException as error:
+                if error.status != 404:
+                    raise
+                raise DeploymentError(f"the operator has not made the scaling adapter {adapter!r} yet") from error
 
     def addresses(self, service: str) -> list[str]:
         """URLs under which Ingresses show a service to the outside; none where these may not be read."""
@@ -184,11 +200,45 @@ def build_of(live: dict[str, Any]) -> str | None:
     return str(found) if found is not None else None
 
 
-def _remembering(manifest: dict[str, Any]) -> dict[str, Any]:
-    annotations = manifest["metadata"]["annotations"] | {
-        LAST_APPLIED: json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+def _check_components(live: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises DeploymentError where services would come or go, which the operator takes from nobody."""
+    before, after = components_of(live).keys(), components_of(wanted).keys()
+    changes = [
+        f"{word} {name}" for word, names in (("adds", after - before), ("drops", before - after)) for name in names
+    ]
+    if changes:
+        name = live["metadata"]["name"]
+        raise DeploymentError(
+            f"this {', '.join(sorted(changes))}; a deployment keeps its services: `dynamo deployment delete {name}` "
+            "and `dynamo deploy` make it anew"
+        )
+
+
+def _scaled(last: dict[str, Any], wanted: dict[str, Any], live: dict[str, Any]) -> dict[str, int]:
+    """Replicas of the components whose adapter must be told of others."""
+    before, now = components_of(last), components_of(live)
+    return {
+        name: _replicas(one)
+        for name, one in components_of(wanted).items()
+        if _has_adapter(now.get(name, {})) and _replicas(before.get(name, {})) != _replicas(one) != _replicas(now[name])
     }
-    return manifest | {"metadata": manifest["metadata"] | {"annotations": annotations}}
+
+
+def _keep_replicas(live: dict[str, Any], wanted: dict[str, Any]) -> None:
+    now = components_of(live)
+    for name, one in components_of(wanted).items():
+        if _has_adapter(now[name]):
+            one.pop("replicas", None)
+            one.update({key: value for key, value in now[name].items() if key == "replicas"})
+
+
+def _has_adapter(component: dict[str, Any]) -> bool:
+    asked = component.get("scalingAdapter")
+    return asked is not None and asked.get("enabled", True)  # v1alpha1 has a switch, v1beta1 none
+
+
+def _replicas(component: dict[str, Any]) -> int:
+    return int(component.get("replicas", 1))
 
 
 def _version(manifest: dict[str, Any]) -> str:

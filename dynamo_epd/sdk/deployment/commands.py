@@ -18,6 +18,7 @@ import yaml
 
 from dynamo_epd.sdk.config import ConfigError, Document, resolve
 from dynamo_epd.sdk.deployment import DeploymentError, builds, images, manifest, status
+from dynamo_epd.sdk.operator import VERSIONS
 
 Overrides = list[tuple[str, str, str]]
 DEFAULT_TIMEOUT = 3600.0
@@ -76,9 +77,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--name", help="of the deployment (default: the build's)")
     _add_rendered(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the manifest and change nothing")
-    parser.add_argument(
-        "--api-version", choices=manifest.VERSIONS, default=manifest.VERSIONS[0], help="of the manifest"
-    )
+    parser.add_argument("--api-version", choices=VERSIONS, default=VERSIONS[0], help="of the manifest")
     _add_waiting(parser)
     parser.set_defaults(run=_create)
 
@@ -178,7 +177,7 @@ def _create(arguments: argparse.Namespace, overrides: Overrides) -> int:
     # What is wrong with the order is said before any cluster is asked.
     made = _render(order, build, document, name, arguments.namespace or "default", arguments.api_version)
     if arguments.dry_run:
-        print(yaml.safe_dump(made, sort_keys=False), end="")
+        print(yaml.safe_dump(manifest.remembering(made), sort_keys=False), end="")
         return 0
     from dynamo_epd.sdk.deployment.cluster import Cluster
 
@@ -209,7 +208,7 @@ def _update(arguments: argparse.Namespace, overrides: Overrides) -> int:
     version = str(last["apiVersion"]).rpartition("/")[2]
     made = _render(order, build, document, arguments.name, cluster.namespace, version)
     if arguments.dry_run:
-        print(yaml.safe_dump(made, sort_keys=False), end="")
+        print(yaml.safe_dump(manifest.remembering(made), sort_keys=False), end="")
         return 0
     if not cluster.update(made):
         print(f"{arguments.name} is as it should be.")

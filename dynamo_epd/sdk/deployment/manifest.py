@@ -23,16 +23,15 @@ from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, ServiceSet
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.deployment.images import USER
 from dynamo_epd.sdk.graph import Graph
-from dynamo_epd.sdk.operator import CONFIG, HTTP_PORT, SYSTEM_PORT
+from dynamo_epd.sdk.operator import CONFIG, GROUP, HTTP_PORT, SYSTEM_PORT, VERSIONS
 from dynamo_epd.sdk.service import info_of
 
-GROUP = "nvidia.com"
 KIND = "DynamoGraphDeployment"
-PLURAL = "dynamographdeployments"
-VERSIONS = ("v1beta1", "v1alpha1")
 BUILD = "dynamo-epd/build"
 """Annotation: the tag of what is deployed."""
 ORDER = "dynamo-epd/order"
+LAST_APPLIED = "dynamo-epd/last-applied"
+"""Annotation: the manifest as it was last rendered. What differs from it in the cluster was changed by others."""
 MAX_COMPONENTS = 25
 MAX_LABEL = 63
 LEAVING_SECONDS = 5
@@ -90,7 +89,8 @@ def render(
 
     Raises ConfigError for what Kubernetes cannot be told.
     """
-    running = [one for one in settings.values() if one.runs]
+    # One that the configuration switches off is there without replicas: the operator takes no component later on.
+    running = [one for one in settings.values() if one.runs or info_of(graph.services[one.name]).runs_if is not None]
     check_name(name, [one.name for one in running])
     if len(running) > MAX_COMPONENTS:
         raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
@@ -115,6 +115,21 @@ def render(
     if version == "v1alpha1":
         return manifest | {"spec": {"envs": variables, "services": {one["name"]: _alpha(one) for one in components}}}
     return manifest | {"spec": {"env": variables, "components": components}}
+
+
+def remembering(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With itself in `LAST_APPLIED`, for an update to begin with."""
+    annotations = manifest["metadata"]["annotations"] | {
+        LAST_APPLIED: json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    }
+    return manifest | {"metadata": manifest["metadata"] | {"annotations": annotations}}
+
+
+def components_of(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of a deployment of either version, by name: the objects themselves."""
+    spec = manifest["spec"]
+    found: dict[str, dict[str, Any]] = spec.get("services") or {one["name"]: one for one in spec.get("components", [])}
+    return found
 
 
 def _json(value: Any) -> str:
@@ -172,6 +187,11 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
     scheme = "HTTPS" if getattr(one.config, "tls", None) is not None else "HTTP"
     main |= _probes(HTTP_PORT if kind == "frontend" else SYSTEM_PORT, scheme if kind == "frontend" else "HTTP")
     if kind == "frontend":
+        # The operator names the first alone, and a PodMonitor finds only ports that a container names.
+        main["ports"] = [
+            {"name": "http", "containerPort": HTTP_PORT},
+            {"name": "system", "containerPort": SYSTEM_PORT},
+        ]
         # Not preStop.sleep, which Kubernetes has from 1.30 on.
         main["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(LEAVING_SECONDS)]}}}
     main |= _fence_of_container(ours=not named)
@@ -187,11 +207,13 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
     found: dict[str, Any] = {
         "name": one.name.replace("_", "-"),
         "type": kind,
-        "replicas": one.workers,
         "runtimeVersionOverride": build.facts["runtime"],
         "sharedMemorySize": SHARED_MEMORY_WITH_GPU if gpus else SHARED_MEMORY,
         "podTemplate": template,
     }
+    replicas = one.workers if one.runs else 0
+    if replicas != 1:  # one is what the operator takes by itself, and what is not said again undoes no scaling
+        found["replicas"] = replicas
     if kind != "planner":
         found["scalingAdapter"] = {}
     return found
@@ -293,7 +315,6 @@ def _alpha(component: dict[str, Any]) -> dict[str, Any]:
     kind = component["type"]
     found: dict[str, Any] = {
         "componentType": "worker" if kind in ("prefill", "decode") else kind,
-        "replicas": component["replicas"],
         "runtimeVersionOverride": component["runtimeVersionOverride"],
         "sharedMemory": {"size": component["sharedMemorySize"]},
         "livenessProbe": main.pop("livenessProbe"),
@@ -301,6 +322,8 @@ def _alpha(component: dict[str, Any]) -> dict[str, Any]:
     }
     if kind in ("prefill", "decode"):
         found["subComponentType"] = kind
+    if "replicas" in component:
+        found["replicas"] = component["replicas"]
     if "scalingAdapter" in component:
         found["scalingAdapter"] = {"enabled": True}
     if "env" in main:

@@ -31,9 +31,22 @@ def _dicts(last: dict[str, Any], wanted: dict[str, Any], live: dict[str, Any]) -
         if key in last and last[key] == value:
             continue
         found[key] = three_way(last.get(key), value, live[key]) if key in live else copy.deepcopy(value)
-    for key in last.keys() - wanted.keys():
-        found.pop(key, None)
+    for key in (last.keys() - wanted.keys()) & found.keys():
+        rest = _without(last[key], found[key])
+        if rest is None:
+            del found[key]
+        else:
+            found[key] = rest
     return found
+
+
+def _without(last: Any, live: Any) -> Any:
+    """What others have put beside what was wanted last, or None where that is nothing."""
+    if not (isinstance(last, dict) and isinstance(live, dict)):
+        return None
+    found = {key: value for key, value in live.items() if key not in last}
+    found |= {key: rest for key in last.keys() & live.keys() if (rest := _without(last[key], live[key])) is not None}
+    return found or None
 
 
 def _named(value: Any) -> bool:
