@@ -67,6 +67,41 @@ def test_workers_add_up_and_sums_outlive_restarts_and_departures(exporters: Expo
     assert [(one.replicas, one.ready) for one in found] == [(2, 2), (2, 2), (1, 1), (1, 1), (1, 1)]
 
 
+def test_what_a_worker_did_before_it_was_first_read_is_news_only_of_a_new_one(exporters: Exporters) -> None:
+    """As when a planner is started again over a busy graph."""
+
+    async def looks() -> list[Observed]:
+        observer = Observer()
+        found = []
+
+        async def look(*names: str, unready: str = "") -> None:
+            workers = tuple(exporters.worker(name, ready=name != unready) for name in names)
+            found.append((await observer.look({"A": Staffed(len(workers), workers)}))["A"])
+
+        says(exporters, "a", 2, 10, 5)
+        says(exporters, "b", 16, 10_000, 5_000)
+        exporters.texts["/b"], late = None, exporters.texts["/b"]  # too long an answer: none
+        await look("a", "b")
+        await look("a", "b", unready="b")
+        exporters.texts["/b"] = late
+        await look("a", "b")
+        says(exporters, "b", 14, 10_003, 5_001)
+        await look("a", "b", "c", unready="c")
+        says(exporters, "c", 1, 4, 2)  # it has come up since
+        await look("a", "b", "c")
+        says(exporters, "d", 3, 5, 2)  # it was not there before
+        await look("a", "b", "c", "d")
+        await observer.close()
+        return found
+
+    found = asyncio.run(looks())
+    assert [one.finished for one in found] == [10, 10, 10, 13, 17, 22]
+    assert [one.run_seconds for one in found] == [5, 5, 5, 6, 8, 10]
+    assert [one.queued for one in found] == [10, 10, 10, 13, 17, 22]
+    assert [one.in_stage for one in found] == [2, 2, 18, 16, 17, 20]
+    assert [one.arrived for one in found] == [12, 12, 12, 13, 18, 26], "what it had is no burst"
+
+
 def test_who_does_not_answer_counts_with_what_it_said_last_and_who_reports_no_stage_not_at_all(
     exporters: Exporters,
 ) -> None:

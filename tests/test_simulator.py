@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_each_decision_is_within_two_seconds_of_its_cause(recorded: Trace, repla
     first = next(one for one in planned.decisions if one.time > begin)
     assert (first.stage, first.after > 2 * first.before) == ("ImageWorker", True)
     assert first.time - begin <= 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_step_of_the_load_is_answered_within_two_seconds_of_the_step_itself(seed: int) -> None:
+    """Whenever it comes, between two looks too: by at least half of the workers that the new load keeps busy.
+
+    Steps that one second tells from chance: of six requests a second to 48 and more. Twice as many take some ten
+    seconds to be told from it.
+    """
+    chance = random.Random(seed)
+    begin, factor = chance.uniform(120, 180), chance.uniform(8, 20)
+    kinds = {"ask": {"route": ["Only"], "load": {"stage": "Only", "workers": 3}, "limit_seconds": 5}}
+    burst = {"from_seconds": begin, "seconds": 20, "factor": factor, "kinds": ["ask"]}
+    limits = {"Only": {"max": 200, "queue_target": 0.5}}
+    trace = small(seed=seed, seconds=begin + 10, kinds=kinds, burst=burst, limits=limits)
+    enough = trace.load("Only", begin) / 2
+    made = Simulator(trace).run().decisions
+    assert not [one for one in made if one.time < begin and one.after >= enough]
+    assert next(one.time for one in made if one.after >= enough) - begin <= 2
 
 
 def test_it_does_not_flap(replayed: tuple[Replay, Replay]) -> None:

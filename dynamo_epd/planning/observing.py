@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import TypeVar
 
 import httpx
 
-from dynamo_epd.planning.doors import Staffed
+from dynamo_epd.planning.doors import Staffed, Worker
 from dynamo_epd.planning.policy import Observed
 
 SCRAPE_SECONDS = 0.8
@@ -19,6 +21,8 @@ SAMPLE = re.compile(
 )
 COUNTERS = ("run_seconds_count", "run_seconds_sum", "queue_seconds_count", "queue_seconds_sum")
 
+Key = TypeVar("Key")
+
 
 @dataclasses.dataclass
 class _Sums:
@@ -27,14 +31,26 @@ class _Sums:
     counters: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))
     last: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     """Worker → what it said last."""
+    unread: set[str] = dataclasses.field(default_factory=set)
+    """Workers that were ready at an earlier look, but have said nothing yet: what they did until then is no news."""
+    known_late: float = 0.0
+    """Requests that such workers had in the stage when they were first read."""
 
     def add(self, worker: str, now: dict[str, float]) -> None:
-        before = self.last.get(worker, {})
-        for name in COUNTERS:
-            # lower than before: another process has taken this worker's place, and counts from zero
-            grown = now[name] - before.get(name, 0.0)
-            self.counters[name] += grown if grown >= 0 else now[name]
+        if worker in self.unread:
+            self.known_late += now["queue_depth"]
+        else:
+            grown = growth(self.last.get(worker, {}), now)
+            for name in COUNTERS:
+                self.counters[name] += grown[name]
         self.last[worker] = now
+
+    def looked(self, workers: tuple[Worker, ...]) -> None:
+        """After a look at them: forgets who has gone, and notes who did not answer."""
+        here = {worker.name for worker in workers}
+        self.last = {name: samples for name, samples in self.last.items() if name in here}
+        # one that was ready, and is not for a while, has a past all the same
+        self.unread = {one.name for one in workers if one.ready or one.name in self.unread} - self.last.keys()
 
 
 class Observer:
@@ -59,8 +75,7 @@ class Observer:
         }
 
     def _observed(self, staffed: Staffed, sums: _Sums) -> Observed:
-        here = {worker.name for worker in staffed.workers}
-        sums.last = {name: samples for name, samples in sums.last.items() if name in here}
+        sums.looked(staffed.workers)
         return Observed(
             replicas=staffed.replicas,
             ready=min(staffed.replicas, sum(worker.ready for worker in staffed.workers)),
@@ -69,7 +84,14 @@ class Observer:
             run_seconds=sums.counters["run_seconds_sum"],
             queued=sums.counters["queue_seconds_count"],
             queue_seconds=sums.counters["queue_seconds_sum"],
+            known_late=sums.known_late,
         )
+
+
+def growth(before: Mapping[Key, float], now: Mapping[Key, float]) -> dict[Key, float]:
+    """Of one worker's counters. Lower than before: another process has taken its place, and counts from zero."""
+    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    return {name: value if value >= 0 else now[name] for name, value in grown.items()}
 
 
 async def scraped(client: httpx.AsyncClient, url: str | None) -> bytes | None:

@@ -84,10 +84,12 @@ class Observed:
     queued: float
     """Requests whose wait is over."""
     queue_seconds: float
+    known_late: float = 0.0
+    """Requests that workers had when they were first read, and not as soon as they came: no arrivals."""
 
     @property
     def arrived(self) -> float:
-        return self.finished + self.in_stage
+        return self.finished + self.in_stage - self.known_late
 
 
 @dataclasses.dataclass(frozen=True)

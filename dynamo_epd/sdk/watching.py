@@ -15,7 +15,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_epd.planning.observing import SCRAPE_SECONDS, scraped
+from dynamo_epd.planning.observing import SCRAPE_SECONDS, growth, scraped
 from dynamo_epd.sdk.control import ask
 
 Samples = dict[tuple[str, str], float]
@@ -150,9 +150,7 @@ class Watch:
         """Of a worker's counters since it was last read: from zero for a process that was not there, or not ready."""
         if worker in self._unread:
             return dict.fromkeys(now, 0.0)
-        before = self._last.get(worker, {})
-        grown = {key: value - before.get(key, 0.0) for key, value in now.items()}
-        return {key: value if value >= 0 else now[key] for key, value in grown.items()}
+        return growth(self._last.get(worker, {}), now)
 
 
 def samples_of(text: bytes) -> Samples | None:
