@@ -81,10 +81,12 @@ class EncodeWorker(ArenaOwner):
     async def encode(self, request: EncodeRequest) -> AsyncIterator[Encoded]:
         """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
         with self.metrics.visit() as visit:
+            visit.waited = 0.0  # fetching is no waiting, however it ends
             data = await self._data(request.picture)
             uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
             entry, queued = self.arena.lookup(uuid), 0.0
             if entry is None:
+                visit.waited = None  # until its batch has run
                 entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
             visit.waited = queued
         handle = self.arena.lease(entry, self.config.lease_seconds)

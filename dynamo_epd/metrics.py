@@ -145,8 +145,9 @@ class PlannerMetrics:
 class Visit:
     """One request in a stage."""
 
-    waited = 0.0
-    """Seconds in which the stage did nothing for it, once they are known."""
+    waited: float | None = None
+    """Seconds in which the stage did nothing for it, or None while they are not known. A visit that ends before has
+    waited all the time: else the queue that clients leave would look like work."""
 
 
 class StageMetrics:
@@ -164,8 +165,10 @@ class StageMetrics:
             yield visit
         finally:
             self._depth.dec()
-            self._queue.observe(visit.waited)
-            self._run.observe(max(0.0, perf_counter() - began - visit.waited))
+            seconds = perf_counter() - began
+            waited = seconds if visit.waited is None else visit.waited
+            self._queue.observe(waited)
+            self._run.observe(max(0.0, seconds - waited))
 
 
 class _ArenaCollector:

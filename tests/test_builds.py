@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import dynamo_epd
 from dynamo_epd.sdk.deployment import builds
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.toys.running import ROOT, clean_environment
@@ -59,6 +60,16 @@ def test_a_module_that_is_a_file_is_found_again_by_its_path(desk: Desk) -> None:
     assert "shop.py" in files_of(builds.find(tag).code)
     assert desk.run("build", f"{ROOT}/tests/toys/relay.py:Front", "--working-dir", str(desk.shop)) == 2
     assert "only what lies below the working directory can be built" in desk.noted
+
+
+def test_a_checkout_may_lie_below_a_hidden_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / ".src" / "checkout"
+    for name in ("build_hook.py", "dynamo_epd/__init__.py", "dynamo_epd/sdk/cli.py", "dynamo_epd/.kept/a/b/c/d.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    monkeypatch.setattr(dynamo_epd, "__file__", str(root / "dynamo_epd" / "__init__.py"))
+    found = {name for name in builds.library_files() if name.startswith("dynamo_epd/")}
+    assert found == {"dynamo_epd/__init__.py", "dynamo_epd/sdk/cli.py"}
 
 
 def test_get_shows_a_build(desk: Desk) -> None:

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 
-from dynamo_epd.metrics import Metrics
+from components.embed_worker import EmbedConfig, EmbedWorker
+from components.encode_worker import EncodeWorker
+from components.protocol import EncodeRequest, Picture, StatesRequest
+from dynamo_epd.batching import Batcher
+from dynamo_epd.metrics import Metrics, StageMetrics
+
+BOUND = 60.0
 
 
 def test_every_metric_is_there_under_its_name_and_labels():
@@ -65,3 +75,70 @@ def test_every_metric_is_there_under_its_name_and_labels():
     assert (
         'epd_requests_total{dynamo_component="Stage",dynamo_namespace="space",model="model",status="200"} 1.0' in text
     )
+
+
+class Stage:
+    """One stage's metrics in a registry of their own: a process has each only once."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.metrics = StageMetrics(
+            Gauge("depth", "", registry=registry),
+            Histogram("queue", "", registry=registry),
+            Histogram("run", "", registry=registry),
+        )
+
+    def seconds(self) -> tuple[float, float]:
+        """In the queue, and at work, of the one request that there was."""
+        assert [self._registry.get_sample_value(f"{name}_count") for name in ("queue", "run")] == [1, 1]
+        queued, ran = (self._registry.get_sample_value(f"{name}_sum") for name in ("queue", "run"))
+        assert queued is not None and ran is not None
+        return queued, ran
+
+
+async def left(replies: AsyncIterator[Any], seconds: float) -> None:
+    """A caller that goes away ``seconds`` after it asked."""
+    asked = asyncio.ensure_future(anext(replies))
+    await asyncio.sleep(seconds)
+    asked.cancel()
+    await asyncio.wait([asked], timeout=BOUND)
+    assert asked.cancelled()
+
+
+def test_a_request_that_leaves_the_queue_has_waited_and_not_run() -> None:
+    stage = Stage()
+    began, go = threading.Event(), threading.Event()
+
+    def run(items: Sequence[list[int]]) -> Sequence[list[int]]:
+        began.set()
+        assert go.wait(BOUND)
+        return items
+
+    async def scenario() -> None:
+        batcher = Batcher(run, most=1, waiting=2)
+        worker = object.__new__(EmbedWorker)
+        vars(worker).update(config=EmbedConfig("tiny-t5"), metrics=stage.metrics, batcher=batcher)
+        running = asyncio.create_task(batcher.submit([1]))
+        assert await asyncio.to_thread(began.wait, BOUND)
+        await left(worker.states(StatesRequest("", [2], 1, masked=True)), 0.3)
+        go.set()
+        await running
+        batcher.close()
+
+    asyncio.run(scenario())
+    queued, ran = stage.seconds()
+    assert queued > 0.25 and ran == 0, "it was never taken up"
+
+
+def test_a_request_that_leaves_while_its_picture_is_fetched_has_not_waited() -> None:
+    stage = Stage()
+
+    async def scenario() -> None:
+        worker = object.__new__(EncodeWorker)
+        fetcher = SimpleNamespace(fetch=lambda url: asyncio.sleep(BOUND))
+        vars(worker).update(metrics=stage.metrics, fetcher=fetcher)
+        await left(worker.encode(EncodeRequest("", "", Picture(url="http://far.example/slow.png"))), 0.3)
+
+    asyncio.run(scenario())
+    queued, ran = stage.seconds()
+    assert queued == 0 and ran > 0.25

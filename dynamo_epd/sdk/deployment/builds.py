@@ -246,8 +246,9 @@ def library_files() -> dict[str, Path]:
     files = {name: root / name for name in _LIBRARY_FILES}
     for package in _LIBRARY_PACKAGES:
         for file in (root / package).rglob("*"):
-            if file.is_file() and file.suffix != ".pyc" and not any(part.startswith(".") for part in file.parts[-3:]):
-                files[str(file.relative_to(root))] = file
+            place = file.relative_to(root)
+            if file.is_file() and file.suffix != ".pyc" and not any(part.startswith(".") for part in place.parts):
+                files[str(place)] = file
     return files
 
 
