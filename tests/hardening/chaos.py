@@ -35,6 +35,7 @@ from tests.hardening.load import (
     CHAT,
     LEASES_END,
     NATS,
+    SLOW_START,
     STAGES,
     Answers,
     Fault,
@@ -79,6 +80,8 @@ LEAST_PAUSE = 4.0
 
 KINDS = kinds(16, 2)
 """Short, so that there are many: a kill costs those requests that are under way."""
+IDLE = 1.0
+"""Beside a machine at its limit an engine takes minutes to come back, and is not killed again meanwhile."""
 SMALL = kinds(4, 1)
 PROBES = {stage: SMALL[0] for stage in CHAT} | {"Frontend": SMALL[4], "EmbedWorker": SMALL[4], "ImageWorker": SMALL[2]}
 """The smallest question that crosses a stage."""
@@ -183,7 +186,7 @@ def run(graph: Graph, report: Report, minutes: float, seed: int, clients: int, p
     """The whole run, with its goals in ``report``."""
     expected, small, seen = in_peace(graph, KINDS), in_peace(graph, SMALL), Seen()
     load: list[Load | Prober] = [
-        Load(graph, expected, seen, index % 2 == 0, f"{seed} {index}", KINDS) for index in range(clients)
+        Load(graph, expected, seen, index % 2 == 0, f"{seed} {index}", KINDS, IDLE) for index in range(clients)
     ]
     load.append(Prober(graph, small, seen))
     faults = Faults(graph, seen, seed)
@@ -319,7 +322,8 @@ def main() -> int:
     given = parser.parse_args()
     workers = [f"--{stage}.ServiceArgs.workers={WORKERS}" for stage in STAGES]
     with Report("chaos", **vars(given)) as report:
-        with serve("graphs.cova:Frontend", "configs/tiny-cova.yaml", *workers) as graph:
+        config = "configs/tiny-cova.yaml"
+        with serve("graphs.cova:Frontend", config, *workers, DYNAMO_START_SECONDS=SLOW_START) as graph:
             report.say("the graph is up")
             run(graph, report, given.minutes, given.seed, given.clients, given.pause)
         report.goal("the graph ends by Ctrl-C and leaves nothing", True)  # `serve` has looked

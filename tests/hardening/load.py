@@ -39,6 +39,8 @@ PATIENCE = 120.0
 """Seconds that one request may take before it counts as failed."""
 LEASES_END = 45.0
 """Seconds after which each lease of somebody who was killed has ended by itself: after 30, and 2 of grace."""
+SLOW_START = "400"
+"""Seconds that a worker may take to start, where fourteen start at once."""
 REST = 1.0
 """Seconds until a client whose request has failed asks its next question, as one that reads ``Retry-After`` does."""
 ROUNDED = 0.002
@@ -316,10 +318,17 @@ def outcome_of(kind: Kind, client: openai.OpenAI, number: int, expected: str, se
 
 
 class Load(threading.Thread):
-    """One client that asks until it is told to stop."""
+    """One client that asks until it is told to stop. After each answer it rests ``idle`` times as long as that took."""
 
     def __init__(
-        self, graph: Graph, expected: Answers, seen: Seen, patient: bool, seed: str, of: Sequence[Kind] = KINDS
+        self,
+        graph: Graph,
+        expected: Answers,
+        seen: Seen,
+        patient: bool,
+        seed: str,
+        of: Sequence[Kind] = KINDS,
+        idle: float = 0.0,
     ):
         super().__init__(name=seed)
         self.stop = threading.Event()
@@ -330,6 +339,7 @@ class Load(threading.Thread):
         self._expected = expected
         self._seen = seen
         self._chance = random.Random(seed)
+        self._idle = idle
 
     def run(self) -> None:
         while not self.stop.is_set():
@@ -337,5 +347,4 @@ class Load(threading.Thread):
             began = time.monotonic()
             outcome = outcome_of(kind, self._client, number, self._expected[kind.name, number], self._seen)
             self._seen.note(self._who, kind, outcome, began)
-            if outcome != "right":
-                self.stop.wait(REST)
+            self.stop.wait(REST if outcome != "right" else self._idle * (time.monotonic() - began))

@@ -29,6 +29,7 @@ from tests.hardening.load import (
     KINDS,
     LEASES_END,
     NATS,
+    SLOW_START,
     STAGES,
     Answers,
     Kind,
@@ -48,8 +49,6 @@ from tests.test_leaving import Client
 
 BEHIND = tuple(stage for stage in STAGES if stage != "Frontend")
 AT_ONCE = 4
-SLOW_START = "400"
-"""Bound of a worker's start, where fourteen start at once."""
 BACK = 200.0
 """Bound of a worker's return: its engine is loaded anew, and the machine may be busy."""
 RECOVERED = 5.0
