@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker that is added may have: bounds, GPUs, ports. Whole graphs that grow and shrink: test_control.py."""
+"""What a worker that is added may have: bounds, GPUs, ports. Whole graphs: test_control.py, test_shrinking.py."""
 
 from __future__ import annotations
 

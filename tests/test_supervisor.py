@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_epd.sdk.supervisor import MAX_FIRST_STARTS, GraphFailed, Slot, Supervisor, _Output
+from dynamo_epd.sdk import supervisor as supervisor_module
+from dynamo_epd.sdk.supervisor import (
+    LEAVE_SECONDS,
+    MAX_DEATHS,
+    MAX_FIRST_STARTS,
+    GraphFailed,
+    Slot,
+    Supervisor,
+    _Output,
+)
+from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
 
 
 def shown(*chunks: bytes, verbose: bool = False) -> tuple[list[str], Slot]:
@@ -90,6 +100,73 @@ def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path
     assert told.read_text().split() == [str(number) for number in range(MAX_FIRST_STARTS)]
 
 
+DIES_LATER = """
+import os, socket, sys, time
+def notify(text):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.sendto(f"MAINPID={os.getpid()}\\n{text}".encode(), os.environ["NOTIFY_SOCKET"])
+if os.environ["DYNAMO_RESTARTS"] == "0":
+    notify("READY=1")
+if sys.argv[1] == "dies":
+    time.sleep(0.2)
+    sys.exit(1)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_one_that_keeps_dying_ends_the_graph_only_where_nobody_else_gives_its_service(
+    beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_CAP", 0.01)
+
+    async def main() -> None:
+        supervisor = Supervisor([["Back"]], drain=1, show=lambda _: None)
+        await supervisor.open()
+        try:
+            for index, what in enumerate(("dies", "stays") if beside else ("dies",)):
+                await supervisor.start(Slot("Back", index, [sys.executable, "-c", DIES_LATER, what], dict(os.environ)))
+            async with asyncio.timeout(60):
+                if beside:
+                    while supervisor.slots["Back-0"].deaths < MAX_DEATHS + 2:
+                        await asyncio.sleep(0.05)
+                    failed = asyncio.create_task(supervisor.failed())
+                    await asyncio.sleep(0.1)
+                    assert not failed.done()
+                    failed.cancel()
+                else:
+                    with pytest.raises(GraphFailed, match="Back-0 keeps dying"):
+                        await supervisor.failed()
+                    assert supervisor.slots["Back-0"].deaths == MAX_DEATHS
+            await supervisor.stop()
+        finally:
+            supervisor.close()
+
+    asyncio.run(main())
+
+
+def test_a_start_that_was_ended_for_its_time_gives_the_next_more() -> None:
+    lines: list[str] = []
+
+    async def main() -> None:
+        supervisor = Supervisor([["Back"]], drain=1, start=0.2, show=lines.append)
+        await supervisor.open()
+        try:
+            command = [sys.executable, "-c", "import time; time.sleep(600)"]
+            await supervisor.start(Slot("Back", 0, command, dict(os.environ)))
+            with pytest.raises(GraphFailed, match="Back-0 keeps dying"):
+                async with asyncio.timeout(60):
+                    await supervisor.failed()
+            await supervisor.stop()
+        finally:
+            supervisor.close()
+
+    asyncio.run(main())
+    late = [line.partition(";")[0] for line in lines if "has not come up" in line]
+    assert late == [f"Back-0 has not come up in {seconds} s" for seconds in ("0.2", "0.4", "0.8")]
+
+
 DRAINS = """
 import os, signal, socket, sys, time
 from pathlib import Path
@@ -136,3 +213,62 @@ def test_who_is_called_ends_once_its_callers_have_drained_and_nats_once_all_are_
 
     asyncio.run(main())
     assert said.read_text() == "front asked, back asked, back gone, front gone, nats asked, nats gone, "
+
+
+LEAVES = """
+import os, signal, socket, sys, time
+from pathlib import Path
+said, then = Path(sys.argv[1]), sys.argv[2]
+def say(what):
+    with said.open("a") as file:
+        file.write(f"{what}, ")
+def leave(*_):
+    say("told to leave")
+    if then == "stands still":
+        os.kill(os.getpid(), signal.SIGSTOP)
+def end(*_):
+    say("told to end")
+    os._exit(0)
+signal.signal(signal.SIGUSR2, leave)
+signal.signal(signal.SIGTERM, end)
+text = f"MAINPID={os.getpid()}\\nREADY=1\\nX_URL=http://x"
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(text.encode(), os.environ["NOTIFY_SOCKET"])
+while True:
+    time.sleep(1)
+"""
+"""Has something to finish for ever."""
+
+
+@pytest.mark.parametrize(
+    ("then", "told"), [("stands still", "told to leave, "), ("works on", "told to leave, told to end, ")]
+)
+def test_who_leaves_is_ended_where_it_stands_still_and_hurries_where_the_graph_ends(
+    tmp_path: Path, then: str, told: str
+) -> None:
+    said, lines = tmp_path / "said", list[str]()
+
+    async def main() -> None:
+        supervisor = Supervisor([["Back"]], drain=30, show=lines.append)
+        await supervisor.open()
+        try:
+            slot = Slot("Back", 0, [sys.executable, "-c", LEAVES, str(said), then], dict(os.environ))
+            await supervisor.start(slot)
+            async with asyncio.timeout(60):
+                await supervisor.ready()
+                leaving = asyncio.create_task(supervisor.remove(slot))
+                while not said.exists():
+                    await asyncio.sleep(0.01)
+                if then == "works on":
+                    await supervisor.stop()
+                await leaving
+            assert supervisor.slots == {}
+        finally:
+            supervisor.close()
+
+    asyncio.run(main())
+    assert said.read_text() == told
+    assert any("Back-0 has stood still" in line for line in lines) == (then == "stands still")
+
+
+def test_who_leaves_has_time_for_the_longest_request() -> None:
+    assert LEAVE_SECONDS >= MAX_LEASE_SECONDS

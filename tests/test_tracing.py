@@ -65,6 +65,9 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     reads = {span.service: span for span in spans if span.name == "nixl.read"}
     assert set(reads) == {"EncodeWorker", "PrefillWorker"}, "the picture's bytes, and its embedding"
     assert all(span.attributes["nixl.bytes"] > 0 for span in reads.values())
+    filled, taken = (named(spans, stage).attributes for stage in ("PrefillWorker.prefill", "DecodeWorker.generate"))
+    assert (taken["kv.engine"], taken["kv.blocks"]) == (filled["kv.engine"], filled["kv.blocks"]), "the KV cache, whole"
+    assert filled["kv.engine"] and filled["kv.blocks"] > 0
     asked = processor.attributes
     assert (asked["gen_ai.operation.name"], asked["gen_ai.request.model"]) == ("chat", "tiny-llava")
     assert asked["gen_ai.usage.input_tokens"] == reply["usage"]["prompt_tokens"]
@@ -73,8 +76,9 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
 
 
 def test_a_validation_is_one_trace(seeing: Graph, collector: Collector) -> None:
-    stages = {"Processor.validate", "ImageWorker.generate", "EncodeWorker.encode", "DecodeWorker.generate"}
-    names = {"POST /v1/validations", *stages, "EmbedWorker.embed", "nixl.read"}
+    language = {"EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"}
+    names = {"POST /v1/validations", "Processor.validate", "ImageWorker.generate", *language}
+    names |= {"EmbedWorker.embed", "nixl.read"}
     _, spans = traced(seeing, collector, "/v1/validations", {"prompt": STAR, "seed": 880_002}, names)
     ids = {span.id for span in spans}
     assert [span.name for span in spans if span.parent not in ids] == ["POST /v1/validations"], "each has its caller"

@@ -178,6 +178,7 @@ class LanguageEngine:
             last = output
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
+        _trace_hand_over(last.kv_transfer_params)
         return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids), queued(last))
 
     def _note_what_is_handed_over(self) -> None:
@@ -236,6 +237,7 @@ class LanguageEngine:
                 msgspec.convert(kv, HandedOver)
             except msgspec.ValidationError as error:
                 raise InvalidRequest("what was handed over is no KV cache") from error
+            _trace_hand_over(kv)
             params.extra_args = {"kv_transfer_params": kv}
         first = True
         outputs = self._run(request_id, token_ids, images, cache_salt, params)
@@ -332,6 +334,12 @@ class LanguageEngine:
             raise InvalidRequest(str(error.args[0]), param=error.parameter) from error
         except EngineDeadError as error:
             raise WorkerLost("the engine's process is gone") from error
+
+
+def _trace_hand_over(kv: Mapping[str, Any]) -> None:
+    """Tells the current span whose KV cache is handed over, and its blocks: both ends say the same of it."""
+    blocks = sum(len(group) if isinstance(group, Sequence) else 1 for group in kv["remote_block_ids"])
+    tracing.current().describe({"kv.engine": kv["remote_engine_id"], "kv.blocks": blocks})
 
 
 def queued(output: Any) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 import os
 import ssl
 from collections.abc import Iterator
@@ -24,7 +25,11 @@ from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, bound
 from dynamo_epd.sdk.service import ServiceInfo
 
+log = logging.getLogger(__name__)
+
 PROBES = ("/live", "/health")
+GIVING_UP_SECONDS = 1.0
+"""For responses that are given up to end, and the app with them."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,12 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """`start` opens the door. `stop` closes it and lets running responses end, within ``drain`` seconds.
+    """`start` opens the door. `stop` closes it and lets running responses end; cancelled, it gives them up.
 
     Raises ConfigError for a port that cannot be had and for certificates that cannot be used.
     """
 
-    def __init__(self, app: Any, drain: float, tls: TlsConfig | None = None):
+    def __init__(self, app: Any, tls: TlsConfig | None = None):
         self._scheme = "http" if tls is None else "https"
         if tls is not None:
             _check(tls)
@@ -60,7 +65,6 @@ class HttpServer:
             http=BoundedConnection,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=max(1, round(drain)),
             timeout_keep_alive=75,
             server_header=False,
             ssl_certfile=tls.cert_file if tls else None,
@@ -88,8 +92,19 @@ class HttpServer:
     async def stop(self) -> None:
         if self._serving is not None:
             self._server.should_exit = True
-            await self._serving
+            try:
+                await asyncio.shield(self._serving)
+            except asyncio.CancelledError:
+                await self._give_up(self._serving)
+                raise
         self._socket.close()
+
+    async def _give_up(self, serving: asyncio.Task[None]) -> None:
+        running = list(self._server.server_state.tasks)
+        log.warning("%d responses were still running", len(running))
+        for one in running:
+            one.cancel()
+        await asyncio.wait([serving], timeout=GIVING_UP_SECONDS)
 
 
 def _check(tls: TlsConfig) -> None:

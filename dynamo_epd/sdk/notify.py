@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling the supervisor how a worker fares: the sd_notify protocol of systemd (datagrams to ``$NOTIFY_SOCKET``)."""
+"""What a worker and its supervisor say to each other.
+
+The worker says how it fares by the sd_notify protocol of systemd (datagrams to ``$NOTIFY_SOCKET``), the supervisor what
+is to be by signals.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+
+LEAVE = signal.SIGUSR2
+"""To a worker that is ready: end once all that it has accepted is finished. SIGTERM, also after it: within the drain
+bound."""
 
 
 def notify(**fields: str | int) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 from circus.watcher import Watcher
 
+from dynamo_epd.sdk.notify import LEAVE
 from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, hold
 
 BACK_OFF_FIRST, BACK_OFF_CAP = 0.5, 30.0
@@ -38,9 +39,15 @@ STEADY_SECONDS = 30.0
 """A worker that was ready this long has its earlier deaths forgiven."""
 MAX_FIRST_STARTS = 3
 MAX_DEATHS = 5
-"""Deaths in a row, without having been ready, that end the graph: of a worker never ready yet, and of one that was."""
+"""Deaths in a row, without having been ready, that end the graph: of a worker never ready yet, and of one that was and
+has nobody beside it. One whose service others still give is started again for ever."""
+MOST_PATIENCE = 8
+"""How many times as long as at first a start may take: each that was ended for its time gives the next twice that."""
 KILL_GRACE = 20.0
 """Seconds beyond the drain bound before a worker's process group is killed."""
+LEAVE_SECONDS = 3600.0
+"""In which a worker that leaves while the graph goes on finishes what it has; no request has a longer deadline. If it
+stands still meanwhile it is ended as ever."""
 PROGRESS_SECONDS = 5.0
 DUMP_SECONDS = 2.0
 """For a worker that did not come up to say where it stands, before it is killed."""
@@ -85,6 +92,8 @@ class Slot:
     instance: str | None = None
     deaths: int = 0
     """In a row."""
+    patience: int = 1
+    """How many times as long as the first its next start may take."""
     restarts: int = 0
     """Since the graph was served, or the worker added: its processes are told, and report it."""
     started: float = 0.0
@@ -95,6 +104,8 @@ class Slot:
     """Its end has been asked for: it drains, or is gone."""
     drained: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     """It has finished what it accepted; its process still closes what it holds."""
+    due: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    """Where it leaves, it has no longer time for that: it has drained, its process is gone, or the graph ends."""
     stopped: int = 0
     """Looks in a row that found its process stopped."""
     heard: float | None = None
@@ -240,6 +251,7 @@ class Supervisor:
         slot.ready, slot.status, slot.started, slot.url = False, "starting", time.monotonic(), None
         slot.heard, slot.stopped = None, 0
         slot.drained.clear()
+        slot.due.clear()
         await slot.watcher.start()
         slot.pid = next(iter(slot.watcher.processes), None)
         if slot.pid is None:
@@ -257,6 +269,7 @@ class Supervisor:
     def _ended(self, slot: Slot, pid: int, watch: int) -> None:
         asyncio.get_running_loop().remove_reader(watch)
         os.close(watch)
+        slot.due.set()
         if not self.stopping and slot.ending is None and slot.watcher is not None:
             slot.watcher.reap_process(pid)
 
@@ -279,7 +292,7 @@ class Supervisor:
         how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
         if exit_code == BAD_CONFIG:
             self._fail(slot, f"{slot.name}: wrong configuration", BAD_CONFIG)
-        elif not was_ready and slot.deaths >= (MAX_DEATHS if slot.ever_ready else MAX_FIRST_STARTS):
+        elif not was_ready and self._is_lost(slot):
             self._fail(slot, f"{slot.name} keeps dying ({how})")
         else:
             delay = min(BACK_OFF_CAP, BACK_OFF_FIRST * 2 ** (slot.deaths - 1))
@@ -288,17 +301,26 @@ class Supervisor:
                 self._show(f"[{slot.name}] {line}")
             self._later(self._restart(slot, delay))
 
+    def _is_lost(self, slot: Slot) -> bool:
+        """Whether it is not to be tried again, and the graph is nothing without it."""
+        if slot.ever_ready:
+            beside = [one for one in self._slots_of(slot.service) if one.ready and one.ending is None]
+            return slot.deaths >= MAX_DEATHS and not beside
+        return slot.deaths >= MAX_FIRST_STARTS
+
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
 
     async def _overdue(self, slot: Slot, pid: int) -> None:
-        """A start that stands still must not be waited for for ever."""
-        await asyncio.sleep(self._start_seconds)
+        """A start that stands still must not be waited for for ever. Beside load it may only be slow."""
+        patience = self._start_seconds * slot.patience
+        await asyncio.sleep(patience)
         if slot.pid != pid or slot.ready:
             return
-        self._show(f"{slot.name} has not come up in {self._start_seconds:g} s; where it stands:")
+        slot.patience = min(2 * slot.patience, MOST_PATIENCE)
+        self._show(f"{slot.name} has not come up in {patience:g} s; where it stands:")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGUSR1)  # `worker.main` and the engines' plugin answer it with their stacks
             await asyncio.sleep(DUMP_SECONDS)
@@ -362,7 +384,7 @@ class Supervisor:
             elif slot.added:
                 self._show(f"{slot.name} ready")
             slot.ready = slot.ever_ready = True
-            slot.ready_at = time.monotonic()
+            slot.ready_at, slot.patience = time.monotonic(), 1
             slot.url, slot.instance = fields.get("X_URL"), fields.get("X_INSTANCE")
         if "READY" in fields or "WATCHDOG" in fields:
             slot.heard = time.monotonic()
@@ -370,6 +392,7 @@ class Supervisor:
             slot.heard = None
         if "X_DRAINED" in fields:
             slot.drained.set()
+            slot.due.set()
         self._changed.set()
 
     def _slots_of(self, service: str) -> list[Slot]:
@@ -409,13 +432,26 @@ class Supervisor:
         await asyncio.shield(self._failure)
 
     async def remove(self, slot: Slot) -> None:
-        """Drains and ends one worker, and forgets it: from now on it is not started again, however it ends."""
-        await self._stop(slot)
+        """Lets one worker finish what it has, and forgets it: from now on it is not started again, however it ends.
+
+        That takes `LEAVE_SECONDS` at most, and no longer than the drain bound once the graph is being stopped.
+        """
+        if slot.ending is None:
+            slot.ending = asyncio.create_task(self._leave(slot))
+        await asyncio.shield(slot.ending)
         self.slots.pop(slot.name, None)
+
+    async def _leave(self, slot: Slot) -> None:
+        if slot.ready and slot.pid is not None:
+            os.kill(slot.pid, LEAVE)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(slot.due.wait(), LEAVE_SECONDS)
+        await slot.watcher.stop()
 
     async def _stop(self, slot: Slot) -> None:
         if slot.watcher is None:
             return
+        slot.due.set()
         if slot.ending is None:
             slot.ending = asyncio.ensure_future(slot.watcher.stop())
         await asyncio.shield(slot.ending)  # asked for twice, circus would wait for the process in this loop

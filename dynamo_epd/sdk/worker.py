@@ -2,6 +2,7 @@
 """One process of one service: ``python -m dynamo_epd.sdk.worker GRAPH --service-name X --worker-index i``.
 
 Its life: connect → construct → start hooks → serve endpoints → open HTTP → say ready → wait → drain → shutdown hooks.
+SIGTERM and Ctrl-C bound the drain; `LEAVE` does not, and one of those may follow it.
 Exit status 0 after a drain, 2 when the configuration cannot work (no use in trying again), 1 for everything else.
 """
 
@@ -31,7 +32,7 @@ from dynamo_epd.sdk.context import dynamo_context
 from dynamo_epd.sdk.graph import Graph, GraphError, load_graph
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
 from dynamo_epd.sdk.nats import nats_url, server_info, split_credentials
-from dynamo_epd.sdk.notify import notify
+from dynamo_epd.sdk.notify import LEAVE, notify
 from dynamo_epd.sdk.old_sdk import ENVIRONMENT
 from dynamo_epd.sdk.operator import health_endpoints, outer_namespace
 from dynamo_epd.sdk.place import endpoint_path
@@ -72,33 +73,39 @@ class Worker:
         self.addresses = {name: one.address for name, one in settings.items()} | elsewhere
         self.owner_addresses = {name: self._address_for_all(one) for name, one in settings.items()} | elsewhere
         self.index = index
-        self.drain_seconds = float(os.environ.get(DRAIN, DEFAULT_DRAIN))
+        self.drain_seconds = max(1.0, float(os.environ.get(DRAIN, DEFAULT_DRAIN)))  # to leave discovery takes some
         self.instance: Any = None
         self.runtime: Any = None
         self.in_flight: InFlight
         self.stopping: asyncio.Event
+        self._hurry: asyncio.Event
         self._endpoints: list[Any] = []
         self._serving: list[asyncio.Future[Any]] = []
         self._http: Any = None
         self._ready = False
         self._draining = False
+        self._hurried = False
 
     async def run(self) -> None:
         """From connecting to the last hook. Raises what broke."""
-        self.stopping = asyncio.Event()
+        self.stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self.in_flight = InFlight()
         loop = asyncio.get_running_loop()
 
-        def on_signal(*_: Any) -> None:
-            if self._draining:
+        def on_signal(number: int, _: Any) -> None:
+            if self._hurried and number != LEAVE:
                 _end_now()
             if not self._ready:
                 raise SystemExit(0)  # nothing is accepted yet: leave, through every finally
             self._draining = True
-            loop.call_soon_threadsafe(self.stopping.set)
+            self._hurried |= number != LEAVE
+            if not loop.is_closed():  # one that leaves may be told to hurry when it has all but gone
+                loop.call_soon_threadsafe(self.stopping.set)
+                if self._hurried:
+                    loop.call_soon_threadsafe(self._hurry.set)
 
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, LEAVE):
+            signal.signal(number, on_signal)
         started = False
         try:
             await self._connect()
@@ -227,7 +234,7 @@ class Worker:
         from dynamo_epd.sdk.http_server import HttpServer, app_of
 
         tls = getattr(self.settings.config, "tls", None)
-        self._http = HttpServer(app_of(self.info, self.instance), self.drain_seconds, tls)
+        self._http = HttpServer(app_of(self.info, self.instance), tls)
         self._serving.append(await self._http.start())
         ready["X_URL"] = self._http.url
 
@@ -281,16 +288,22 @@ class Worker:
     async def _wait(self) -> None:
         stop = asyncio.ensure_future(self.stopping.wait())
         staying = asyncio.create_task(self._stay_registered()) if self._discovers_by_file() else None
-        dead = asyncio.create_task(self._lose_life())
-        await asyncio.wait([stop, dead, *self._serving], return_when=asyncio.FIRST_COMPLETED)
-        if staying is not None:
-            staying.cancel()
-        if dead.done():
-            dead.result()
-        dead.cancel()
+        try:
+            await self._while_alive(stop, *self._serving)
+        finally:
+            if staying is not None:
+                staying.cancel()
         if not stop.done():
             stop.cancel()
             self._raise_if_ended()
+
+    async def _while_alive(self, *ends: asyncio.Future[Any]) -> None:
+        """Until one of ``ends`` is done. Raises once the service says that it is not alive any more."""
+        dead = asyncio.create_task(self._lose_life())
+        await asyncio.wait([dead, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if dead.done():
+            dead.result()
+        dead.cancel()
 
     async def _lose_life(self) -> None:
         """Tells the supervisor that this loop turns, and raises once a `@liveness` function of the service says no: a
@@ -302,10 +315,24 @@ class Worker:
                 notify(WATCHDOG=1)
 
     async def _drain(self) -> None:
-        """Leaves discovery, then finishes what was accepted, within the bound."""
+        """Leaves discovery and finishes what was accepted, within the bound once there is one."""
         self._draining = True
-        notify(STOPPING=1, STATUS="draining")
+        notify(STATUS="draining")
+        finished = asyncio.create_task(self._finish())
+        if not self._hurried:
+            hurry = asyncio.create_task(self._hurry.wait())
+            await self._while_alive(finished, hurry)  # an hour may pass: it still is to be seen that the loop turns
+            hurry.cancel()
+        notify(STOPPING=1)
         _end_after(self.drain_seconds + 15)
+        try:
+            await asyncio.wait_for(finished, self.drain_seconds)
+        except TimeoutError:
+            if self.in_flight.count:
+                log.warning("%d requests were still running after %g s", self.in_flight.count, self.drain_seconds)
+        notify(STATUS="closing", X_DRAINED=1)
+
+    async def _finish(self) -> None:
         for endpoint in self._served():
             try:
                 await endpoint.unregister_endpoint_instance()
@@ -315,11 +342,7 @@ class Worker:
             await self._http.stop()
         if self._served():
             await asyncio.sleep(SETTLE)
-        try:
-            await asyncio.wait_for(self.in_flight.idle(), self.drain_seconds)
-        except TimeoutError:
-            log.warning("%d requests were still running after %g s", self.in_flight.count, self.drain_seconds)
-        notify(STATUS="closing", X_DRAINED=1)
+        await self.in_flight.idle()
 
     async def _disconnect(self) -> None:
         if self.runtime is None:

@@ -1,23 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages scaled apart: work reaches every worker, and one that is killed costs its clients nothing but time."""
+"""Stages scaled apart: work reaches every worker, one that leaves costs nothing, and one that is killed only time."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.questions import Refused, Said, ask, ask_all, assert_same, chat, data_url, difference, picture, user
-from tests.serving import Graph, at_rest, eventually, serve, untrained
+from tests.serving import START_SECONDS, Graph, at_rest, eventually, serve, untrained
+from tests.test_leaving import Client, long_answer
+from tests.toys.running import ROOT, clean_environment
 
 WORKERS = {"EncodeWorker": 3, "PrefillWorker": 2, "DecodeWorker": 2}
 ENDPOINTS = {"EncodeWorker": "encode", "PrefillWorker": "prefill", "DecodeWorker": "generate"}
+
+
+TOKENS = 1200
+"""Of an answer that takes far longer than a drain of one second."""
+
+
+@pytest.fixture
+def narrow() -> Iterator[Graph]:
+    """One worker a stage. It is gone before `wide` comes."""
+    model = untrained("llava")
+    with serve("graphs.disagg:Frontend", "configs/tiny-disagg.yaml", model=model, DYNAMO_DRAIN_SECONDS="1") as graph:
+        yield graph
+
+
+def test_stages_grow_and_shrink_under_load(narrow: Graph) -> None:
+    """Decode shrinks in the middle of answers that cannot go on elsewhere, and for which a drain is too short."""
+    questions = requests(64, 605_000, max_tokens=48)
+    expected = ask_all(narrow.url, questions)
+    with Asking(narrow, questions, at_once=6) as asking, ThreadPoolExecutor(4) as readers:
+        for stage in ENDPOINTS:
+            resized(narrow, stage, 2)
+        eventually(lambda: all(min(worked(narrow, one)) >= 3 for one in ENDPOINTS), "work reaches the new ones", 120)
+        fields = {"max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+        own = {"seed": 1, "temperature": 1}  # not resumable
+        told = [Client(narrow, long_answer(606_000 + number, **fields) | own) for number in range(4)]
+        for client in told:
+            client.read_until(3)
+        whole = [readers.submit(client.read_until, 1, b"[DONE]") for client in told]
+        resized(narrow, "DecodeWorker", 1)
+        for one in whole:
+            one.result()
+        assert [client.usage()["completion_tokens"] for client in told] == [TOKENS] * 4
+        for stage in ("PrefillWorker", "EncodeWorker"):
+            asking.wait_for_more(12)
+            resized(narrow, stage, 1)
+        asking.wait_for_more(12)
+    for client in told:
+        client.leave()
+    lost = [one for _, one in asking.answers if isinstance(one, Refused)]
+    assert not lost, f"{len(lost)} of {len(asking.answers)} were refused: {lost[0]}\n{narrow.text[-3000:]}"
+    got = [(expected[place], one) for place, one in asking.answers if isinstance(one, Said)]
+    assert_same([want for want, _ in got], [have for _, have in got])
+    assert "died" not in narrow.text and "still running" not in narrow.text
+    at_rest(narrow, 15)
+
+
+class Asking:
+    """Clients that ask ``questions`` over and over. ``answers``: the place of a question, and what came."""
+
+    def __init__(self, graph: Graph, questions: list[dict[str, Any]], at_once: int):
+        self.answers: list[tuple[int, Said | Refused]] = []
+        self._graph, self._questions, self._at_once = graph, questions, at_once
+        self._places = itertools.cycle(range(len(questions)))
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(at_once)
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            place = next(self._places)
+            try:
+                self.answers.append((place, ask(self._graph.url, self._questions[place])))
+            except Refused as refused:
+                self.answers.append((place, refused))
+
+    def wait_for_more(self, count: int) -> None:
+        enough = len(self.answers) + count
+        eventually(lambda: len(self.answers) >= enough, f"{count} more answers", 120)
+
+    def __enter__(self) -> Asking:
+        self._clients = [self._pool.submit(self._ask) for _ in range(self._at_once)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for one in self._clients:
+            one.result()  # a connection that broke off is raised here
+        self._pool.shutdown()
+
+
+def resized(graph: Graph, stage: str, count: int) -> None:
+    """By `dynamo scale`, which waits until it is so and says it."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "dynamo_epd.sdk.cli", "scale", "graphs.disagg:Frontend", f"{stage}={count}"],
+        cwd=ROOT,
+        env=clean_environment() | {"XDG_STATE_HOME": str(graph.state)},
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, [f"{stage}: {count} ready"]), ran.stdout + ran.stderr
+    assert set(graph.workers(stage)) == set(range(count))
 
 
 @pytest.fixture(scope="module")
