@@ -32,8 +32,8 @@ from benchmarks.plan import Step
 from benchmarks.rows import goodput
 from benchmarks.standing import Standing
 
-ROW_SECONDS = 1200.0
-"""Bound of a row, four times what the longest should take: nothing is waited for for ever."""
+ROW_SECONDS, TIMES_LONGER = 240.0, 3
+"""Bound of a row, the larger of the two: nothing is waited for for ever."""
 
 Measure = Callable[[int], Coroutine[Any, Any, Row]]
 """A row from the number of its repeats."""
@@ -104,7 +104,7 @@ def measured(step: Step, measure: Measure, repeats: int) -> Row:
     """The row, or why there is none."""
     before, began = os.getloadavg()[0], time.monotonic()
     try:
-        with bounded(ROW_SECONDS):
+        with bounded(max(ROW_SECONDS, TIMES_LONGER * step.seconds)):
             row = asyncio.run(measure(repeats))
     except (Exception, Late) as error:  # the boundary: one row's, whatever it is
         traceback.print_exc()

@@ -17,10 +17,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +42,7 @@ PAUSE_SECONDS = 3600.0
 """How long a paused arm may stand."""
 MAX_MODEL_LEN = 2048
 
-KV_BYTES = 512 * 2**20
+KV_BYTES = 256 * 2**20
 """Of each engine: resident from its start on. Nine engines stand at once, and nobody needs more."""
 
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
@@ -165,16 +167,22 @@ class Arm:
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), head)
         end = time.monotonic() + START_SECONDS
+        refusal = ""
         while time.monotonic() < end:
             for place, process in enumerate(self._processes):
                 if process.poll() is not None:
                     log = WORK / "logs" / f"{self.name}-{place}.log"
                     raise RuntimeError(f"{self.name}: a process ended:\n{log.read_text(errors='replace')[-2000:]}")
-            with suppress(OSError), urllib.request.urlopen(request, timeout=60) as reply:
-                self.first_said = json.load(reply)["choices"][0]["message"].get("content") or ""
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    self.first_said = json.load(reply)["choices"][0]["message"].get("content") or ""
                 return
+            except urllib.error.HTTPError as error:
+                refusal = f": {error.code} {error.read(200).decode(errors='replace')}"
+            except (OSError, HTTPException, ValueError, LookupError):  # not there yet, or not wholly
+                pass
             time.sleep(0.2)
-        raise RuntimeError(f"{self.name} has not answered within {START_SECONDS:g} s")
+        raise RuntimeError(f"{self.name} has not answered within {START_SECONDS:g} s{refusal}")
 
     def _signal(self, number: int) -> None:
         for process in self.processes():

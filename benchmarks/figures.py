@@ -74,6 +74,8 @@ class Row:
     """Why nothing here counts: answers that differ."""
     missing: str = ""
     """Why nothing here was measured: an arm that did not start, whatever else went wrong."""
+    open_loop: bool = False
+    """Its requests come at a rate: a client that takes much of a core would disturb what it measures."""
     client: list[float] = dataclasses.field(default_factory=list)
     """What the client took of a core, in each arm's turn."""
     load: list[float] = dataclasses.field(default_factory=list)

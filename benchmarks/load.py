@@ -21,7 +21,8 @@ from models import world
 
 MODEL = "bench"
 """Under which every arm serves."""
-TIMEOUT = aiohttp.ClientTimeout(total=300)
+TIMEOUT = aiohttp.ClientTimeout(total=60)
+"""Many times what any answer takes: an arm that has lost one must not take the others' time."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ async def ask(
                 event = json.loads(line[6:])
                 if "error" in event:
                     return Told(text, 0.0, 0.0, failed=str(event["error"])[:200])
-                said = "".join(one["delta"].get("content") or "" for one in event["choices"])
+                said = "".join((one.get("delta") or {}).get("content") or "" for one in event.get("choices") or ())
                 if said:
                     at.append(time.perf_counter())
                     text += said

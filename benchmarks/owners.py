@@ -119,11 +119,11 @@ async def own_connector() -> None:
 
     connector = nixl_connect.Connector()
     say({"card": None})
-    laid_out: list[Any] = []
+    laid_out: Any = None
     while (nbytes := await asked()) is not None:
         tensor = torch.frombuffer(bytearray(content(nbytes)), dtype=torch.uint8)
         readable = await connector.create_readable(nixl_connect.Descriptor(tensor))
-        laid_out = [*laid_out[-15:], (tensor, readable)]
+        laid_out = (tensor, readable)  # those under way and no others, as Dynamo's own sender  # noqa: F841
         say({"metadata": readable.metadata().model_dump(mode="json")})
 
 
@@ -133,15 +133,19 @@ async def read_by_connector() -> None:
     from dynamo import nixl_connect
 
     connector = nixl_connect.Connector()
-    say({"card": None})
-    while (order := await ordered()) is not None:
-        metadata = nixl_connect.RdmaMetadata.model_validate(order["metadata"])
-        tensor = torch.empty(order["nbytes"], dtype=torch.uint8)
+
+    async def read(metadata: Any, tensor: Any) -> float:
+        """The operation ends with this call, and with it what it keeps of its peer, as in Dynamo's own receiver."""
         began = time.perf_counter()
         async with asyncio.timeout(ANSWER_SECONDS):
             with await connector.begin_read(metadata, nixl_connect.Descriptor(tensor)) as operation:
                 await operation.wait_for_completion()
-        seconds = time.perf_counter() - began
+        return time.perf_counter() - began
+
+    say({"card": None})
+    while (order := await ordered()) is not None:
+        tensor = torch.empty(order["nbytes"], dtype=torch.uint8)
+        seconds = await read(nixl_connect.RdmaMetadata.model_validate(order["metadata"]), tensor)
         check(memoryview(tensor.numpy()), order["nbytes"])
         say({"seconds": seconds})
 

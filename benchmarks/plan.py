@@ -52,7 +52,7 @@ class Step:
 
 
 PLAN = (
-    Step(transfer, 15, 50, "three owners of memory, and five more one after the other"),
+    Step(transfer, 15, 50, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 75, "five encoders, one after the other"),
     Step(encoder, 5, 165, "seven encode stages: three of the tiny tower, two of each larger one"),
     Step(texts, 5, 60, "nothing: it runs in the client's process"),
@@ -62,7 +62,7 @@ PLAN = (
     Step(answer, 10, 280, "all six arms, tiny", stands=True),
     Step(kv, 12, 150, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
     Step(repeated, 8, 40, "nothing: AGG-tuned is ended", stands=True),
-    Step(storm, 5, 100, "nothing: OURS-agg is ended", stands=True),
+    Step(storm, 5, 120, "nothing: OURS-agg is ended", stands=True),
     Step(goodput, 5, 290, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
     Step(start, 5, 260, "AGG and OURS-disagg three times, tiny; two starts of theirs were seen above", stands=True),

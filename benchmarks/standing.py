@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CalledProcessError
 from time import perf_counter, process_time
 
 import aiohttp
@@ -35,7 +36,7 @@ WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
 
 @dataclass(frozen=True)
 class Starts:
-    """Of `ALONE`, with nothing else at work: seconds to the first answer, and what that said, by arm."""
+    """Of `ALONE`, with nothing else asked anything: seconds to the first answer, and what that said, by arm."""
 
     model: str
     seconds: dict[str, float]
@@ -55,18 +56,20 @@ class Standing:
         """All that there were so far."""
 
     def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
-        """By name, in this order. The row is told their commands. Raises RuntimeError for one that does not start."""
+        """By name, in this order; the row is told their commands. Raises RuntimeError for one that does not start, but
+        leaves one of STOCK's out and tells the row why."""
         unneeded = [name for name in self._arms if model != self._model or name not in names]
         close_all([self._arms.pop(name) for name in unneeded])  # they would take memory, and some of a core
         self._model = model
-        self._start([name for name in names if name not in self._arms])
-        row.notes += [f"`{command}`" for name in names for command in self._arms[name].commands]
-        return {name: self._arms[name] for name in names}
+        self._start([name for name in names if name not in self._arms], row)
+        standing = {name: self._arms[name] for name in names if name in self._arms}
+        row.notes += [f"`{command}`" for arm in standing.values() for command in arm.commands]
+        return standing
 
     def close(self) -> None:
         close_all([self._arms.pop(name) for name in list(self._arms)])
 
-    def _start(self, names: Sequence[str]) -> None:
+    def _start(self, names: Sequence[str], row: Row) -> None:
         """`ALONE` first; then those that need no more than their imports, and those that spin, each at once."""
         nothing_else = not self._arms
         alone = [name for name in ALONE if name in names][:: -1 if len(self.starts) % 2 else 1]
@@ -78,7 +81,12 @@ class Standing:
             self.starts.append(Starts(self._model, seconds, said))
         others = [name for name in names if name not in alone]
         self._together([name for name in others if not name.startswith("STOCK")])
-        self._together([name for name in others if name.startswith("STOCK")])
+        stock = [name for name in others if name.startswith("STOCK")]
+        try:
+            self._together(stock)
+        except (RuntimeError, CalledProcessError) as error:
+            lost = ", ".join(name for name in stock if name not in self._arms)
+            row.notes.append(f"{lost}: not started: {str(error).strip().splitlines()[-1]}")
 
     def _together(self, names: Sequence[str]) -> None:
         """Most of a start is imports, one after the other: two arms at once use two cores."""

@@ -106,6 +106,7 @@ def test_a_row_that_waits_for_a_line_that_never_comes_is_not_measured(monkeypatc
         raise AssertionError("it never answers")
 
     monkeypatch.setattr(command, "ROW_SECONDS", 0.5)
+    monkeypatch.setattr(command, "TIMES_LONGER", 0)
     assert command.measured(plan.PLAN[0], waiting, 5).missing == "it was not done after 0.5 s"
 
 
@@ -123,7 +124,7 @@ def test_every_row_has_its_place_in_the_plan() -> None:
 def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--plan", "--row", "3"]) == 0
     (*_, row, total) = capsys.readouterr().out.splitlines()
-    assert row.startswith("| 3 | embedding hand-off, digest checked | 15 | three owners of memory")
+    assert row.startswith("| 3 | embedding hand-off, digest checked | 15 | four processes that own memory")
     assert (row[-6:], total) == ("| 50 |", "| | | | | 50 |")
 
 
@@ -139,11 +140,21 @@ def test_a_report_says_under_which_conditions_it_was_made(tmp_path: Path) -> Non
     assert not row.met, "what is shown is no goal"
     text = report.write([row], "a command", tmp_path)
     assert "| 1 | t: shown | 2.00 times (2.00 … 2.00) | no goal |" in text
-    assert (
-        "61 s; load average 0.50 before, 2.00 at the end; the client took 8.0% of a core, 9.0% at most, **more" in text
-    )
+    said = "61 s; load average 0.50 before, 2.00 at the end; the client took 8.0% of a core, 9.0% at most"
+    assert f"{said}." in text, "in a closed loop client and server take turns"
+    row.open_loop = True
+    assert f"{said}, **more" in report.write([row], "a command", tmp_path)
     about = json.loads((tmp_path / "report.json").read_text())["machine"]
     assert len(about["load"]) == 3 and "commit" in about
+
+
+def test_a_plot_that_cannot_be_drawn_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(row: Row, path: Path) -> None:
+        raise ValueError("there are no fonts")
+
+    monkeypatch.setattr(report, "_plot", broken)
+    text = report.write([Row(1, "t", "s", [Samples("a", [1.0], "ms")])], "a command", tmp_path)
+    assert "| a | 1.00 (1.00 … 1.00) ms |" in text and "row-1.png" not in text
 
 
 def test_a_report_is_recorded_as_it_is(tmp_path: Path) -> None:

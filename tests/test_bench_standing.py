@@ -109,6 +109,15 @@ def test_an_arm_that_does_not_start_leaves_the_others(monkeypatch: pytest.Monkey
     assert log[-1] == "end AGG"
 
 
+def test_one_of_stocks_that_does_not_start_is_left_out(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    doubles = dict(standing.START) | {"STOCK-tuned": lambda _: ArmDouble("STOCK-tuned", log, broken=True)}
+    monkeypatch.setattr(standing, "START", doubles)
+    row = Row(1, "t", "s")
+    assert list(Standing(Path).arms(row, "tiny", ("AGG", "STOCK", "STOCK-tuned"))) == ["AGG", "STOCK"]
+    assert row.notes[0] == "STOCK-tuned: not started: ValueError: no such model"
+    assert log[-1] == "end STOCK-tuned"
+
+
 def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
     registered = tmp_path / "instances" / "worker"
     registered.parent.mkdir()

@@ -9,7 +9,6 @@ them. On cards, in other dtypes and on several machines they do not.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -102,7 +101,7 @@ class PictureGraph(Arm):
 
 async def measure(repeats: int, pipeline: Path | None = None) -> Row:
     """The row. ``repeats``: image workers in each graph; a pair of them is a repeat."""
-    return await asyncio.to_thread(_measure, repeats, pipeline or large())
+    return _measure(repeats, pipeline or large())  # in no thread: nothing could end it
 
 
 def _measure(workers: int, pipeline: Path) -> Row:

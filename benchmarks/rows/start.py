@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 12: from `dynamo serve` to the first answer about a picture, beside `vllm serve`. Nothing else runs meanwhile.
+"""Row 12: from `dynamo serve` to the first answer about a picture, beside `vllm serve`. Nothing else is asked anything.
 
 Where other rows had to start both, these starts are pairs of this row too: a start takes as long as a row.
 """

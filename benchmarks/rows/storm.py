@@ -24,7 +24,7 @@ RATE = 3.0
 """Questions about a new picture, a second; they wait for nobody, and want one token."""
 SHARE = 0.99
 ARMS = ("AGG", "OURS-disagg")
-DRAWN = 64
+DRAWN = 96
 """Pictures of a storm that are drawn before it: half a minute's."""
 
 
@@ -40,7 +40,7 @@ class Pace:
 async def measure(standing: Standing, repeats: int) -> Row:
     """Each turn streams the same text twice, without and with the storm."""
     load = f"{SERVED}, a stream of {TOKENS} tokens, {RATE:g} questions a second about new pictures, {repeats} repeats"
-    row = Row(NUMBER, f"{TITLE}, p{100 * SHARE:g} inter-token latency", load)
+    row = Row(NUMBER, f"{TITLE}, p{100 * SHARE:g} inter-token latency", load, open_loop=True)
     arms = standing.arms(row, SERVED, ARMS)
     paces: dict[str, list[Pace]] = {name: [] for name in arms}
     async with session() as client:

@@ -7,7 +7,6 @@ the library's own buffers are in its memory already; what it grows by afterwards
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -46,7 +45,7 @@ async def measure(repeats: int, model: Path | None = None) -> Row:
     needed, whole = part_bytes(model)
     setting = f"CLIP B/32's size, tower and projector {needed / MIB:.0f} of the checkpoint's {whole / MIB:.0f} MiB"
     row = Row(NUMBER, TITLE, f"{setting}, {repeats} processes")
-    found = [await asyncio.to_thread(_loaded, small, model) for _ in range(repeats)]
+    found = [_loaded(small, model) for _ in range(repeats)]  # in no thread: nothing could end it
 
     def of(name: str) -> list[float]:
         return [one[name] / MIB for one in found]
