@@ -54,6 +54,8 @@ PLANNER_MAY = {
     ("PATCH", DEPLOYMENTS, None),
     ("PATCH", ADAPTERS, "scale"),
     ("GET", "pods", None),
+    ("GET", "endpointslices", None),
+    *((verb, "dynamoworkermetadatas", None) for verb in ("GET", "POST", "PUT", "PATCH", "DELETE")),
 }
 """Verb, resource, part of it: the Role that the operator's chart gives planners (its templates/planner.yaml)."""
 _SEMANTIC_TAG = re.compile(r":v?\d+\.\d+\.\d+")

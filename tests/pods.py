@@ -39,7 +39,8 @@ def nats(log: Path) -> Iterator[str]:
 
 class Pod:
     """A stand-in for the operator and the kubelet: the command of a manifest's component as a process, with the
-    variables that the operator adds to it (component_common.go, component_frontend.go, component_worker.go).
+    variables that the operator adds to it (component_common.go, component_frontend.go, component_planner.go,
+    component_worker.go).
     """
 
     def __init__(self, stored: dict[str, Any], component: dict[str, Any], kubeconfig: str, nats: str, code: Path):
@@ -62,6 +63,8 @@ class Pod:
         }
         if component["type"] == "frontend":
             added |= {"DYNAMO_PORT": "8000", "DYN_HTTP_PORT": "8000", "DYN_NAMESPACE_PREFIX": f"{namespace}-{parent}"}
+        elif component["type"] == "planner":
+            added |= {"DYN_SYSTEM_PORT": "9090", "PLANNER_PROMETHEUS_PORT": "9085"}
         else:
             added |= {
                 "DYN_SYSTEM_ENABLED": "true",

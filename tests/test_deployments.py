@@ -7,13 +7,17 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import yaml
 from dynamo_epd.sdk.deployment import builds, commands
 from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED
 from dynamo_epd.sdk.deployment.merging import change, three_way
+from dynamo_epd.sdk.operator import SYSTEM_PORT
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, KubernetesServer, Refused, make_ready, merged
 from tests.pods import Pod, main_of, nats
@@ -502,6 +507,69 @@ def buy(door: Pod) -> Any:
             return yaml.safe_load(reply.read())
     except OSError as error:
         return error
+
+
+class Busy:
+    """A double of a worker's metrics: every second 20 requests come to it, each of which takes it 0.4 s."""
+
+    METRICS = ("queue_depth", "queue_seconds_count", "queue_seconds_sum", "run_seconds_count", "run_seconds_sum")
+
+    def __init__(self) -> None:
+        begun = time.monotonic()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                came = 20 * (time.monotonic() - begun)
+                values = zip(Busy.METRICS, (came, came / 8, came, came / 8, came / 20), strict=True)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write("".join(f"epd_stage_{name} {value}\n" for name, value in values).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.1"
+        """Every pod has an address of its own, and one port of this number."""
+        self._http = ThreadingHTTPServer((self.address, SYSTEM_PORT), Handler)
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def test_a_planner_in_a_pod_scales_by_the_adapters(desk: Desk, cluster: KubernetesServer) -> None:
+    """With the operator's variables and the rights that it gives planners; of the workers' metrics it has a double."""
+    desk.patch.setattr(builds, "library_files", desk.library_files)
+    config = str(ROOT / "configs" / "tiny-disagg.yaml")
+    tag = desk.build(graph="graphs.disagg:Frontend", where=ROOT)
+    arguments = ["-n", "corner", "-f", config, "--Planner.no-operation=false", "--Planner.interval=0.2", "--no-wait"]
+    assert desk.run("deploy", tag, *arguments) == 0, desk.noted
+    stored, busy = cluster.deployment("corner"), Busy()
+    labels = {"nvidia.com/dynamo-graph-deployment-name": "corner", "nvidia.com/dynamo-component": "EncodeWorker"}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "corner-encodeworker-0", "namespace": "default", "labels": labels},
+        "status": {"podIP": busy.address, "conditions": [{"type": "Ready", "status": "True"}]},
+    }
+    kubeconfig = str(cluster.kubeconfig(desk.directory / "planner", "planner"))
+    with nats(desk.directory / "nats.log") as server:
+        planner = Pod(stored, component(cluster, "Planner"), kubeconfig, server, builds.find(tag).code)
+        try:
+            eventually(lambda: planner.probe("readiness") == 200, "the planner is ready", 120)
+            assert planner.probe("liveness") == planner.probe("startup") == 200
+            cluster.put("", "pods", pod)
+            eventually(lambda: component(cluster, "EncodeWorker").get("replicas", 1) > 1, "it asks for more", 60)
+        finally:
+            status = planner.stop()
+            print(planner.output)
+            busy.close()
+    assert status == 0
+    others = [one for one in stored["spec"]["components"] if one["name"] != "EncodeWorker"]
+    assert not any("replicas" in one for one in others)
+    told = {path.rpartition("/v1beta1/")[2] for verb, path, _ in cluster.requests if verb == "PATCH"}
+    assert told == {"namespaces/default/dynamographdeploymentscalingadapters/corner-encodeworker/scale"}
 
 
 def test_a_pod_without_nats_says_so(desk: Desk, cluster: KubernetesServer) -> None:

@@ -31,7 +31,8 @@ PLANNED = (
     "--Planner.stages.Calm={max: 2, cool-down: 600}",
 )
 STAGES = {"Frontend", "EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker"}
-PROMPTS = ("a large red star on a blue background", "a small green ring on a yellow background")
+PROMPTS = ("a red star that the panels are to show", "a green ring that the panels are to show")
+"""Nobody else's: the image worker keeps what it has lately READ of a prompt's token states."""
 MAY_BE_ZERO = {
     # what fails, is given up, or begins again
     "graph:epd_requests_failed:ratio_rate5m",
