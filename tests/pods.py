@@ -28,7 +28,8 @@ def main_of(one: dict[str, Any]) -> dict[str, Any]:
 def nats(log: Path) -> Iterator[str]:
     port = free_port()
     with log.open("w") as file:
-        process = subprocess.Popen([nats_binary(), "-p", str(port), "-a", "127.0.0.1"], stdout=file, stderr=file)
+        command = [nats_binary(), "-p", str(port), "-a", "127.0.0.1", "-js", "-sd", str(log.parent / "jetstream")]
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         eventually(lambda: "Server is ready" in log.read_text(), "nats-server")
         yield f"nats://127.0.0.1:{port}"
