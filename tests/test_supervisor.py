@@ -80,15 +80,15 @@ def test_a_line_without_end_is_cut() -> None:
     assert len(slot.tail[0]) > 64 * 1024
 
 
-def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path) -> None:
-    told = tmp_path / "told"
+def until_it_keeps_dying(slot: Slot, *, start: float = 1800.0) -> list[str]:
+    """What is shown of a graph of one worker that never comes up."""
+    lines: list[str] = []
 
     async def main() -> None:
-        supervisor = Supervisor([["Back"]], drain=1, show=lambda _: None)
+        supervisor = Supervisor([["Back"]], drain=1, start=start, show=lines.append)
         await supervisor.open()
         try:
-            command = ["sh", "-c", f"echo $DYNAMO_RESTARTS >> {told}; exit 1"]
-            await supervisor.start(Slot("Back", 0, command, os.environ | {"DYNAMO_RESTARTS": "7"}))
+            await supervisor.start(slot)
             with pytest.raises(GraphFailed, match="Back-0 keeps dying"):
                 async with asyncio.timeout(60):
                     await supervisor.failed()
@@ -97,6 +97,13 @@ def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path
             supervisor.close()
 
     asyncio.run(main())
+    return lines
+
+
+def test_a_process_is_told_how_often_its_worker_was_started_again(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = ["sh", "-c", f"echo $DYNAMO_RESTARTS >> {told}; exit 1"]
+    until_it_keeps_dying(Slot("Back", 0, command, os.environ | {"DYNAMO_RESTARTS": "7"}))
     assert told.read_text().split() == [str(number) for number in range(MAX_FIRST_STARTS)]
 
 
@@ -147,22 +154,8 @@ def test_one_that_keeps_dying_ends_the_graph_only_where_nobody_else_gives_its_se
 
 
 def test_a_start_that_was_ended_for_its_time_gives_the_next_more() -> None:
-    lines: list[str] = []
-
-    async def main() -> None:
-        supervisor = Supervisor([["Back"]], drain=1, start=0.2, show=lines.append)
-        await supervisor.open()
-        try:
-            command = [sys.executable, "-c", "import time; time.sleep(600)"]
-            await supervisor.start(Slot("Back", 0, command, dict(os.environ)))
-            with pytest.raises(GraphFailed, match="Back-0 keeps dying"):
-                async with asyncio.timeout(60):
-                    await supervisor.failed()
-            await supervisor.stop()
-        finally:
-            supervisor.close()
-
-    asyncio.run(main())
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    lines = until_it_keeps_dying(Slot("Back", 0, command, dict(os.environ)), start=0.2)
     late = [line.partition(";")[0] for line in lines if "has not come up" in line]
     assert late == [f"Back-0 has not come up in {seconds} s" for seconds in ("0.2", "0.4", "0.8")]
 
