@@ -6,15 +6,15 @@ Pod Security's restricted profile.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import kubernetes.client
+import kubernetes.utils
+import kubernetes_validate
 import yaml
 
 from tests import kubernetes_server
@@ -24,23 +24,8 @@ DEPLOY = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("overlays/cpu", "overlays/gpu")
 OTHERS = ("kserve", "models/copy", "models/fetch")
 SECRETS = ("graph.env", "keys.yaml", "signing.key")
-BUILT_IN = {
-    "Namespace": "v1",
-    "Service": "v1",
-    "ConfigMap": "v1",
-    "Secret": "v1",
-    "Pod": "v1",
-    "PersistentVolumeClaim": "v1",
-    "StatefulSet": "apps/v1",
-    "Deployment": "apps/v1",
-    "Job": "batch/v1",
-    "NetworkPolicy": "networking.k8s.io/v1",
-    "Ingress": "networking.k8s.io/v1",
-    "PodDisruptionBudget": "policy/v1",
-}
 KINDS: dict[str, Any] = json.loads((Path(__file__).with_name("schemas") / "kinds.json").read_text())
 GRAPH = "DynamoGraphDeployment"
-PLAIN: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 Object = dict[str, Any]
 
@@ -69,53 +54,69 @@ def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:
 
 
 def check(found: Object) -> None:
-    """Raises ValueError for a kind, key or value that its schema does not know."""
+    """Raises ValueError for a kind, key or value that its schema does not know, and for what is there but empty."""
     kind, version = found["kind"], found["apiVersion"]
+    wrong = [f"{path} is empty" for path in _nulls(found, kind)]
+    wrong += [f"{path}: {text!r} is no quantity" for path, text in _quantities(found, kind) if not _is_quantity(text)]
     if kind == GRAPH:
         try:
             kubernetes_server.check("dynamographdeployments", found)
         except kubernetes_server.Refused as refused:
-            raise ValueError(str(refused)) from refused
-    elif BUILT_IN.get(kind) == version:
-        _typed(found, f"V1{kind}", kind)
+            wrong.append(str(refused))
     elif f"{version} {kind}" in KINDS:
         schema = KINDS[f"{version} {kind}"]
-        _typed(found["metadata"], "V1ObjectMeta", f"{kind}.metadata")
-        unknown = list(kubernetes_server.unknown_keys(found["spec"], schema["properties"]["spec"], "spec"))
-        wrong = [f"{one.json_path}: {one.message}" for one in jsonschema.Draft7Validator(schema).iter_errors(found)]
-        if unknown or wrong:
-            raise ValueError(f"{kind}: {[*unknown, *wrong]}")
+        wrong += kubernetes_server.unknown_keys(found["spec"], schema["properties"]["spec"], "spec")
+        wrong += [f"{one.json_path}: {one.message}" for one in jsonschema.Draft7Validator(schema).iter_errors(found)]
+        # A namespace is nothing but its metadata.
+        wrong += _of_kubernetes({"apiVersion": "v1", "kind": "Namespace", "metadata": found["metadata"]})
     else:
-        raise ValueError(f"no schema of {version} {kind} is known here")
+        wrong += _of_kubernetes(found)
+    if wrong:
+        raise ValueError(f"{kind}: {wrong}")
 
 
-def _typed(value: Any, kind: str, path: str) -> Any:
-    """``value`` as that class of the Kubernetes client, which knows every key, its type and what is required."""
-    listed = re.fullmatch(r"list\[(.+)\]", kind)
-    mapped = re.fullmatch(r"dict\(str, (.+)\)", kind)
-    if listed:
-        if not isinstance(value, list):
-            raise ValueError(f"{path}: {value!r} is no {kind}")
-        return [_typed(one, listed[1], f"{path}[{index}]") for index, one in enumerate(value)]
-    if mapped:
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {value!r} is no {kind}")
-        return {key: _typed(one, mapped[1], f"{path}.{key}") for key, one in value.items()}
-    if kind in PLAIN:
-        if not isinstance(value, PLAIN[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{path}: {value!r} is no {kind}")
-        return value
-    if kind in ("object", "datetime"):
-        return value
-    model = getattr(kubernetes.client, kind)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {value!r} is no {kind}")
-    named = {key: attribute for attribute, key in model.attribute_map.items()}
-    unknown = value.keys() - named.keys()
-    if unknown:
-        raise ValueError(f"{path}: unknown keys {sorted(unknown)}")
-    types = {key: model.openapi_types[attribute] for key, attribute in named.items()}
-    return model(**{named[key]: _typed(one, types[key], f"{path}.{key}") for key, one in value.items()})
+def _of_kubernetes(found: Object) -> list[str]:
+    """What the newest Kubernetes' own schemas say against one of its own kinds."""
+    try:
+        kubernetes_validate.validate(found, kubernetes_validate.latest_version(), strict=True)
+    except kubernetes_validate.ValidationError as refused:
+        return [f"{refused.json_path}: {refused.message}"]
+    except kubernetes_validate.SchemaNotFoundError as unknown:
+        return [unknown.message]
+    return []
+
+
+def _nulls(value: Any, path: str) -> Iterator[str]:
+    """Kubernetes' schemas take null for everything, its API server then refuses it where something is required."""
+    if value is None:
+        yield path
+    for key, one in _inside(value):
+        yield from _nulls(one, f"{path}.{key}")
+
+
+def _quantities(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Kubernetes' schemas take any text for a quantity."""
+    for key, one in _inside(value):
+        if key in ("limits", "requests") and isinstance(one, dict):
+            yield from ((f"{path}.{key}.{name}", amount) for name, amount in one.items())
+        elif key == "sizeLimit":
+            yield f"{path}.{key}", one
+        else:
+            yield from _quantities(one, f"{path}.{key}")
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
+
+
+def _is_quantity(amount: Any) -> bool:
+    try:
+        kubernetes.utils.parse_quantity(amount)
+    except ValueError:
+        return False
+    return True
 
 
 def pod_specs(found: Object) -> Iterator[tuple[str, Object, dict[str, str]]]:

@@ -365,9 +365,10 @@ def test_the_api_store_is_gone_and_that_is_said(desk: Desk, cluster: KubernetesS
 SEEDS_COMMANDS = """
 export KUBE_NS=dynamo-cloud
 export DYNAMO_CLOUD=http://localhost:8080  # If using port-forward
-DYNAMO_TAG=$(dynamo build graphs.disagg:Frontend | grep "Successfully built" |  awk '{ print $NF }' | sed 's/\\.$//')
-export DEPLOYMENT_NAME=multimodal-disagg
-dynamo deploy $DYNAMO_TAG -n $DEPLOYMENT_NAME -f ./configs/disagg.yaml --Planner.no-operation=false
+export DYNAMO_IMAGE=registry.example/dynamo-base:1.0
+DYNAMO_TAG=$(dynamo build graphs.GRAPH:Frontend | grep "Successfully built" |  awk '{ print $NF }' | sed 's/\\.$//')
+export DEPLOYMENT_NAME=multimodal-GRAPH
+dynamo deploy $DYNAMO_TAG -n $DEPLOYMENT_NAME -f ./configs/CONFIG.yaml --Planner.no-operation=false
 dynamo deployment get ${DEPLOYMENT_NAME}
 """
 
@@ -395,25 +396,33 @@ dynamo deployment delete multimodal-disagg
 """
 
 
-def test_the_seeds_commands_run_verbatim(desk: Desk, cluster: KubernetesServer) -> None:
+def typed(commands: str) -> str:
+    """What a shell prints that is given these lines."""
     environment = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-ec", commands]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
-    def said(commands: str) -> str:
-        command = ["bash", "-ec", commands]
-        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
 
-    seeds = said(SEEDS_COMMANDS)
-    assert "Created multimodal-disagg of frontend:" in seeds
-    assert seeds.count("http://multimodal-disagg-frontend.dynamo-cloud.svc:8000") == 2
-    stored = cluster.deployment("multimodal-disagg", "dynamo-cloud")["spec"]["components"]
+@pytest.mark.parametrize(
+    ("graph", "config"), [("disagg", "disagg"), ("agg", "agg-llava"), ("agg", "agg-qwen"), ("agg", "agg-phi3v")]
+)
+def test_the_seeds_commands_run_verbatim(cluster: KubernetesServer, graph: str, config: str) -> None:
+    name = f"multimodal-{graph}"
+    said = typed(SEEDS_COMMANDS.replace("GRAPH", graph).replace("CONFIG", config))
+    assert f"Created {name} of frontend:" in said
+    assert said.count(f"http://{name}-frontend.dynamo-cloud.svc:8000") == 2
+    stored = cluster.deployment(name, "dynamo-cloud")["spec"]["components"]
     assert [one["name"] for one in stored if one["type"] == "planner"] == ["Planner"]
-    further = said(FURTHER_COMMANDS)
-    assert re.search(r"(?m)^multimodal-disagg +frontend:[0-9a-f]{8} +ready ", further)
-    assert "EncodeWorker (worker): 3 of 3 ready" in further
-    assert further.endswith("Deleted multimodal-disagg from namespace dynamo-cloud.\n")
-    assert cluster.objects == {}
+    images = {one["podTemplate"]["spec"]["containers"][0]["image"] for one in stored}
+    assert images == {"registry.example/dynamo-base:1.0"}
+    if graph == "disagg":
+        further = typed(FURTHER_COMMANDS)
+        assert re.search(rf"(?m)^{name} +frontend:[0-9a-f]{{8}} +ready ", further)
+        assert "EncodeWorker (worker): 3 of 3 ready" in further
+        assert further.endswith(f"Deleted {name} from namespace dynamo-cloud.\n")
+        assert cluster.objects == {}
 
 
 @needs_kubectl
