@@ -67,7 +67,10 @@ class DecodeWorker(ArenaOwner):
                     images,
                     sampling=request.sampling,
                     cache_salt=request.cache_salt,
+                    streamed=request.streamed,
+                    reasoning=request.reasoning,
                     kv=request.kv,
+                    kv_until=request.kv_until,
                 )
                 async with aclosing(deltas):
                     async for delta in deltas:

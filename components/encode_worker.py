@@ -93,7 +93,7 @@ class EncodeWorker(ArenaOwner):
         if self.give(request.request_id, handle):
             yield Encoded(handle, uuid, self.metadata[entry], queued)
 
-    @endpoint()
+    @endpoint(addressed=True)
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases whose request is over before they were READ."""
         self.end_leases(request.leases, request.request_ids)

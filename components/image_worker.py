@@ -193,13 +193,13 @@ class ImageWorker(ArenaOwner):
                 async for _ in events:
                     pass
 
-    @endpoint()
+    @endpoint(addressed=True)
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:
         """Ends leases on pixels that nobody will READ any more."""
         self.end_leases(request.leases, request.request_ids)
         yield Completed()
 
-    @endpoint()
+    @endpoint(addressed=True)
     async def renew(self, request: RenewRequest) -> AsyncIterator[Completed]:
         """Keeps pixels for those who have not READ them yet. A lease that has ended stays so."""
         self.arena.renew(request.lease, PIXELS_SECONDS)

@@ -55,12 +55,16 @@ class PrefillWorker(ArenaOwner):
         with self.metrics.visit() as visit:
             async with self.prompt_images(request.images, self.config.transfer_timeout) as images:
                 filled = await self.engine.prefill(
-                    request.request_id, request.token_ids, images, cache_salt=request.cache_salt
+                    request.request_id,
+                    request.token_ids,
+                    images,
+                    cache_salt=request.cache_salt,
+                    streamed=request.streamed,
                 )
             visit.waited = filled.queue_seconds
-        yield PrefillReply(filled.kv, filled.token_ids, filled.queue_seconds)
+        yield PrefillReply(filled.kv, filled.until, filled.token_ids, filled.queue_seconds)
 
-    @endpoint()
+    @endpoint(addressed=True)
     async def withdraw(self, request: WithdrawRequest) -> AsyncIterator[Withdrawn]:
         """What was handed over to a caller that did not see it, so that a decode worker can reject it."""
         yield Withdrawn(await self.engine.withdraw(request.request_id))

@@ -19,7 +19,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
 from components.decode_worker import DecodeWorker
 from components.embed_worker import EmbedWorker
@@ -97,7 +97,8 @@ class ProcessorConfig:
     """vLLM's parser of the model's tool calls (``hermes``, ``llama4_pythonic``, …). Default: none, and a request with
     tools is refused."""
     reasoning_parser: str | None = None
-    """vLLM's parser of what a reasoning model says to itself. Default: none."""
+    """vLLM's parser of what a reasoning model says to itself. To be set for the DecodeWorker too, that a grammar may
+    hold from the end of the reasoning on. Default: none."""
     chat_template: str | None = None
     """A Jinja template, or the path of one, in place of the checkpoint's."""
     attempts: int = 3
@@ -218,25 +219,27 @@ class Processor:
         """Whether this prompt goes through a prefill worker: there is one, and the prompt is worth the hand-off."""
         return bool(self.prefill_worker) and (bool(images) or len(token_ids) > self.config.prefill_threshold)
 
-    def take_over(
-        self,
-        request_id: str,
-        token_ids: list[int],
-        images: list[Leased],
-        prefilled: PrefillReply,
-        sampling: str,
-        tenant: str,
-    ) -> DecodeRequest:
-        """What a decode worker needs of a prompt whose KV cache it takes over.
+    def take_over(self, request: DecodeRequest, images: list[Leased], prefilled: PrefillReply) -> DecodeRequest:
+        """The same request for a decode worker that takes the prompt's KV cache over.
 
         Where it gets no image at all, two images under the same text would share KV in its prefix cache: their
         identities then go into the salt.
         """
         if images and self.family.decode_reads == "metadata":
             known = [PromptImage(leased.encoded.uuid, None, leased.encoded.metadata) for leased in images]
-            return DecodeRequest(request_id, token_ids, known, sampling, tenant_salt(tenant), prefilled.kv)
-        salt = hashed(tenant, *(leased.encoded.uuid for leased in images)) if images else tenant_salt(tenant)
-        return DecodeRequest(request_id, prefilled.token_ids, [], sampling, salt, prefilled.kv)
+            return replace(request, images=known, kv=prefilled.kv, kv_until=prefilled.kv_until)
+        salt = request.cache_salt
+        if images:
+            salt = hashed(salt or "", *(leased.encoded.uuid for leased in images))
+        return replace(
+            request,
+            token_ids=prefilled.token_ids,
+            streamed=[],
+            images=[],
+            cache_salt=salt,
+            kv=prefilled.kv,
+            kv_until=prefilled.kv_until,
+        )
 
 
 @dataclass(frozen=True)
@@ -317,24 +320,25 @@ class Conversation:
         processor = self._processor
         request_id = f"{prompt.request_id}.{attempt}"
         token_ids = prompt.token_ids + streamed
-        sampling = continued(prompt.sampling, len(streamed))
         images = await self._images(prompt)
         unread = images
         kv: dict[str, Any] | None = None
+        decode = DecodeRequest(
+            request_id,
+            prompt.token_ids,
+            [prompt_image(leased) for leased in images],
+            continued(prompt.sampling, len(streamed)),
+            tenant_salt(self._request.tenant),
+            streamed.copy(),
+            prompt.reasoning,
+        )
         try:
             if processor.prefills_apart(token_ids, images):
-                prefilled = await self._prefill(request_id, token_ids, images)
+                blocks = processor.blocks_of(processor.prefill_worker, token_ids, images, self._request.tenant)
+                prefilled = await self._prefill(decode, blocks)
                 unread, kv = [], prefilled.kv
                 self.queue_seconds += prefilled.queue_seconds
-                decode = processor.take_over(request_id, token_ids, images, prefilled, sampling, self._request.tenant)
-            else:
-                decode = DecodeRequest(
-                    request_id,
-                    token_ids,
-                    [prompt_image(leased) for leased in images],
-                    sampling,
-                    tenant_salt(self._request.tenant),
-                )
+                decode = processor.take_over(decode, images, prefilled)
             blocks = processor.blocks_of(processor.decode_worker, token_ids, images, self._request.tenant)
             call = processor.decode_worker.generate(decode, blocks=blocks)
             async with aclosing(call):
@@ -344,7 +348,7 @@ class Conversation:
                     unread, kv = [], None
                     self.queue_seconds += delta.queue_seconds or 0.0
                     if streamed and delta.prompt_tokens is not None:
-                        delta = msgspec.structs.replace(delta, prompt_tokens=None)
+                        delta = replace(delta, prompt_tokens=None)
                     yield delta
                     delta = await self._before_deadline(anext(call, None))
         finally:
@@ -388,19 +392,15 @@ class Conversation:
                 afterwards(give_back(self._processor.encode_worker.release(release, instance=call.instance)))
             raise
 
-    async def _prefill(self, request_id: str, token_ids: list[int], images: list[Leased]) -> PrefillReply:
-        request = PrefillRequest(
-            request_id, token_ids, [prompt_image(leased) for leased in images], tenant_salt(self._request.tenant)
-        )
-        stage = self._processor.prefill_worker
-        blocks = self._processor.blocks_of(stage, token_ids, images, self._request.tenant)
-        call = stage.prefill(request, blocks=blocks)
+    async def _prefill(self, decode: DecodeRequest, blocks: Sequence[bytes]) -> PrefillReply:
+        request = PrefillRequest(decode.request_id, decode.token_ids, decode.images, decode.cache_salt, decode.streamed)
+        call = self._processor.prefill_worker.prefill(request, blocks=blocks)
         try:
             with self._suspected(call):
                 prefilled: PrefillReply = await self._before_deadline(call.only())
         except (asyncio.CancelledError, DeadlineExceeded):
             if call.instance is not None:
-                afterwards(self._withdraw(request_id, call.instance))
+                afterwards(self._withdraw(request.request_id, call.instance))
             raise
         return prefilled
 

@@ -6,11 +6,12 @@ A message has only the fields that its receiver reads. Bytes never travel here: 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import msgspec
 
-from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.store import Stored
 from dynamo_epd.transfer.handle import Handle
 
@@ -314,6 +315,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids: list[int]
     images: list[PromptImage]
     cache_salt: str | None = None
+    streamed: list[int] = []
+    """The beginning of the answer, where there is one already."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -322,7 +325,12 @@ class DecodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     images: list[PromptImage]
     sampling: str
     cache_salt: str | None = None
+    streamed: list[int] = []
+    """The beginning of the answer, where there is one already and ``token_ids`` do not end with it."""
+    reasoning: Reasoning | None = None
     kv: dict[str, Any] | None = None
+    kv_until: float = math.inf
+    """Unix seconds: later nobody knows whose KV cache it is."""
 
 
 class RejectRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -348,8 +356,10 @@ class Withdrawn(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class PrefillReply(msgspec.Struct, frozen=True, omit_defaults=True):
     kv: dict[str, Any]
+    kv_until: float
+    """Unix seconds, until which a decode worker may take it over."""
     token_ids: list[int]
-    """The prompt with its image tokens expanded."""
+    """The prompt with its image tokens expanded, and what there was of the answer."""
     queue_seconds: float = 0.0
 
 

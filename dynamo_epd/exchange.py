@@ -7,6 +7,7 @@ The NIXL metadata of an arena is asked for over the control plane, once a peer (
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,12 +17,16 @@ import msgspec
 
 from dynamo_epd.errors import HandOffFailed
 from dynamo_epd.given import Given
-from dynamo_epd.sdk import dynamo_context, endpoint
+from dynamo_epd.sdk import dynamo_context, endpoint, on_drain
 from dynamo_epd.sdk.client import EndpointClient, ServiceClient
 
 if TYPE_CHECKING:
     from dynamo_epd.transfer import Arena
     from dynamo_epd.transfer.handle import Handle
+
+
+FETCHED_SECONDS = 0.05
+"""From one look of an arena that is to be closed at its leases to the next."""
 
 
 class CardQuery(msgspec.Struct, frozen=True):
@@ -50,11 +55,17 @@ class ArenaOwner:
         await connect_owners(self.reads)
         self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
 
+    @on_drain
+    async def fetched(self) -> None:
+        """Waits until everything that was laid out for others is fetched, given back, or has outlived its lease."""
+        while self.arena.stats().leases:
+            await asyncio.sleep(FETCHED_SECONDS)
+
     async def close_arena(self) -> None:
         """Refuses what waits and gives the memory back."""
         await self.arena.close()
 
-    @endpoint()
+    @endpoint(addressed=True)
     async def arena_card(self, query: CardQuery) -> AsyncIterator[CardReply]:
         """How to READ from this arena."""
         yield CardReply(self.arena.metadata())

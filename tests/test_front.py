@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.environment import prepare
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound, StageUnavailable
 from models.untrained import write
@@ -152,6 +152,25 @@ def test_a_stop_string_ends_the_answer_and_the_stages(front: Any):
     assert json.loads(stages.prompts[0].sampling)["stop"] == [], "stop strings are matched here, on text"
 
 
+def test_what_a_step_said_after_a_stop_string_is_not_counted(front: Any):
+    class Merged(Stages):
+        """Several steps in one delta, as a worker sends them that is asked by many."""
+
+        async def __call__(self, prompt: Any) -> AsyncGenerator[Delta, None]:
+            logprobs = [TokenLogprobs([token, 1], [-0.25, -1.5], 1) for token in self.tokens]
+            yield Delta(self.tokens[:1], prompt_tokens=99, logprobs=logprobs[:1])
+            yield Delta(self.tokens[1:], finish_reason="length", logprobs=logprobs[1:])
+
+    _, whole = ask(front, Stages(HELLO, end="length"))
+    stop = whole["choices"][0]["message"]["content"][2:4]
+    fields = {"stop": [stop], "logprobs": True, "top_logprobs": 2}
+    _, stepwise = ask(front, Stages(HELLO, end="length"), **fields)
+    _, merged = ask(front, Merged(HELLO), **fields)
+    assert merged["usage"] == stepwise["usage"]
+    assert merged["choices"] == stepwise["choices"]
+    assert merged["usage"]["completion_tokens"] < len(HELLO)
+
+
 def test_logprobs_come_through_where_the_sampled_token_is_and_is_not_the_likeliest(front: Any):
     _, body = ask(front, Stages(HELLO, end="length"), logprobs=True, top_logprobs=2)
     content = body["choices"][0]["logprobs"]["content"]
@@ -213,6 +232,24 @@ def test_a_client_that_leaves_closes_the_stages(front: Any):
         await answer.events.aclose()
         assert stages.left_early == 2
         assert front._engine.output_processor.get_num_unfinished_requests() == 0
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_is_given_up_is_no_refusal(front: Any):
+    """vLLM makes an answer of it: 400, the client has left."""
+    stages = Stages(HELLO * 50, end="length")
+
+    async def main() -> None:
+        asking = asyncio.create_task(
+            front.chat({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}, stages)
+        )
+        while not stages.prompts:
+            await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert stages.left_early == 1
 
     asyncio.run(main())
 
@@ -325,6 +362,59 @@ def test_completions_take_many_prompts(front: Any):
     body = json.loads(asyncio.run(main()).body)
     assert len(body["choices"]) == 2
     assert len(stages.prompts) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_of_many_prompts_that_fails_fails_them_all_by_its_own_class(front: Any, stream: bool):
+    class OneFails(Stages):
+        async def __call__(self, prompt: Any) -> AsyncGenerator[Delta, None]:
+            self.prompts.append(prompt)
+            fails = len(self.prompts) == 2
+            yield Delta(HELLO, prompt_tokens=99)
+            if fails:
+                await asyncio.sleep(0.1)
+                raise StageUnavailable("gone")
+            await asyncio.sleep(5)
+
+    stages = OneFails([])
+
+    async def main() -> None:
+        body = {"model": "alias", "prompt": ["a", "b"], "max_tokens": 100, "stream": stream}
+        with pytest.raises(StageUnavailable, match="gone"):
+            answer = await front.complete(body, stages)
+            async for _ in answer.events:
+                """Until it fails."""
+        async with asyncio.timeout(5):  # the other one is being given up
+            while front._engine.output_processor.get_num_unfinished_requests():
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_what_a_parser_of_reasoning_goes_by_reaches_it_and_the_stages(front: Any):
+    """The prompt's last ids here, and there what the chat template was given."""
+    from vllm import SamplingParams
+
+    from dynamo_epd.engine import front as module
+
+    stages = Stages(HELLO, end="length")
+
+    async def main() -> list[int]:
+        module._current.set(module._Run(stages))
+        prompt = {"type": "token", "prompt_token_ids": [72, 69, 76]}
+        outputs = front._engine.generate(
+            prompt,
+            SamplingParams(max_tokens=5),
+            "r",
+            reasoning_ended=False,
+            reasoning_parser_kwargs={"chat_template_kwargs": {"thinking": True}},
+        )
+        return [output async for output in outputs][-1].prompt_token_ids
+
+    seen = asyncio.run(main())
+    assert len(seen) == 99
+    assert seen[-3:] == [72, 69, 76]
+    assert stages.prompts[0].reasoning == Reasoning(False, {"thinking": True})
 
 
 def test_a_placeholder_among_token_ids_is_refused(front: Any):

@@ -1,20 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefill engine remembers of KV caches that it handed over, over a double of vLLM's. No engine, no weights."""
+"""What an engine of a stage does beside vLLM's, over a double of that: no engine, no weights."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
-from dynamo_epd.engine.language import HANDED_OVER, LanguageEngine
+import pytest
+import torch
+
+from dynamo_epd.engine.delta import Reasoning
+from dynamo_epd.engine.language import HANDED_OVER, ImageInput, LanguageEngine, encode_sampling, multi_modal_data
+from dynamo_epd.errors import InternalError, InvalidRequest, Preempted
+
+KV = {
+    "do_remote_prefill": True,
+    "remote_block_ids": [[1, 2]],
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_host": "h",
+    "remote_port": 1,
+    "tp_size": 1,
+}
 
 
 class EngineDouble:
-    """An AsyncLLM whose EngineCore says that one prefill after the other has ended."""
+    """An AsyncLLM whose EngineCore says that one prefill after the other has ended, and whose renderer makes two
+    tokens of a 9. ``given`` is what it was to generate from."""
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(max_model_len=64)
+        self.vllm_config = SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser=""))
+        self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
+        self.renderer = SimpleNamespace(
+            default_cmpl_tok_params=SimpleNamespace(with_kwargs=lambda **_: None), render_cmpl_async=self._render
+        )
+        self.given: list[dict[str, Any]] = []
+        self.rejected: list[str] = []
         self.engine_core = SimpleNamespace(get_output_async=self._said, outputs_queue=asyncio.Queue())
         self.ended = 0
 
@@ -22,6 +46,18 @@ class EngineDouble:
         self.ended += 1
         output = SimpleNamespace(request_id=f"call-{self.ended}-1a2b3c4d", kv_transfer_params={"blocks": self.ended})
         return SimpleNamespace(outputs=[output, SimpleNamespace(request_id="other-1", kv_transfer_params=None)])
+
+    async def _render(self, prompts: list[Any], _: Any) -> list[Any]:
+        ids = prompts[0]["prompt_token_ids"]
+        return [{"prompt_token_ids": [token for token in ids for _ in range(2 if token == 9 else 1)]}]
+
+    async def generate(self, rendered: Any, params: Any, request_id: str, **more: Any) -> Any:
+        self.given.append({**rendered, **more})
+        return
+        yield
+
+    async def notify_kv_transfer_request_rejected(self, request_id: str, kv: Any) -> None:
+        self.rejected.append(request_id)
 
     async def abort(self, request_id: str) -> None:
         """There is nothing to end."""
@@ -43,3 +79,68 @@ def test_the_youngest_of_what_was_handed_over_can_be_withdrawn_and_the_rest_is_f
         assert await engine.withdraw("call-8") is None, "forgotten"
 
     asyncio.run(main())
+
+
+def generated(double: EngineDouble, sampling: dict[str, Any] | None = None, **more: Any) -> None:
+    from vllm import SamplingParams
+
+    async def main() -> None:
+        engine = LanguageEngine(double, "decode", silence=1.0)
+        text = encode_sampling(SamplingParams(**sampling or {}))
+        async for _ in engine.generate("r", [1, 9, 2], [], sampling=text, cache_salt=None, **more):
+            """It says nothing."""
+
+    asyncio.run(main())
+
+
+def test_what_was_streamed_is_no_part_of_what_is_rendered() -> None:
+    """Its token that looks like a placeholder stays one, and so would all that a text could not give back."""
+    double = EngineDouble()
+    generated(double, streamed=[9, 5])
+    assert double.given[0]["prompt_token_ids"] == [1, 9, 9, 2, 9, 5]
+
+
+def test_a_kv_cache_is_taken_over_in_time_or_not_at_all() -> None:
+    double = EngineDouble()
+    with pytest.raises(Preempted):
+        generated(double, kv=KV, kv_until=time.time() - 0.01)
+    assert double.given == []
+    generated(double, kv=KV, kv_until=time.time() + 60)
+    assert len(double.given) == 1
+
+
+@pytest.mark.parametrize(
+    "kv", [{}, {"do_remote_prefill": True}, {**KV, "remote_block_ids": []}, {**KV, "tp_size": "x"}]
+)
+def test_what_is_no_kv_cache_never_reaches_the_engine(kv: dict[str, Any]) -> None:
+    double = EngineDouble()
+    engine = LanguageEngine(double, "decode", silence=1.0)
+    with pytest.raises(InvalidRequest):
+        asyncio.run(engine.reject("r", kv))
+    with pytest.raises(InvalidRequest):
+        generated(double, kv=kv)
+    assert (double.given, double.rejected) == ([], [])
+    asyncio.run(engine.reject("r", KV))
+    assert double.rejected == ["r"]
+
+
+def test_a_grammar_that_waits_for_the_end_of_reasoning_needs_its_parser() -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    double, schema = EngineDouble(), {"structured_outputs": StructuredOutputsParams(json={"type": "object"})}
+    with pytest.raises(InternalError, match="reasoning-parser"):
+        generated(double, schema, reasoning=Reasoning(False))
+    assert double.given == []
+    generated(double, schema, reasoning=Reasoning(True))
+    double.vllm_config.structured_outputs_config.reasoning_parser = "qwen3"
+    generated(double, schema, reasoning=Reasoning(False, {"thinking": True}))
+    assert [one["reasoning_ended"] for one in double.given] == [True, False]
+    assert double.given[1]["reasoning_parser_kwargs"] == {"chat_template_kwargs": {"thinking": True}}
+
+
+def test_an_embedding_is_copied_out_of_the_arena() -> None:
+    """vLLM sends it from where it lies, perhaps when its place is another's already."""
+    lies = torch.zeros(4, 8)
+    (given,) = multi_modal_data([ImageInput("u", lies)])
+    lies.fill_(1.0)
+    assert not given.any()

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from components.processor import Leased, Processor, continued, resumable, tenant_salt, texts_of
-from components.protocol import Encoded, Handle, PrefillReply
+from components.processor import Leased, Processor, continued, prompt_image, resumable, tenant_salt, texts_of
+from components.protocol import DecodeRequest, Encoded, Handle, PrefillReply
 from dynamo_epd.families import FAMILIES
 
 
@@ -24,27 +24,34 @@ def processor(family: str) -> Processor:
 
 
 LLAVA, QWEN = "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
-PREFILLED = PrefillReply({"remote_host": "x"}, [1, 9, 9, 2])
+PREFILLED = PrefillReply({"remote_host": "x"}, 5.0, [1, 9, 9, 2])
+
+
+def taken_over(family: str, images: list[Leased], tenant: str = "") -> DecodeRequest:
+    request = DecodeRequest("r", [1, 9, 2], [prompt_image(one) for one in images], "{}", tenant_salt(tenant), [7])
+    return processor(family).take_over(request, images, PREFILLED)
 
 
 def test_two_images_under_one_text_never_share_kv_on_decode():
-    one = processor(LLAVA).take_over("r", [1, 9, 2], [leased("a")], PREFILLED, "{}", "")
-    other = processor(LLAVA).take_over("r", [1, 9, 2], [leased("b")], PREFILLED, "{}", "")
+    one, other = taken_over(LLAVA, [leased("a")]), taken_over(LLAVA, [leased("b")])
     assert one.token_ids == other.token_ids == PREFILLED.token_ids, "decode gets the expanded prompt"
+    assert one.streamed == [], "they end with it"
     assert one.images == []
+    assert (one.kv, one.kv_until) == (PREFILLED.kv, 5.0)
     assert one.cache_salt
     assert one.cache_salt != other.cache_salt
 
 
 def test_the_order_of_images_is_part_of_what_decode_caches():
-    ab = processor(LLAVA).take_over("r", [], [leased("a"), leased("b")], PREFILLED, "{}", "")
-    ba = processor(LLAVA).take_over("r", [], [leased("b"), leased("a")], PREFILLED, "{}", "")
+    ab = taken_over(LLAVA, [leased("a"), leased("b")])
+    ba = taken_over(LLAVA, [leased("b"), leased("a")])
     assert ab.cache_salt != ba.cache_salt
 
 
 def test_decode_of_a_model_with_image_positions_gets_metadata_and_the_short_prompt():
-    request = processor(QWEN).take_over("r", [1, 9, 2], [leased("a", image_grid_thw=[1, 4, 4])], PREFILLED, "{}", "")
-    assert request.token_ids == [1, 9, 2]
+    request = taken_over(QWEN, [leased("a", image_grid_thw=[1, 4, 4])])
+    assert (request.token_ids, request.streamed) == ([1, 9, 2], [7])
+    assert (request.kv, request.kv_until) == (PREFILLED.kv, 5.0)
     assert [(image.uuid, image.handle, image.metadata) for image in request.images] == [
         ("a", None, {"image_grid_thw": [1, 4, 4]})
     ]
@@ -54,9 +61,7 @@ def test_decode_of_a_model_with_image_positions_gets_metadata_and_the_short_prom
 def test_tenants_never_share_a_prefix(family):
     images = [leased("a", **({"image_grid_thw": [1, 4, 4]} if family == QWEN else {}))]
     for pictures in (images, []):
-        requests = [
-            processor(family).take_over("r", [], pictures, PREFILLED, "{}", tenant) for tenant in ("", "x", "y")
-        ]
+        requests = [taken_over(family, pictures, tenant) for tenant in ("", "x", "y")]
         assert len({request.cache_salt for request in requests}) == 3
     assert tenant_salt("") is None
 

@@ -170,6 +170,28 @@ def test_a_worker_drains_on_sigterm(relay: Served, events: Path) -> None:
     eventually(lambda: relay.workers("Back").get(0) not in (None, victim), "a new worker")
 
 
+def test_a_worker_that_leaves_is_reached_by_those_whom_it_served(relay: Served, events: Path) -> None:
+    """And by nobody else, until it owes nobody anything: a picture that it laid out may still be to be fetched."""
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    events.write_text("")
+    served = relay.call({"number": 1})["results"][0]
+    instance = int(served["instance"])
+    assert relay.call({}, endpoint="again", instance=instance)["results"][0]["ticks"] == [0]
+    running = {"number": 40, "pause": 0.1}
+    calling = threading.Thread(target=lambda: relay.call(running, instance=instance))
+    calling.start()
+    time.sleep(0.5)
+    os.kill(relay.workers("Back")[served["worker"]], signal.SIGTERM)
+    eventually(lambda: "error" in relay.call({"number": 1}, instance=instance)["results"][0], "it leaves")
+    assert relay.call({}, endpoint="again", instance=instance)["results"][0]["ticks"] == [0]
+    calling.join()
+    eventually(lambda: "shutdown second" in events.read_text(), "its hooks")
+    lines = events.read_text().splitlines()
+    assert lines.index("drained") < lines.index("shutdown second")
+    assert lines.count("drained") == 1
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances again")
+
+
 def test_a_worker_that_was_paused_is_passed_over_and_comes_back(relay: Served) -> None:
     """Longer than its lease in discovery: what a laptop's sleep does to every worker."""
     eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine streams: the tokens of one step of one request, as a message that may cross processes."""
+"""What an engine streams, the tokens of one step of one request, and what a grammar must know: as messages."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 
@@ -28,3 +30,12 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     """Length of the prompt with its image tokens; on the first delta only."""
     queue_seconds: float | None = None
     """How long the request waited in the engine; on the first delta only."""
+
+
+class Reasoning(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where an answer that must keep to a grammar is first reasoned about, and the grammar holds only then."""
+
+    ended: bool = False
+    """Whether the prompt ends that already."""
+    template: dict[str, Any] = {}
+    """What the chat template was given: parsers of some models depend on it."""

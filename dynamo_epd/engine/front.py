@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from msgspec.structs import replace
 from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -44,7 +46,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
-from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.language import encode_sampling
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound
 
@@ -62,6 +64,8 @@ class Prompt:
     """References, in prompt order, as they stood in the body's ``image_url`` parts."""
     sampling: str
     """`dynamo_epd.engine.language.encode_sampling`'s text."""
+    reasoning: Reasoning | None = None
+    """None where there is no reasoning, or no parser of it."""
 
 
 Conduct = Callable[[Prompt], AsyncGenerator[Delta, None]]
@@ -171,6 +175,9 @@ class OpenAIFront:
         streaming = False
         try:
             result = await create(kind.model_validate(_greedy_many(body)))
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # which vLLM turns into an answer
+                raise asyncio.CancelledError
             if isinstance(result, ErrorResponse):
                 raise _refusal(result)
             if not isinstance(result, AsyncGenerator):
@@ -231,7 +238,8 @@ class _Run:
     async def close(self) -> None:
         """Ends what produces tokens. vLLM's own generators, when closed, leave that to the garbage collector."""
         for outputs in self.outputs:
-            await outputs.aclose()
+            with suppress(RuntimeError):  # of several prompts one failed: the others' are just being cancelled by vLLM
+                await outputs.aclose()
 
 
 _current: ContextVar[_Run] = ContextVar("run")
@@ -333,18 +341,34 @@ class _ConductedEngine(EngineClient):
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
 
     def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **_: Any
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """A plain function that returns a generator: bad parameters are refused before the stream begins."""
+        reasoning = None
+        if reasoning_ended or reasoning_parser_kwargs is not None:
+            template = (reasoning_parser_kwargs or {}).get("chat_template_kwargs")
+            reasoning = Reasoning(bool(reasoning_ended), template or {})
         request = self.input_processor.process_inputs(request_id, prompt, sampling_params, ("generate",))
         self.input_processor.assign_request_id(request)
         run = _current.get()
-        outputs = self._stream(run, request, prompt.get("images", []), prompt.get("prompt"))
+        outputs = self._stream(run, request, prompt.get("images", []), prompt.get("prompt"), reasoning)
         run.outputs.append(outputs)
         return outputs
 
     async def _stream(
-        self, run: _Run, request: EngineCoreRequest, images: list[str], text: str | None
+        self,
+        run: _Run,
+        request: EngineCoreRequest,
+        images: list[str],
+        text: str | None,
+        reasoning: Reasoning | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         params = request.params
         queue = RequestOutputCollector(params.output_kind, request.request_id)
@@ -352,7 +376,14 @@ class _ConductedEngine(EngineClient):
         for answer, parent, index in _fan_out(request):
             self.output_processor.add_request(answer, text, parent, index, queue)
             answers.append(answer)
-        tasks = [asyncio.create_task(self._feed(run, answer, images, queue)) for answer in answers]
+        prompts = [
+            Prompt(answer.request_id, answer.prompt_token_ids, images, encode_sampling(answer.params), reasoning)
+            for answer in answers
+        ]
+        tasks = [
+            asyncio.create_task(self._feed(run, answer, prompt, queue))
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
         try:
             finished = False
             while not finished:
@@ -366,11 +397,8 @@ class _ConductedEngine(EngineClient):
             self.output_processor.abort_requests([request.request_id], internal=True)
             queue.close()
 
-    async def _feed(
-        self, run: _Run, request: EngineCoreRequest, images: list[str], queue: RequestOutputCollector
-    ) -> None:
+    async def _feed(self, run: _Run, request: EngineCoreRequest, prompt: Prompt, queue: RequestOutputCollector) -> None:
         """Brings one answer's deltas to the output processor, until either side says that it is done."""
-        prompt = Prompt(request.request_id, request.prompt_token_ids, images, encode_sampling(request.params))
         deltas = run.conduct(prompt)
         try:
             async for delta in deltas:
@@ -378,12 +406,15 @@ class _ConductedEngine(EngineClient):
                 if state is None:
                     return
                 if delta.prompt_tokens is not None:
-                    # Usage counts the image tokens; only the length of these ids is ever looked at.
-                    state.prompt_token_ids = [0] * delta.prompt_tokens
+                    # Usage counts the image tokens. A reasoning parser looks at the ids, at how they end.
+                    ids = request.prompt_token_ids
+                    state.prompt_token_ids = [0] * (delta.prompt_tokens - len(ids)) + ids
                     state.prompt_len = delta.prompt_tokens
-                processed = self.output_processor.process_outputs([_core_output(request.request_id, delta)])
-                if delta.finish_reason is not None or processed.reqs_to_abort:
-                    return
+                # A stop string ends an answer at a token, and what was said after it is not the answer's.
+                for one in _single(delta) if request.sampling_params.stop else (delta,):
+                    processed = self.output_processor.process_outputs([_core_output(request.request_id, one)])
+                    if one.finish_reason is not None or processed.reqs_to_abort:
+                        return
             raise InternalError("The answer ended before its end.")
         except EpdError as error:
             run.failure = error
@@ -442,6 +473,13 @@ def _fan_out(request: EngineCoreRequest) -> list[tuple[EngineCoreRequest, Parent
         answer.request_id, answer.sampling_params = parent.get_child_info(index)
         answers.append((answer, parent, index))
     return answers
+
+
+def _single(delta: Delta) -> Iterator[Delta]:
+    """A delta's tokens one by one; the last has how it ends."""
+    for index, token in enumerate(delta.token_ids[:-1]):
+        yield Delta([token], logprobs=delta.logprobs and delta.logprobs[index : index + 1])
+    yield replace(delta, token_ids=delta.token_ids[-1:], logprobs=delta.logprobs and delta.logprobs[-1:])
 
 
 def _core_output(request_id: str, delta: Delta) -> EngineCoreOutput:

@@ -2,13 +2,16 @@
 """One vLLM engine as a stage uses it: prefill and hand over the KV cache, take it over and decode, or both in one.
 
 Which of them an engine can do is its ``kv_role``; the calls are the same. Prompts are token ids with one placeholder an
-image (vLLM expands them) or, where the KV cache is taken over, the expanded ids that prefill returned.
+image (vLLM expands them) or, where the KV cache is taken over, the expanded ids that prefill returned. The beginning of
+an answer that goes on is told apart from them: for some models vLLM turns a prompt with images into text and back, and
+would make other tokens of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import socket
@@ -24,7 +27,7 @@ import msgspec
 import psutil
 
 from dynamo_epd import tracing
-from dynamo_epd.engine.delta import Delta, TokenLogprobs
+from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
@@ -41,6 +44,11 @@ decode workers that were killed fill a busy cache."""
 HANDED_OVER = 1024
 """KV caches whose handles a prefill engine remembers: as many as a worker has calls at once. A caller that leaves says
 so at once, and a handle is of no use after its lease; those of long prompts have thousands of blocks each."""
+
+TAKE_OVER_SECONDS = 2.0
+"""How old a KV cache may be when a decode engine is told to pull it. Less than `wire.SILENT_SECONDS`, after which
+whoever asked gives a worker up, and lets prefill free the blocks: one that stood still for longer would pull those of
+another prompt. Compared by the clocks of two machines."""
 
 ALONE_ON_A_CARD = 0.9
 """Share of a card's memory that one engine takes: vLLM's own default."""
@@ -68,9 +76,11 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt whose KV cache waits to be pulled, once."""
+    """A prompt whose KV cache waits to be pulled, once, by a decode engine that is told to before ``until`` (Unix
+    seconds)."""
 
     kv: dict[str, Any]
+    until: float
     token_ids: list[int]
     queue_seconds: float
 
@@ -152,9 +162,16 @@ class LanguageEngine:
             pass
 
     async def prefill(
-        self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], *, cache_salt: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        images: Sequence[ImageInput],
+        *,
+        cache_salt: str | None,
+        streamed: Sequence[int] = (),
     ) -> Prefilled:
-        """Fills the KV cache of a prompt and keeps it for one reader. The one sampled token is thrown away.
+        """Fills the KV cache of a prompt, and of what is there of its answer, and keeps it for one reader. The one
+        sampled token is thrown away.
 
         Raises:
             InvalidRequest: the expanded prompt does not fit the model.
@@ -174,12 +191,13 @@ class LanguageEngine:
             }
         }
         last = None
-        async for output in self._run(request_id, token_ids, images, cache_salt, params):
+        async for output in self._run(request_id, token_ids, images, cache_salt, params, streamed):
             last = output
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
         _trace_hand_over(last.kv_transfer_params)
-        return Prefilled(last.kv_transfer_params, list(last.prompt_token_ids), queued(last))
+        until = time.time() + TAKE_OVER_SECONDS
+        return Prefilled(last.kv_transfer_params, until, list(last.prompt_token_ids), queued(last))
 
     def _note_what_is_handed_over(self) -> None:
         """As soon as EngineCore says it: AsyncLLM drops what is said of a request that was aborted on this side."""
@@ -215,32 +233,37 @@ class LanguageEngine:
         *,
         sampling: str,
         cache_salt: str | None,
+        streamed: Sequence[int] = (),
+        reasoning: Reasoning | None = None,
         kv: dict[str, Any] | None = None,
+        kv_until: float = math.inf,
     ) -> AsyncGenerator[Delta, None]:
-        """Streams the answer. With ``kv`` the prompt's KV cache is pulled from the engine that prefilled it.
+        """Streams the answer, or what follows the tokens that are ``streamed`` of it. With ``kv`` the prompt's KV cache
+        is pulled from the engine that prefilled it, unless it is later than ``kv_until`` (Unix seconds).
 
         ``sampling`` is `encode_sampling`'s text. Closing the iterator aborts the request in the engine.
 
         Raises:
             InvalidRequest: the expanded prompt does not fit the model, or ``kv`` is none.
-            Preempted: the engine lost the KV cache (preemption, or it could not be pulled).
+            InternalError: a grammar is to hold after the reasoning, and this engine was started without its parser.
+            Preempted: the engine lost the KV cache (preemption, or it could not be pulled), or it is too old.
         """
         from vllm.sampling_params import RequestOutputKind
 
         params = decode_sampling(sampling)
         params.output_kind = RequestOutputKind.DELTA
+        parser = self._engine.vllm_config.structured_outputs_config.reasoning_parser
+        if params.structured_outputs is not None and reasoning is not None and not (reasoning.ended or parser):
+            raise InternalError("'reasoning-parser' is set for the Processor, and not for the DecodeWorker")
         if kv is not None:
             if self._role != "decode":
                 # vLLM would ignore it and prefill the placeholder tokens: a wrong answer in silence.
                 raise InternalError("this engine cannot take a KV cache over")
-            try:
-                msgspec.convert(kv, HandedOver)
-            except msgspec.ValidationError as error:
-                raise InvalidRequest("what was handed over is no KV cache") from error
+            _check_handed_over(kv)
             _trace_hand_over(kv)
             params.extra_args = {"kv_transfer_params": kv}
         first = True
-        outputs = self._run(request_id, token_ids, images, cache_salt, params)
+        outputs = self._run(request_id, token_ids, images, cache_salt, params, streamed, reasoning, kv_until)
         try:
             async for output in outputs:
                 completion = output.outputs[0]
@@ -261,7 +284,11 @@ class LanguageEngine:
             await outputs.aclose()
 
     async def reject(self, request_id: str, kv: dict[str, Any]) -> None:
-        """Tells the engine that prefilled it that nobody will pull this KV cache, so that it frees the blocks now."""
+        """Tells the engine that prefilled it that nobody will pull this KV cache, so that it frees the blocks now.
+
+        Raises InvalidRequest where ``kv`` is none.
+        """
+        _check_handed_over(kv)
         await self._engine.notify_kv_transfer_request_rejected(request_id, kv)
 
     @property
@@ -291,7 +318,15 @@ class LanguageEngine:
         self._engine.shutdown()
 
     async def _run(
-        self, request_id: str, token_ids: list[int], images: Sequence[ImageInput], cache_salt: str | None, params: Any
+        self,
+        request_id: str,
+        token_ids: list[int],
+        images: Sequence[ImageInput],
+        cache_salt: str | None,
+        params: Any,
+        streamed: Sequence[int] = (),
+        reasoning: Reasoning | None = None,
+        until: float = math.inf,
     ) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
@@ -311,6 +346,7 @@ class LanguageEngine:
         except ValueError as error:
             # Placeholders and images that do not match: a template that drops an image, or a prompt of token ids.
             raise InvalidRequest("the prompt does not hold one place for each of its images") from error
+        rendered["prompt_token_ids"] = [*rendered["prompt_token_ids"], *streamed]
         length = len(rendered["prompt_token_ids"])
         room = self._max_model_len - length
         if room < 1:
@@ -324,8 +360,17 @@ class LanguageEngine:
         params.min_tokens = min(params.min_tokens, params.max_tokens)
         if not self.unfinished:
             self._heard = time.monotonic()
+        if time.time() > until:  # the last moment before the engine pulls
+            raise Preempted("the KV cache was not taken over in time")
         try:
-            outputs = self._engine.generate(rendered, params, request_id, trace_headers=tracing.carried())
+            outputs = self._engine.generate(
+                rendered,
+                params,
+                request_id,
+                trace_headers=tracing.carried(),
+                reasoning_ended=reasoning and reasoning.ended,
+                reasoning_parser_kwargs=reasoning and {"chat_template_kwargs": reasoning.template},
+            )
             async for output in outputs:
                 self._heard = time.monotonic()
                 yield output
@@ -334,6 +379,13 @@ class LanguageEngine:
             raise InvalidRequest(str(error.args[0]), param=error.parameter) from error
         except EngineDeadError as error:
             raise WorkerLost("the engine's process is gone") from error
+
+
+def _check_handed_over(kv: dict[str, Any]) -> None:
+    try:
+        msgspec.convert(kv, HandedOver)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest("what was handed over is no KV cache") from error
 
 
 def _trace_hand_over(kv: Mapping[str, Any]) -> None:
@@ -359,8 +411,10 @@ def multi_modal_data(images: Sequence[ImageInput]) -> Any:
         return [Image.fromarray(tensor.numpy()) for tensor in tensors]
     names = images[0].metadata.keys()
     if not names:
-        # One tensor an image: (tokens, hidden). vLLM knows embeddings from pixels by their two dimensions.
-        return tensors
+        # One tensor an image: (tokens, hidden). vLLM knows embeddings from pixels by their two dimensions. Copied: it
+        # sends them to EngineCore from where they lie, and that may be over later than the request, whose place in the
+        # arena is then another's.
+        return [tensor.clone() for tensor in tensors]
     data: dict[str, Any] = {name: torch.tensor([image.metadata[name] for image in images]) for name in names}
     if tensors:
         data["image_embeds"] = torch.cat(tensors)

@@ -9,6 +9,7 @@ from dynamo_epd.sdk.endpoints import (
     async_on_start,
     endpoint,
     liveness,
+    on_drain,
     on_shutdown,
     readiness,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "dynamo_endpoint",
     "endpoint",
     "liveness",
+    "on_drain",
     "on_shutdown",
     "readiness",
     "service",

@@ -14,11 +14,13 @@ _MARK = "__dynamo_mark__"
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What a decorated function is: ``kind`` is endpoint, api, on_start, on_shutdown, liveness or readiness."""
+    """What a decorated function is: ``kind`` is endpoint, api, on_start, on_drain, on_shutdown, liveness or
+    readiness."""
 
     kind: str
     name: str = ""
     max_in_flight: int = DEFAULT_IN_FLIGHT
+    addressed: bool = False
 
 
 def mark_of(function: Any) -> Mark | None:
@@ -31,14 +33,22 @@ def _marked(function: Callable[..., Any], mark: Mark) -> Callable[..., Any]:
 
 
 def endpoint(
-    function: Callable[..., Any] | None = None, *, name: str | None = None, max_in_flight: int = DEFAULT_IN_FLIGHT
+    function: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    max_in_flight: int = DEFAULT_IN_FLIGHT,
+    addressed: bool = False,
 ) -> Any:
-    """An async generator that other services may call. Above ``max_in_flight`` at once it answers `Overloaded`."""
+    """An async generator that other services may call. Above ``max_in_flight`` at once it answers `Overloaded`.
+
+    One that is ``addressed`` is asked of the instance that served the caller before: a worker that leaves answers there
+    until it owes nobody anything, while its others are given to its neighbours.
+    """
     if isinstance(function, str):  # 0.2.1 took the name as first argument
         function, name = None, function
 
     def mark(target: Callable[..., Any]) -> Callable[..., Any]:
-        return _marked(target, Mark("endpoint", name or target.__name__, max_in_flight))
+        return _marked(target, Mark("endpoint", name or target.__name__, max_in_flight, addressed))
 
     return mark(function) if function is not None else mark
 
@@ -72,6 +82,11 @@ def _moment(kind: str) -> Callable[..., Any]:
 
 async_on_start = _moment("on_start")
 async_on_start.__doc__ = "Runs after ``__init__`` and before anything is served; bare or called, also inherited."
+on_drain = _moment("on_drain")
+on_drain.__doc__ = (
+    "Runs in a worker that leaves, after the last request has finished and within the drain's bound: it waits for those "
+    "who still are to fetch something."
+)
 on_shutdown = _moment("on_shutdown")
 on_shutdown.__doc__ = "Runs after the last request has finished; hooks run in the reverse of their order of definition."
 liveness = _moment("liveness")

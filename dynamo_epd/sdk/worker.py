@@ -3,7 +3,8 @@
 
 Its life: connect → construct → start hooks → serve endpoints → open HTTP → say ready → wait → drain → shutdown hooks.
 SIGTERM and Ctrl-C bound the drain; `LEAVE` does not, and one of those may follow it.
-Exit status 0 after a drain, 2 when the configuration cannot work (no use in trying again), 1 for everything else.
+Exit status 0 after a drain, 2 when the configuration cannot work (at a first start: no use in trying again), 1 for
+everything else.
 """
 
 from __future__ import annotations
@@ -333,16 +334,26 @@ class Worker:
         notify(STATUS="closing", X_DRAINED=1)
 
     async def _finish(self) -> None:
-        for endpoint in self._served():
-            try:
-                await endpoint.unregister_endpoint_instance()
-            except Exception as error:  # the runtime's: discovery is gone, and forgets us when our lease ends
-                log.warning("cannot leave discovery: %s", error)
+        await self._leave_discovery(addressed=False)
         if self._http is not None:
             await self._http.stop()
         if self._served():
             await asyncio.sleep(SETTLE)
         await self.in_flight.idle()
+        await self._run_hooks("on_drain")
+        await self._leave_discovery(addressed=True)
+        await self.in_flight.idle()
+
+    async def _leave_discovery(self, *, addressed: bool) -> None:
+        """With those endpoints that are `addressed`, or with the others."""
+        asked_again = {mark.name for mark in self.info.marked("endpoint").values() if mark.addressed}
+        for endpoint, name in zip(self._served(), itertools.cycle(self._names()), strict=False):
+            if (name in asked_again) is not addressed:
+                continue
+            try:
+                await endpoint.unregister_endpoint_instance()
+            except Exception as error:  # the runtime's: discovery is gone, and forgets us when our lease ends
+                log.warning("cannot leave discovery: %s", error)
 
     async def _disconnect(self) -> None:
         if self.runtime is None:

@@ -15,7 +15,17 @@ from typing import Any
 import msgspec
 
 from dynamo_epd.errors import EpdError, InvalidRequest
-from dynamo_epd.sdk import api, async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import (
+    api,
+    async_on_start,
+    depends,
+    dynamo_context,
+    endpoint,
+    on_drain,
+    on_shutdown,
+    service,
+    service_config,
+)
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -58,6 +68,10 @@ class Back:
             raise RuntimeError("back cannot start")
         note(self.config, f"start {dynamo_context['worker_index']}")
 
+    @on_drain
+    async def owes_nothing(self) -> None:
+        note(self.config, "drained")
+
     @on_shutdown
     async def first_hook(self) -> None:
         note(self.config, "shutdown first")
@@ -65,6 +79,10 @@ class Back:
     @on_shutdown
     def second_hook(self) -> None:
         note(self.config, "shutdown second")
+
+    @endpoint(addressed=True)
+    async def again(self, ask: Ask) -> AsyncIterator[Tick]:
+        yield Tick(0, dynamo_context["worker_index"], dynamo_context["instance_id"])
 
     @endpoint(max_in_flight=8)
     async def answer(self, ask: Ask) -> AsyncIterator[Tick]:
