@@ -72,12 +72,15 @@ class BesideChat(Results, ArenaOwner):
         """``POST /v1/embeddings``, in a graph with an embed worker."""
         if not self.embed_worker:
             raise NotFound("this graph has no embedding model")
-        with self.accounted(request.state.request_id) as account, self.admitted():
+        async with AsyncExitStack() as held:
+            account = held.enter_context(self.accounted(request.state.request_id))
+            held.enter_context(self.admitted())
             body = await parsed(await request.body(), check_embeddings)
             message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
             found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+            pieces = embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64)
             account.status = 200
-            return JSONResponse(embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64))
+            return HeldStream(pieces, held.pop_all(), headers={"content-type": "application/json"})
 
     async def generate_images(self, request: Request) -> Response:
         """``POST /v1/images/generations``, in a graph with an image worker. Several pictures go to several workers."""

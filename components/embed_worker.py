@@ -61,7 +61,11 @@ class EmbedWorker(ArenaOwner):
 
         config = self.config
         self.encoder = await asyncio.to_thread(
-            TextEncoder, config.model, dtype=config.dtype, max_tokens=config.max_tokens
+            TextEncoder,
+            config.model,
+            dtype=config.dtype,
+            max_tokens=config.max_tokens,
+            batch_tokens=config.batch_tokens,
         )
         metrics = Metrics(dynamo_context["namespace"], "EmbedWorker", config.model)
         self.metrics = metrics.stage()
@@ -69,7 +73,7 @@ class EmbedWorker(ArenaOwner):
             self.encoder.encode,
             most=config.batch_tokens,
             waiting=config.max_waiting,
-            weight=len,
+            weight=len,  # without padding: the encoder splits what would be too much with it, by length
             observe=metrics.embed_batch_size().observe,
         )
         await self.open_arena(config.arena_bytes)
@@ -93,8 +97,8 @@ class EmbedWorker(ArenaOwner):
 
     @endpoint()
     async def states(self, request: StatesRequest) -> AsyncIterator[States]:
-        """Token-level states for a picture, and the prompt's vector: one forward where the pipeline masks its padding,
-        else two rows of one batch."""
+        """Token-level states for a picture, and the prompt's vector: of one row where the pipeline masks its padding,
+        else of two in one batch."""
         if not 0 < request.real <= len(request.ids) <= self.config.batch_tokens:
             raise InvalidRequest(f"a prompt has from 1 to {self.config.batch_tokens} tokens")
         real = request.ids[: request.real]

@@ -10,7 +10,9 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import numpy as np
 import openai
@@ -18,8 +20,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
-from components.embed_worker import AT_ONCE, MOST_CHARACTERS, tokenized
+from components.embed_worker import AT_ONCE, MOST_CHARACTERS, EmbedConfig, EmbedWorker, tokenized
+from dynamo_epd import metrics
 from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.text.t5 import TextEncoder
 from models import world
 from tests.serving import Graph, serve
@@ -195,3 +199,36 @@ def test_texts_are_tokenized_in_order_beside_the_loop_and_not_after_a_cancel() -
 
     asyncio.run(both())  # waits for its threads
     assert seen == texts[:AT_ONCE]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([64, *[2] * 90], [(1, 64), (90, 2)]),
+        (list(range(21, 1, -1)), [(5, 21), (15, 16)]),
+    ],
+)
+def test_batch_tokens_bound_a_forward_with_its_padding(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: list[tuple[int, int]]
+) -> None:
+    """The texts weigh what one batch may weigh. Padded to the longest they would be more."""
+    monkeypatch.setattr(metrics, "Metrics", MagicMock())
+    monkeypatch.setitem(dynamo_context, "namespace", "tests")
+    worker = object.__new__(EmbedWorker)
+    config = EmbedConfig(str(DIRECTORY), batch_tokens=256)
+    vars(worker).update(config=config, open_arena=AsyncMock(), arena=SimpleNamespace(stats=None))
+    shapes: list[tuple[int, int]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    async def main() -> None:
+        await worker.start()
+        worker.encoder._model.register_forward_pre_hook(note, with_kwargs=True)
+        done = await worker.batcher.submit_all([[5] * length for length in lengths])
+        assert [len(one.result.states) for one in done] == lengths
+        worker.batcher.close()
+
+    assert sum(lengths) <= 256 < len(lengths) * max(lengths)
+    asyncio.run(main())
+    assert sorted(shapes) == expected
