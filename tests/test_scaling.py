@@ -97,6 +97,30 @@ def test_a_worker_keeps_index_port_and_card_until_it_has_drained(monkeypatch: py
     asyncio.run(grow_and_shrink())
 
 
+def test_who_is_not_ready_leaves_before_who_serves_and_leaves_its_place_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of(monkeypatch, "4,5,6,7", Busy__ServiceArgs__resources__gpu="1", Busy__ServiceArgs__workers="4")
+
+    async def shrink_and_grow() -> None:
+        scaling, supervisor = await running(plan, [])
+        ports, cards = (environments(supervisor, key) for key in ("DYN_SYSTEM_PORT", "CUDA_VISIBLE_DEVICES"))
+        assert sorted(cards.values()) == ["4", "5", "6", "7"]
+        supervisor.may_end.set()
+        for dead, count, left in (([0, 2], 3, [0, 1, 3]), ([0], 1, [1])):
+            for index in dead:
+                supervisor.slots[f"Busy-{index}"].ready = False
+            await scaling.resize("Busy", count, "a test")
+            await asyncio.sleep(0.01)
+            assert [one["index"] for one in scaling.status()["Busy"]] == left
+        assert await scaling.resize("Busy", 4, "a test") == 1
+        assert [one["index"] for one in scaling.status()["Busy"]] == [0, 1, 2, 3]
+        assert environments(supervisor, "DYN_SYSTEM_PORT") == ports
+        assert environments(supervisor, "CUDA_VISIBLE_DEVICES") == cards
+
+    asyncio.run(shrink_and_grow())
+
+
 def test_what_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(monkeypatch, "4,5", Busy__ServiceArgs__resources__gpu="1", Planner__stages__Calm="{min: 0, max: 2}")
 

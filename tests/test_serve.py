@@ -99,6 +99,27 @@ def test_a_terminal_that_is_gone_does_not_keep_it(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
 
 
+def test_a_terminal_that_is_held_does_not_keep_it(tmp_path: Path) -> None:
+    """Ctrl-S, a connection that stalls: nobody reads, and what is printed finds no room."""
+    command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", RELAY, "-p", "0"]
+    environment = dict(os.environ) | {"XDG_STATE_HOME": str(tmp_path)}
+    theirs, ours = os.pipe()
+    with open(theirs) as read, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=ours) as process:
+        assert any(line.startswith("http://") for line in read)
+        os.set_blocking(ours, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(ours, b"x" * 4096)
+        os.set_blocking(ours, True)
+        os.close(ours)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
 def test_workers_and_nats_die_with_the_command_however_it_goes(tmp_path: Path) -> None:
     with Served(tmp_path, RELAY) as served:
         served.wait_until_up()

@@ -4,14 +4,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import errno
 import os
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import circus.process
+import psutil
 import pytest
 
+from dynamo_epd.sdk import notify as notify_module
 from dynamo_epd.sdk import supervisor as supervisor_module
+from dynamo_epd.sdk.notify import WAIT_SECONDS, notify
 from dynamo_epd.sdk.supervisor import (
+    BAD_CONFIG,
     LEAVE_SECONDS,
     MAX_DEATHS,
     MAX_FIRST_STARTS,
@@ -265,3 +280,234 @@ def test_who_leaves_is_ended_where_it_stands_still_and_hurries_where_the_graph_e
 
 def test_who_leaves_has_time_for_the_longest_request() -> None:
     assert LEAVE_SECONDS >= MAX_LEASE_SECONDS
+
+
+@contextlib.asynccontextmanager
+async def opened(show: Callable[[str], None] = lambda _: None) -> AsyncIterator[Supervisor]:
+    """One that keeps services Back and Front, for a minute at most."""
+    supervisor = Supervisor([["Back", "Front"]], drain=1, show=show)
+    await supervisor.open()
+    try:
+        async with asyncio.timeout(60):
+            yield supervisor
+            await supervisor.stop()
+    finally:
+        supervisor.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+WITH_A_CHILD = ["sh", "-c", "sleep 600 & wait"]
+"""As an engine's worker is: a child holds its output, whatever becomes of the worker itself."""
+
+
+def test_what_is_opened_after_a_death_is_heard_though_a_child_held_the_dead_ones_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pipes, pidfds and connections get the numbers of the pipes that were closed."""
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.25)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readline())
+        writer.close()
+
+    async def main() -> None:
+        async with opened() as supervisor:
+            door = str(supervisor.directory / "door")
+            server = await asyncio.start_unix_server(answer, door)
+            slots = [Slot(name, 0, WITH_A_CHILD, dict(os.environ), waits_for_ready=False) for name in ("Back", "Front")]
+            for slot in slots:
+                await supervisor.start(slot)
+            for turn in range(3):
+                # the first to die is the last to be started again, so that each gets what was the other's
+                slots[0].deaths, slots[1].deaths = turn % 2, (turn + 1) % 2
+                for slot in sorted(slots, key=lambda one: -one.deaths):
+                    assert slot.pid is not None
+                    os.kill(slot.pid, signal.SIGKILL)
+                    async with asyncio.timeout(5):
+                        await until(lambda slot=slot: slot.pid is None)  # type: ignore[misc]
+                async with asyncio.timeout(5):
+                    reader, writer = await asyncio.open_unix_connection(door)
+                    writer.write(b"anybody?\n")
+                    assert await reader.readline() == b"anybody?\n"
+                    writer.close()
+                    failed = asyncio.ensure_future(supervisor.failed())
+                    while not all(slot.pid for slot in slots):
+                        assert not failed.done(), failed.exception()
+                        await asyncio.sleep(0.01)
+                    failed.cancel()
+            server.close()
+
+    asyncio.run(main())
+
+
+def test_the_last_words_are_read_though_a_child_holds_the_output() -> None:
+    script = "sleep 600 & seq 3000; echo the last word; kill -9 $$"
+    lines = until_it_keeps_dying(Slot("Back", 0, ["sh", "-c", script], dict(os.environ)))
+    assert lines.count("[Back-0] the last word") == MAX_FIRST_STARTS - 1  # the last time it is the error's to tell
+
+
+REFUSES_ONCE_IT_RAN = """
+import os, socket, sys, time
+if os.environ["DYNAMO_RESTARTS"] == "1":
+    sys.exit(2)
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+    one.sendto(f"MAINPID={os.getpid()}\\nREADY=1".encode(), os.environ["NOTIFY_SOCKET"])
+time.sleep(600)
+"""
+
+
+def test_a_configuration_that_worked_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    lines: list[str] = []
+
+    async def main() -> None:
+        async with opened(lines.append) as supervisor:
+            slot = Slot("Back", 0, [sys.executable, "-c", REFUSES_ONCE_IT_RAN], dict(os.environ))
+            await supervisor.start(slot)
+            await supervisor.ready()
+            assert slot.pid is not None
+            os.kill(slot.pid, signal.SIGKILL)
+            back = asyncio.create_task(until(lambda: slot.restarts == 2 and slot.ready))
+            failed = asyncio.create_task(supervisor.failed())
+            await asyncio.wait([back, failed], return_when=asyncio.FIRST_COMPLETED)
+            assert not failed.done(), failed.exception()
+            failed.cancel()
+
+    asyncio.run(main())
+    assert any(f"Back-0 died (exit status {BAD_CONFIG}); starting it again" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (subprocess.SubprocessError("Exception occurred in preexec_fn."), r"Exception occurred in preexec_fn\."),
+    ],
+    ids=["fork", "preexec"],
+)
+def test_a_restart_that_gives_no_process_is_a_death_among_others(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    lines: list[str] = []
+    tried = 0
+
+    def no_process(*_: Any, **__: Any) -> None:
+        nonlocal tried
+        tried += 1
+        raise error
+
+    async def main() -> None:
+        async with opened(lines.append) as supervisor:
+            slot = Slot("Back", 0, ["sleep", "600"], dict(os.environ), waits_for_ready=False)
+            await supervisor.start(slot)
+            assert slot.pid is not None
+            failed = asyncio.create_task(supervisor.failed())
+            with monkeypatch.context() as patched:
+                patched.setattr(circus.process, "Popen", no_process)
+                os.kill(slot.pid, signal.SIGKILL)
+                await until(lambda: slot.deaths == 3)
+            await until(lambda: slot.pid is not None)
+            assert not failed.done(), failed.exception()
+            failed.cancel()
+
+    asyncio.run(main())
+    assert tried == 2
+    said = [line for line in lines if "cannot be started" in line]
+    assert len(said) == 2
+    assert why.replace("\\", "") in said[0]
+
+
+def test_what_cannot_be_started_at_all_is_an_error_with_its_reason() -> None:
+    async def main() -> None:
+        async with opened() as supervisor:
+            await supervisor.start(Slot("Back", 0, ["/no/such/command"], dict(os.environ)))
+            with pytest.raises(GraphFailed, match=r"Back-0 cannot be started: .*No such file.*'/no/such/command'"):
+                await supervisor.failed()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    """This process gets the orphans among its descendants, as the first process of a container does."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+    yield
+    ctypes.CDLL(None).prctl(set_child_subreaper, 0)
+
+
+@pytest.mark.usefixtures("adopting")
+def test_adopted_orphans_are_waited_for_and_nobody_elses_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "WATCH_SECONDS", 0.02)
+
+    async def main() -> None:
+        async with opened() as supervisor:
+            slot = Slot("Back", 0, WITH_A_CHILD, dict(os.environ), waits_for_ready=False)
+            await supervisor.start(slot)
+            assert slot.pid is not None
+            worker = psutil.Process(slot.pid)
+            await until(lambda: bool(worker.children()))
+            orphan = worker.children()[0].pid
+            worker.kill()
+            await until(lambda: not psutil.pid_exists(orphan))
+            await asyncio.sleep(0.1)
+
+    own = [subprocess.Popen(["sh", "-c", "exit 7"], start_new_session=new) for new in (False, True)]
+    asyncio.run(main())
+    assert [one.wait() for one in own] == [7, 7]
+
+
+@pytest.fixture
+def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A supervisor's socket that takes nothing more for now."""
+    address = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    monkeypatch.setattr(notify_module, "_unsaid", {})
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        one.bind(address)
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"", address)
+        one.setblocking(False)
+        yield one
+
+
+def heard(listener: socket.socket) -> list[set[str]]:
+    found: list[set[str]] = []
+    try:
+        while True:
+            found.append(set(listener.recv(4096).decode().split("\n")) - {f"MAINPID={os.getpid()}", ""})
+    except BlockingIOError:
+        return [one for one in found if one]
+
+
+def test_a_supervisor_that_stands_still_holds_no_worker_up_and_hears_all_that_counts(listener: socket.socket) -> None:
+    began = time.monotonic()
+    for _ in range(100):
+        notify(WATCHDOG=1)
+    notify(STATUS="loading")
+    assert time.monotonic() - began < WAIT_SECONDS
+    notify(STATUS="ready", READY=1, X_URL="http://x")
+    waited = time.monotonic() - began
+    assert WAIT_SECONDS <= waited < WAIT_SECONDS + 5
+    assert heard(listener) == []
+    notify(WATCHDOG=1)
+    notify(WATCHDOG=1)
+    assert heard(listener) == [{"STATUS=ready", "READY=1", "X_URL=http://x", "WATCHDOG=1"}, {"WATCHDOG=1"}]
+
+
+def test_what_must_arrive_waits_for_room(listener: socket.socket) -> None:
+    reading = threading.Timer(0.2, listener.recv, [4096])
+    reading.start()
+    notify(STATUS="closing", X_DRAINED=1)
+    reading.join()
+    assert heard(listener) == [{"STATUS=closing", "X_DRAINED=1"}]

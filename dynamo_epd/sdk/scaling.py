@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The number of workers of a running service: what may change it, what each worker holds, and giving that back.
 
-A grow takes the lowest index that is free, a shrink the highest that there is. A worker that leaves keeps its index,
-its port and its GPUs until it has drained; then the next one may have them.
+A grow takes the lowest index that is free; a shrink those who are not ready, then the highest. A worker that leaves
+keeps its index, its port and its GPUs until it has drained; then the next one may have them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Scaling:
         return sorted(slots, key=lambda slot: slot.index)
 
     def _staying(self, service: str) -> list[Slot]:
-        return [slot for slot in self._slots(service) if slot.ending is None]
+        """Who is to stay longest comes first: where one that keeps dying stayed for one that serves, nobody would."""
+        staying = [slot for slot in self._slots(service) if slot.ending is None]
+        return sorted(staying, key=lambda slot: not slot.ready)
 
     def _metrics(self, slot: Slot) -> str | None:
         port = None if self._ports is None else self._ports.of(slot.name)

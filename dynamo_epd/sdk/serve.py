@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from dynamo_epd.sdk.config import PLANNER, ConfigError, Document, ServiceSettings, resolve
@@ -35,6 +37,10 @@ DEFAULT_START = 1800.0
 NATS_SLOT = "nats"
 MOST_SYSTEM_PORT = 32767
 """Runtime 1.6 reads ``DYN_SYSTEM_PORT`` as a signed 16-bit number, and dies of a larger one."""
+MOST_WAITING = 5000
+"""Lines for a terminal that takes none."""
+LAST_LINES_SECONDS = 2.0
+"""For it to take them when the command ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +227,14 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
     from dynamo_epd.sdk.scaling import Scaling, SystemPorts
     from dynamo_epd.sdk.supervisor import GraphFailed, Slot, Supervisor
 
+    printer = _Printer()
     drain = float(os.environ.get("DYNAMO_DRAIN_SECONDS", DEFAULT_DRAIN))
     supervisor = Supervisor(
         [*stop_groups(plan.graph, plan.services), [NATS_SLOT]],
         drain=drain,
         start=float(os.environ.get("DYNAMO_START_SECONDS", DEFAULT_START)),
         verbose=verbose,
-        show=_say,
+        show=printer.say,
         on_death=lambda slot: _forget(plan, slot.instance),
         on_give_up=lambda slot: scaling.gave_up(slot),
     )
@@ -235,7 +242,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
     # Without a port of the user's choice each worker gets a free one. -1 stands for none, but the planner reads them.
     with_ports = system_port >= 0 or PLANNER in plan.services
     ports = SystemPorts(system_port if system_port > 0 else None) if with_ports else None
-    scaling = Scaling(plan, supervisor, ports, _say)
+    scaling = Scaling(plan, supervisor, ports, printer.say)
     stop = asyncio.Event()
     signals = 0
 
@@ -246,7 +253,7 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         if signals > 1:
             supervisor.kill()
         else:
-            _say("stopping: running requests finish first; once more to end at once")
+            printer.say("stopping: running requests finish first; once more to end at once")
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -266,23 +273,56 @@ async def _run(plan: Plan, nats: Any, *, verbose: bool) -> int:
         if not stop.is_set():
             await control.open()
             urls = [slot.url for slot in supervisor.slots.values() if slot.url]
-            _say(urls[0] if urls else f"{plan.spec} is up")
+            printer.say(urls[0] if urls else f"{plan.spec} is up")
             await _until(stop, supervisor.failed())
         await supervisor.stop()
         return 0 if signals < 2 else 1
     except GraphFailed as failure:
-        _say("\n".join([*failure.tail, f"error: {failure}"]), sys.stderr)
+        printer.say("\n".join([*failure.tail, f"error: {failure}"]), sys.stderr)
         await supervisor.stop()
         return failure.status
     finally:
         control.close()
         supervisor.close()
+        printer.close()
 
 
-def _say(text: str, to: Any = None) -> None:
-    """Prints. A terminal that is gone must not keep the graph from being ended."""
-    with contextlib.suppress(OSError):
-        print(text, file=to, flush=True)
+class _Printer:
+    """Prints from a thread of its own, in order. Who writes to a terminal that is held (Ctrl-S, a connection that
+    stalls), or to a pipe that nobody reads, stands still, and that must not be the loop that keeps the workers.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[tuple[TextIO | None, str]] = queue.Queue(MOST_WAITING)
+        self._left_out = 0
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)  # what the graph's module has printed comes first
+        threading.Thread(target=self._run, name="printer", daemon=True).start()
+
+    def say(self, text: str, to: TextIO | None = None) -> None:
+        """To standard output where nothing else is said. What finds no place among `MOST_WAITING` is left out."""
+        try:
+            self._waiting.put_nowait((to or sys.stdout, text))
+        except queue.Full:
+            self._left_out += 1
+
+    def close(self) -> None:
+        """Waits until all is printed, `LAST_LINES_SECONDS` at most."""
+        with self._waiting.all_tasks_done:
+            self._waiting.all_tasks_done.wait_for(lambda: not self._waiting.unfinished_tasks, LAST_LINES_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            stream, text = self._waiting.get()
+            if self._left_out and self._waiting.empty():
+                text += f"\n({self._left_out} lines were left out here)"
+                self._left_out = 0
+            # A terminal that is gone must not keep the graph from being ended; there may have been none at all.
+            with contextlib.suppress(OSError, AttributeError):
+                rest = f"{text}\n".encode(errors="replace")
+                while rest:  # not print(): Python could not end while a thread stands in it
+                    rest = rest[os.write(stream.fileno(), rest) :]  # type: ignore[union-attr]
+            self._waiting.task_done()
 
 
 async def _until(stop: asyncio.Event, work: Any) -> None:

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from circus.process import Process
 from circus.watcher import Watcher
 
 from dynamo_epd.sdk.notify import LEAVE
@@ -63,6 +65,8 @@ TAIL_LINES = 40
 LAST_WORDS = 15
 """Lines of a worker that died that are shown while it is started again."""
 BAD_CONFIG = 2
+PIPE_BYTES = 64 * 1024
+"""All that Linux keeps of a pipe that nobody reads."""
 
 
 class GraphFailed(Exception):
@@ -72,6 +76,25 @@ class GraphFailed(Exception):
         super().__init__(message)
         self.tail = tail
         self.status = status
+
+
+class _NotSpawned(Exception):
+    """There is no new process. The message says why."""
+
+
+class _Process(Process):
+    """circus would keep the reason to itself and try four times more at once, or let the error out of the watcher."""
+
+    def spawn(self) -> None:
+        """Raises _NotSpawned."""
+        try:
+            super().spawn()
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise _NotSpawned(str(error)) from error
+
+
+class _Watcher(Watcher):
+    _process_class = _Process
 
 
 @dataclasses.dataclass
@@ -219,7 +242,7 @@ class Supervisor:
             "DYNAMO_SUPERVISOR_PID": str(os.getpid()),
             "DYNAMO_RESTARTS": "0",
         }
-        slot.watcher = Watcher(
+        slot.watcher = _Watcher(
             slot.name,
             # circus formats "$(...)" and "((...))" in commands; ours has neither and is split by shlex again
             cmd=shlex.join(slot.command),
@@ -252,10 +275,19 @@ class Supervisor:
         slot.heard, slot.stopped = None, 0
         slot.drained.clear()
         slot.due.clear()
-        await slot.watcher.start()
+        how = "cannot be started"
+        try:
+            await slot.watcher.start()
+        except _NotSpawned as error:
+            how += f": {error}"
         slot.pid = next(iter(slot.watcher.processes), None)
         if slot.pid is None:
-            self._fail(slot, f"{slot.name} cannot be started")
+            if self.stopping or slot.ending is not None:
+                return
+            if slot.restarts:  # it ran before: what there is too little of now may be there again soon
+                self._once_more(slot, how)
+            else:
+                self._fail(slot, f"{slot.name} {how}")
             return
         if slot.waits_for_ready:
             self._later(self._overdue(slot, slot.pid))
@@ -270,7 +302,8 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(watch)
         os.close(watch)
         slot.due.set()
-        if not self.stopping and slot.ending is None and slot.watcher is not None:
+        if not self.stopping and slot.ending is None and pid in slot.watcher.processes:
+            _let_go_of_output(slot.watcher, slot.watcher.processes[pid])
             slot.watcher.reap_process(pid)
 
     def _reaped(self, *, watcher: Watcher, process_pid: int, exit_code: int | None, **_: Any) -> bool:
@@ -285,14 +318,20 @@ class Supervisor:
         return True
 
     def _after_death(self, slot: Slot, exit_code: int | None) -> None:
-        steady = slot.ready_at > slot.started and time.monotonic() - slot.ready_at > STEADY_SECONDS
+        # Of one that was ready the configuration did work: a file is being changed, a disk is full for now.
+        if exit_code == BAD_CONFIG and not slot.ever_ready:
+            self._fail(slot, f"{slot.name}: wrong configuration", BAD_CONFIG)
+        else:
+            how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
+            self._once_more(slot, how)
+
+    def _once_more(self, slot: Slot, how: str) -> None:
+        """What follows a death, and a restart that gave no process."""
         was_ready = slot.ready_at > slot.started
+        steady = was_ready and time.monotonic() - slot.ready_at > STEADY_SECONDS
         slot.deaths = 1 if steady else slot.deaths + 1
         slot.status = "died"
-        how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
-        if exit_code == BAD_CONFIG:
-            self._fail(slot, f"{slot.name}: wrong configuration", BAD_CONFIG)
-        elif not was_ready and self._is_lost(slot):
+        if not was_ready and self._is_lost(slot):
             self._fail(slot, f"{slot.name} keeps dying ({how})")
         else:
             delay = min(BACK_OFF_CAP, BACK_OFF_FIRST * 2 ** (slot.deaths - 1))
@@ -328,11 +367,12 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
 
     async def _watch(self) -> None:
-        """Ends workers that stand still: stopped, or their event loop stuck."""
+        """Ends workers that stand still: stopped, or their event loop stuck. Buries orphans."""
         while True:
             due = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
             late = time.monotonic() - due
+            _reap_orphans()
             for slot in self.slots.values():
                 if slot.heard is None or slot.pid is None:
                     continue
@@ -511,6 +551,37 @@ def _is_stopped(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     except psutil.Error:
         return False
+
+
+def _let_go_of_output(watcher: Watcher, process: Process) -> None:
+    """Reads what is left of it, and takes its pipes out of the loop.
+
+    Children that outlive the process hold the other ends, so no end of file has done that. circus, which closes ours
+    next, does not: whatever gets their numbers (pipes, a pidfd, a connection) would never be heard in this loop.
+    """
+    for name, pipe in watcher.stream_redirector.get_process_pipes(process):
+        os.set_blocking(pipe.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            watcher.stream_redirector.redirect[name]({"data": os.read(pipe.fileno(), PIPE_BYTES)})
+    watcher.stream_redirector.remove_redirections(process)
+
+
+def _reap_orphans() -> None:
+    """Waits for dead children that were adopted: the first process of a container gets those of a dead worker, and
+    they would stay as zombies until no process can be started.
+
+    Whom this process has started itself is of its session, or leads one: somebody else waits for those.
+    """
+    try:
+        dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        dead = None
+    if dead is None:  # as nearly always: to list the children means to read of every process there is
+        return
+    with contextlib.suppress(psutil.Error, OSError):  # what cannot be looked at now can be in a second
+        for child in psutil.Process().children():
+            if child.status() == psutil.STATUS_ZOMBIE and os.getsid(child.pid) not in (child.pid, os.getsid(0)):
+                os.waitpid(child.pid, os.WNOHANG)
 
 
 def _kill_group(group: int) -> None:
