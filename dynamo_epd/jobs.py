@@ -34,7 +34,16 @@ from nats.js.errors import (
 )
 
 from dynamo_epd import tracing
-from dynamo_epd.errors import EpdError, Gone, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable
+from dynamo_epd.errors import (
+    EpdError,
+    Gone,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Retryable,
+    StageUnavailable,
+)
 from dynamo_epd.http.images import WantedPicture
 from dynamo_epd.job import Job, JobState, state_of
 from dynamo_epd.sdk.nats import connect_options
@@ -43,6 +52,8 @@ from dynamo_epd.store import new_id
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.5
+PING_SECONDS = 2
+"""From one question whether NATS is there to the next; without two answers it counts as away."""
 REQUEST_SECONDS = 5.0
 """For one answer of NATS."""
 FETCH_SECONDS = 5.0
@@ -113,6 +124,9 @@ class JobQueue:
                 url,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=RECONNECT_SECONDS,
+                # A server whose host vanished says nothing for ever.
+                ping_interval=PING_SECONDS,
+                max_outstanding_pings=2,
                 error_cb=_log_error,
                 name=self._name,
                 **connect_options(),
@@ -320,6 +334,10 @@ class JobQueue:
             except (Overloaded, StageUnavailable) as reason:  # not the job's fault: something is away for a while
                 await self._give_back(message, before, revision, self._config.retry_seconds)
                 log.info("job %s waits: %s", job.id, reason)
+                return
+            except (InternalError, Retryable) as broken:  # another stage's defect, which it has logged, or its end
+                log.warning("job %s broke off: %s", job.id, broken)
+                await message.nak(self._config.retry_seconds)
                 return
             except EpdError as found:
                 error = found

@@ -216,3 +216,28 @@ def test_an_idle_arena_takes_no_processor_time() -> None:
         assert used < 0.1, "NIXL's progress thread spins unless told not to"
 
     on_arena(test)
+
+
+def test_who_finds_no_room_or_leaves_is_no_failed_transfer() -> None:
+    async def run() -> None:
+        arena = await Arena.open(4096, owner="me", resolve=None)
+        with await arena.reserve([4096], 1) as (slot,):
+            slot.write(b"x" * 4096)
+            handle = arena.lease(slot.publish(), 60)
+
+        async def read() -> None:
+            async with arena.read([handle], timeout=30):
+                """Never: nothing is free."""
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        with pytest.raises(Overloaded):
+            async with arena.read([handle], timeout=0.05):
+                """Nor now."""
+        assert arena.stats().transfer_failures == 0
+        await arena.close()
+
+    asyncio.run(run())

@@ -15,7 +15,7 @@ import msgspec
 import nats
 import pytest
 
-from dynamo_epd.errors import Gone, InvalidRequest, NotFound, Overloaded, StageUnavailable
+from dynamo_epd.errors import Gone, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable, WorkerLost
 from dynamo_epd.http.images import MAX_IMAGES, MAX_PROMPT, check_images
 from dynamo_epd.jobs import JobQueue, JobsConfig, KeyReused
 from dynamo_epd.sdk.nats_server import nats_binary
@@ -413,6 +413,22 @@ def test_a_refusal_ends_the_job_and_what_is_away_does_not(server):
             assert ended.error["param"] == "size"
             ended = await over(front, good.id)
             assert (ended.status, ended.attempts) == ("completed", 1)
+
+    run(scenario())
+
+
+def test_what_breaks_in_another_stage_costs_an_attempt_and_not_the_job(server):
+    async def scenario():
+        async with queue(server) as front, queue(server) as worker:
+            broken = [InternalError("internal error"), WorkerLost("the EmbedWorker went away")]
+
+            async def make(job):
+                if broken:
+                    raise broken.pop()
+
+            worker.work(make)
+            ended = await over(front, (await submitted(front, "good")).id)
+            assert (ended.status, ended.attempts) == ("completed", 3)
 
     run(scenario())
 

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_epd import tracing
-from dynamo_epd.errors import DigestMismatch, HandOffFailed, LeaseExpired, TransferTimeout
+from dynamo_epd.errors import (
+    DigestMismatch,
+    HandOffFailed,
+    LeaseExpired,
+    Overloaded,
+    PayloadTooLarge,
+    TransferTimeout,
+)
 from dynamo_epd.transfer.agent import Agent
 from dynamo_epd.transfer.allocator import ALIGNMENT
 from dynamo_epd.transfer.handle import Handle
@@ -258,7 +265,8 @@ class Arena:
                 async with asyncio.timeout_at(deadline):
                     await self._finish(pulls)
         except BaseException as error:
-            self._transfer_failures += 1
+            # Who leaves, or finds no room here, says nothing of the transfer.
+            self._transfer_failures += not isinstance(error, (asyncio.CancelledError, Overloaded, PayloadTooLarge))
             self._digest_failures += isinstance(error, DigestMismatch)
             if reservation is not None:
                 self._give_up(pulls, reservation)
