@@ -80,7 +80,12 @@ class BesideChat(Results, ArenaOwner):
             found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
             pieces = embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64)
             account.status = 200
-            return HeldStream(pieces, held.pop_all(), headers={"content-type": "application/json"})
+            return HeldStream(
+                pieces,
+                held.pop_all(),
+                headers={"content-type": "application/json"},
+                seconds=self.config.admission.to_read,
+            )
 
     async def generate_images(self, request: Request) -> Response:
         """``POST /v1/images/generations``, in a graph with an image worker. Several pictures go to several workers."""
@@ -100,7 +105,8 @@ class BesideChat(Results, ArenaOwner):
                 await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
                 streamed = held.pop_all()
-                return HeldStream(self._image_events(chained(head, call), wanted, account, streamed), streamed)
+                stream = self._image_events(chained(head, call), wanted, account, streamed)
+                return HeldStream(stream, streamed, seconds=self.config.admission.to_read)
             made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
             usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
@@ -130,7 +136,7 @@ class BesideChat(Results, ArenaOwner):
                 account.status = 200
                 results, streamed = chained(head, call), held.pop_all()
                 stream = self._validation_events(request, results, messages[0], body, account, streamed)
-                return HeldStream(stream, streamed)
+                return HeldStream(stream, streamed, seconds=self.config.admission.to_read)
             found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
             account.status = 200
             return JSONResponse(

@@ -61,6 +61,8 @@ from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
 
 HEALTH_SECONDS = 2.0
 """A processor that does not say within this long how its stages are counts as gone."""
+LAST_BYTES_SECONDS = 30.0
+"""After a request's deadline, for what is on its way to the client: then its place is another's."""
 HEALTH_KEPT = 0.5
 """Seconds that one answer of ``/health`` is given to all: the route is open, and each look costs a processor work."""
 
@@ -77,6 +79,11 @@ class Admission:
     """Stored pictures that are sent at once; each has a megabyte or two in memory. Whoever has an address may read half
     a kilobyte a second: that keeps other readers out, and nobody who asks for work. Together with ``max_in_flight`` it
     is half of the connections that a process takes where it may open 1024 files."""
+
+    @property
+    def to_read(self) -> float:
+        """Seconds for a stream, its last bytes on their way to a slow reader included."""
+        return self.deadline + LAST_BYTES_SECONDS
 
     def __post_init__(self) -> None:
         for name in ("max_in_flight", "max_readers"):
@@ -324,7 +331,9 @@ class Frontend(BesideChat):
             account.status = head.status or 500
             if head.body is not None:
                 return Response(head.body, account.status, media_type="application/json")
-            return HeldStream(events(call, account), held.pop_all(), account.status)
+            return HeldStream(
+                events(call, account), held.pop_all(), account.status, seconds=self.config.admission.to_read
+            )
 
     @contextmanager
     def accounted(self, request_id: str) -> Iterator[Account]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from components.frontend import Admission
 from components.protocol import Embedded
 from dynamo_epd.http.embeddings import PIECE, embeddings_reply
 from tests.test_beside_chat import FakeFrontend, FakeRequest
@@ -36,7 +37,7 @@ class OneReply(FakeFrontend):
 
     def __init__(self, vectors: np.ndarray):
         super().__init__()
-        self.config = SimpleNamespace(admission=SimpleNamespace(deadline=60.0))  # type: ignore[assignment]
+        self.config = SimpleNamespace(admission=Admission(deadline=60.0))  # type: ignore[assignment]
         self.reply = Embedded([row.tobytes() for row in vectors], [3] * len(vectors), 'a "model"', 0.0, 0.0)
         self.embed_worker = SimpleNamespace(embed=lambda message: self)
 

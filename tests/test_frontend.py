@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from components import frontend
-from components.frontend import Admission, Frontend, events
+from components.frontend import Account, Admission, Frontend, events
 from components.protocol import HttpReply
 from dynamo_epd.errors import NotFound, StageUnavailable
 from dynamo_epd.http.body import ImageRef
@@ -167,6 +167,23 @@ async def answer(one: Frontend, receive: Any, call: AsyncIterator[HttpReply]) ->
     assert one.in_flight == 1
     await stream(SCOPE, receive, send)
     return sent
+
+
+def test_a_reader_that_takes_longer_than_its_request_may_is_not_waited_for(one: Frontend) -> None:
+    async def main() -> Account:
+        async def taken_by_nobody(_: Message) -> None:
+            await asyncio.Event().wait()
+
+        async with AsyncExitStack() as held:
+            account = held.enter_context(one.accounted("id"))
+            held.enter_context(one.admitted())
+            stream = HeldStream(events(replies(2), account), held.pop_all(), seconds=0.05)
+        with pytest.raises(ClientDisconnect):
+            await stream(SCOPE, never, taken_by_nobody)
+        assert one.in_flight == 0
+        return account
+
+    assert asyncio.run(main()).status == 499
 
 
 @pytest.mark.parametrize(

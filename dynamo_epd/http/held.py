@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +17,8 @@ class HeldStream(StreamingResponse):
     them.
 
     Not by the generator alone: one that was never begun, since the client left before the first byte, runs none of
-    its own ``finally``.
+    its own ``finally``. Nor for as long as a client cares to read: after ``seconds``, where they are given, it counts
+    as gone.
     """
 
     def __init__(
@@ -24,11 +27,18 @@ class HeldStream(StreamingResponse):
         held: AsyncExitStack,
         status: int = 200,
         headers: Mapping[str, str] | None = None,
+        *,
+        seconds: float | None = None,
     ):
         super().__init__(pieces, status, headers, media_type="text/event-stream")  # unless the headers name another
         self._pieces = pieces
         self._held = held
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held, aclosing(self._pieces):
-            await super().__call__(scope, receive, send)
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                raise ClientDisconnect from None
