@@ -24,9 +24,10 @@ import psutil
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from starlette.types import Message, Receive, Scope, Send
 
 from dynamo_epd.page import cards
-from dynamo_epd.page.door import OPEN, make_room, names_only_uploads
+from dynamo_epd.page.door import AT_ONCE, OPEN, Door, make_room, names_only_uploads
 from dynamo_epd.page.runs import Runs, Stopped
 from tests.questions import post
 from tests.serving import Graph, at_rest, eventually
@@ -523,8 +524,45 @@ def test_the_oldest_uploads_make_room(tmp_path: Path) -> None:
     for age, name in enumerate(("new", "older", "oldest")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    make_room(tmp_path, 20)
+    make_room(tmp_path, 20, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "older"]
+    make_room(tmp_path, 20, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_uploads_of_nothing_make_room_too_with_their_directories(tmp_path: Path) -> None:
+    for age in range(5):
+        (tmp_path / str(age)).mkdir()
+        (tmp_path / str(age) / "empty").touch()
+        os.utime(tmp_path / str(age) / "empty", (1000 - age, 1000 - age))
+    make_room(tmp_path, 20, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_streams_without_an_end_have_a_bound() -> None:
+    """Each is a connection and a task for as long as its client likes."""
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> list[int]:
+        door, statuses = Door(endless, Path("/nowhere")), list[int]()
+
+        async def send(message: Message) -> None:
+            statuses.append(message.get("status", 0))
+
+        scope = {"type": "http", "method": "GET", "path": "/gradio_api/heartbeat/x", "headers": []}
+        running = [asyncio.create_task(door(scope, None, send)) for _ in range(AT_ONCE)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert statuses == []
+        await door(scope, None, send)  # type: ignore[arg-type]
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert door._running == 0
+        return statuses
+
+    assert asyncio.run(main())[0] == 503
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

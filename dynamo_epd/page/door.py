@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ JOIN_BYTES = 256 * 1024
 """Of what a click sends: texts, and names of uploaded files."""
 UPLOADS_BYTES = 512 * 1024 * 1024
 """Of all uploads together; the oldest go first."""
+UPLOADS = 1024
+"""Files, however small."""
+AT_ONCE = 256
+"""Requests of all pages that are open: each has two streams that do not end before it is closed."""
 YEAR = "public, max-age=31536000, immutable"
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -51,11 +56,22 @@ class Door:
         self._app = app
         self._uploads = uploads
         self._making_room = asyncio.Lock()
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # it needs none
             await send({"type": "websocket.close"})
             return
+        if self._running >= AT_ONCE:
+            await PlainTextResponse("Too many pages are open", 503)(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._let_in(scope, receive, send)
+        finally:
+            self._running -= 1
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         refusal: tuple[str, int] | None = None
         if scope["method"] == "POST" and _site(scope) not in (b"", b"same-origin", b"none"):
@@ -73,7 +89,7 @@ class Door:
                 receive = _again(body, receive)
         elif path.startswith("/gradio_api/upload") and scope["method"] == "POST":
             async with self._making_room:
-                await asyncio.to_thread(make_room, self._uploads, UPLOADS_BYTES)
+                await asyncio.to_thread(make_room, self._uploads, UPLOADS_BYTES, UPLOADS)
         if refusal is not None:
             await PlainTextResponse(*refusal)(scope, receive, send)
             return
@@ -121,8 +137,9 @@ def names_only_uploads(body: bytes) -> bool:
     return True
 
 
-def make_room(directory: Path, bound: int) -> None:
-    """Deletes the oldest files until what is there is within ``bound`` bytes."""
+def make_room(directory: Path, bound: int, most: int) -> None:
+    """Deletes the oldest files, and the directory that each has to itself, until what is there is within ``bound``
+    bytes and ``most`` files."""
     found = []
     for path in directory.rglob("*"):
         try:
@@ -132,10 +149,13 @@ def make_room(directory: Path, bound: int) -> None:
         except FileNotFoundError:
             continue
     size = sum(one for _, one, _ in found)
-    for _, one, path in sorted(found, key=lambda entry: entry[0]):
-        if size <= bound:
+    for index, (_, one, path) in enumerate(sorted(found, key=lambda entry: entry[0])):
+        if size <= bound and len(found) - index <= most:
             return
         path.unlink(missing_ok=True)
+        if path.parent != directory:
+            with suppress(OSError):  # another file is in it
+                path.parent.rmdir()
         size -= one
 
 
