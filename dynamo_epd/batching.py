@@ -98,6 +98,8 @@ class Batcher(Generic[Item, Result]):
             began = perf_counter()
             try:
                 results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
+                if len(results) != len(batch):  # else some would wait for ever
+                    raise ValueError(f"{len(results)} results of {len(batch)} items")
             except Exception as error:  # the boundary: whatever the batch died of belongs to those who wait for it
                 for one in batch:
                     if not one.future.done():

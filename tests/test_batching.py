@@ -85,6 +85,16 @@ def test_a_batch_that_fails_fails_its_own_items_only():
     asyncio.run(main())
 
 
+def test_a_batch_with_other_results_than_items_fails_and_nobody_waits_for_ever():
+    async def main() -> None:
+        batcher = Batcher(lambda items: list(items)[1:], most=3, waiting=100)
+        with pytest.raises(ValueError, match="0 results of 1 items"):
+            await asyncio.wait_for(batcher.submit(0), 10)
+        batcher.close()
+
+    asyncio.run(main())
+
+
 def test_more_than_may_wait_is_refused():
     async def main() -> None:
         run = Doubling()
