@@ -13,7 +13,7 @@ from dynamo_epd import tracing
 from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import InvalidRequest, ModelNotFound
 from dynamo_epd.exchange import ArenaOwner
-from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 
 MOST_CHARACTERS = 64
 """Of one token. SentencePiece makes no piece of more than 16 unless told to, and T5, mT5 and UMT5 were not; NFKC makes
@@ -113,6 +113,11 @@ class EmbedWorker(ArenaOwner):
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
         yield self.names
+
+    @liveness
+    def alive(self) -> bool:
+        """A stage that fails whatever it is asked ends, and is started again."""
+        return not self.batcher.failures.too_many
 
     @on_shutdown
     async def stop(self) -> None:

@@ -16,7 +16,7 @@ from dynamo_epd.errors import MediaError
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.flights import Flights
 from dynamo_epd.images.config import MediaConfig
-from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
 from dynamo_epd.transfer import Entry
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ class EncodeWorker(ArenaOwner):
         """Ends leases whose request is over before they were READ."""
         self.end_leases(request.leases, request.request_ids)
         yield Completed()
+
+    @liveness
+    def alive(self) -> bool:
+        """A stage that fails whatever it is asked ends, and is started again."""
+        return not self.batcher.failures.too_many
 
     @on_shutdown
     async def stop(self) -> None:

@@ -40,9 +40,19 @@ from dynamo_epd.errors import (
     StageUnavailable,
 )
 from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.failures import Failures
 from dynamo_epd.http.images import MAX_SEED, WantedPicture
 from dynamo_epd.jobs import JobQueue, JobsConfig
-from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, on_shutdown, service, service_config
+from dynamo_epd.sdk import (
+    async_on_start,
+    depends,
+    dynamo_context,
+    endpoint,
+    liveness,
+    on_shutdown,
+    service,
+    service_config,
+)
 from dynamo_epd.sdk.client import twice
 from dynamo_epd.sdk.nats import nats_url
 from dynamo_epd.store import Store, StoreConfig, Stored
@@ -130,6 +140,7 @@ class ImageWorker(ArenaOwner):
 
         config = self.config
         self.loop = asyncio.get_running_loop()
+        self.failures = Failures()
         self.threads = ThreadPoolExecutor(config.max_batch, thread_name_prefix="denoise")
         metrics = Metrics(dynamo_context["namespace"], "ImageWorker", config.model)
         self.metrics = metrics.stage()
@@ -209,6 +220,11 @@ class ImageWorker(ArenaOwner):
     async def models(self, query: ModelsQuery) -> AsyncIterator[ModelNames]:
         """For ``GET /v1/models``."""
         yield self.names
+
+    @liveness
+    def alive(self) -> bool:
+        """A stage that fails whatever it is asked ends, and is started again."""
+        return not self.failures.too_many
 
     @on_shutdown
     async def stop(self) -> None:
@@ -305,7 +321,8 @@ class _Making:
                 async for step, partial in self._until(task):
                     handle = None if partial is None else await self._offered(partial)
                     yield Generated(step, wanted.steps, wanted.width, wanted.height, handle)
-                made = await task
+                with worker.failures.counted():
+                    made = await task
         except TimeoutError as error:
             raise DeadlineExceeded("the request's time is up") from error
         finally:

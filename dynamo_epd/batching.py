@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 from dynamo_epd.errors import Overloaded
+from dynamo_epd.failures import Failures
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,6 +40,8 @@ class _Waiting(Generic[Item, Result]):
 
 class Batcher(Generic[Item, Result]):
     """Calls ``run`` in one thread of its own, with as many items as ``most`` allows.
+
+    ``failures`` says whether ``run`` still works at all.
 
     Args:
         run: takes a list of items, returns one result an item, in order. It blocks. An exception fails its whole batch.
@@ -65,6 +68,7 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self._loop: asyncio.Task[None] | None = None
+        self.failures = Failures()
 
     def __len__(self) -> int:
         """Items that wait."""
@@ -97,7 +101,8 @@ class Batcher(Generic[Item, Result]):
             self._observe(len(batch))
             began = perf_counter()
             try:
-                results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
+                with self.failures.counted():
+                    results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
                 if len(results) != len(batch):  # else some would wait for ever
                     raise ValueError(f"{len(results)} results of {len(batch)} items")
             except Exception as error:  # the boundary: whatever the batch died of belongs to those who wait for it

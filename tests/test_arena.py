@@ -220,7 +220,7 @@ def test_an_idle_arena_takes_no_processor_time() -> None:
 
 def test_who_finds_no_room_or_leaves_is_no_failed_transfer() -> None:
     async def run() -> None:
-        arena = await Arena.open(4096, owner="me", resolve=None)
+        arena = await Arena.open(4096, owner="me", resolve=nobody)
         with await arena.reserve([4096], 1) as (slot,):
             slot.write(b"x" * 4096)
             handle = arena.lease(slot.publish(), 60)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from dynamo_epd.batching import Batcher
-from dynamo_epd.errors import Overloaded
+from dynamo_epd.errors import InvalidRequest, Overloaded
+from dynamo_epd.failures import IN_A_ROW
 
 
 class Doubling:
@@ -87,9 +88,41 @@ def test_a_batch_that_fails_fails_its_own_items_only():
 
 def test_a_batch_with_other_results_than_items_fails_and_nobody_waits_for_ever():
     async def main() -> None:
-        batcher = Batcher(lambda items: list(items)[1:], most=3, waiting=100)
+        batcher: Batcher[int, int] = Batcher(lambda items: list(items)[1:], most=3, waiting=100)
         with pytest.raises(ValueError, match="0 results of 1 items"):
             await asyncio.wait_for(batcher.submit(0), 10)
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_what_fails_again_and_again_is_told_from_what_fails_now_and_then():
+    async def main() -> None:
+        broken = True
+
+        def run(items: Sequence[int]) -> Sequence[int]:
+            if items[0] == -1:
+                raise InvalidRequest("a refusal")
+            if broken:
+                raise RuntimeError("the device is gone")
+            return items
+
+        batcher = Batcher(run, most=3, waiting=100)
+
+        async def fails(times: int, item: int) -> None:
+            for _ in range(times):
+                with pytest.raises((RuntimeError, InvalidRequest)):
+                    await batcher.submit(item)
+
+        await fails(IN_A_ROW - 1, 0)
+        broken = False
+        await batcher.submit(0)
+        broken = True
+        await fails(IN_A_ROW - 1, 0)
+        await fails(IN_A_ROW, -1)
+        assert not batcher.failures.too_many
+        await fails(1, 0)
+        assert batcher.failures.too_many
         batcher.close()
 
     asyncio.run(main())

@@ -7,6 +7,7 @@ import asyncio
 
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.transfer import Arena
+from tests.test_arena import nobody
 
 
 def test_an_owner_that_leaves_waits_for_what_it_laid_out() -> None:
@@ -14,7 +15,7 @@ def test_an_owner_that_leaves_waits_for_what_it_laid_out() -> None:
 
     async def run() -> None:
         owner = ArenaOwner()
-        owner.arena = await Arena.open(8192, owner="me", resolve=None)
+        owner.arena = await Arena.open(8192, owner="me", resolve=nobody)
         await owner.fetched()
         handles = [await owner.offer(bytes([number]) * 100, 60) for number in range(2)]
         leaving = asyncio.create_task(owner.fetched())
