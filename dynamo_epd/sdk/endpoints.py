@@ -84,8 +84,8 @@ async_on_start = _moment("on_start")
 async_on_start.__doc__ = "Runs after ``__init__`` and before anything is served; bare or called, also inherited."
 on_drain = _moment("on_drain")
 on_drain.__doc__ = (
-    "Runs in a worker that leaves, after the last request has finished and within the drain's bound: it waits for those "
-    "who still are to fetch something."
+    "Runs in a worker that leaves, after its last request and within the drain's bound: to wait for those who still "
+    "are to fetch something."
 )
 on_shutdown = _moment("on_shutdown")
 on_shutdown.__doc__ = "Runs after the last request has finished; hooks run in the reverse of their order of definition."
