@@ -3,34 +3,35 @@
 
 What vLLM does, and so what is done here: EXIF orientation is applied, transparency is laid on white, everything else is
 Pillow's own conversion to RGB; of an animation the first frame counts. The bounds are ours: format by magic number,
-size from the header before any pixel is decoded, and a limit on the ratio of the sides.
+size from the header before any pixel is decoded, and a limit on the ratio of the sides. What a file says beside its
+pixels Pillow is not given to read (bare.py).
 """
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from io import BytesIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dynamo_epd.errors import ImageTooLarge, MediaError, UnsupportedMediaType
+from dynamo_epd.images.bare import bare, orientation
 
 MAX_RATIO = 200
 """Longer side over shorter side. Processors that scale the shorter side to a fixed length make gigapixels of a strip;
 Qwen's refuses above the same 200."""
 
-MAX_SCANS = 100
-"""Scans of one JPEG. Each is a pass over all of its pixels and may be 14 bytes long; encoders write some ten."""
-MAX_SEGMENTS = 4096
-"""Segments of one JPEG, those of its scans included: a colour profile may take 255 of them."""
-MAX_READS = 20_000
-"""Pieces that one file may be read in. Pillow takes a step in Python for each chunk of a PNG (32 MB in chunks of 8 KB
-are 12 000 reads) and for each block of a GIF's comment, which it also copies whole at each."""
-
-# What ends a stretch of a JPEG's coded data, and begins a segment (ISO/IEC 10918-1, B.1.1.2).
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# What the EXIF orientations but the first ask for.
+_TURNS: dict[float, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Everything that Pillow's parsers are known to raise on broken input; anything else is a defect and shows as one.
 _BROKEN = (
@@ -63,15 +64,18 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     if kind == "WEBP":
         # libwebp allocates the canvas when the file is opened, so its header is read here first.
         _check_size(_webp_size(data), max_pixels)
-    elif kind == "JPEG":
-        _check_scans(data)
+    image: Image.Image
     try:
-        with Image.open(_Pieces(data), formats=[kind]) as image:
+        file, said = bare(data, kind)
+        with Image.open(BytesIO(file), formats=[kind]) as image:
             _check_size(image.size, max_pixels)
             image.load()
             _check_size(image.size, max_pixels)
-            _upright(image)
-            return _to_rgb(image)
+            turn = _TURNS.get(orientation({**image.info, **said}))
+            image = _to_rgb(image)
+        # Nothing of what was said goes on to those who would read it again, and turn the picture again.
+        image.info = {}
+        return image if turn is None else image.transpose(turn)
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"the image has more than {max_pixels} pixels") from error
     except _BROKEN as error:
@@ -101,34 +105,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise MediaError(f"one side of the image is more than {MAX_RATIO} times the other")
 
 
-class _Pieces(BytesIO):
-    """A file that may be read in `MAX_READS` pieces."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise MediaError("the image is in too many pieces")
-        return super().read(size)
-
-
-def _check_scans(data: bytes) -> None:
-    """Bounds what libjpeg would go through: it counts nothing, and only warns of a scan that comes again."""
-    at = scans = 0
-    for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None or found[0] == b"\xff\xd9":  # end of image: what follows is not decoded
-            return
-        at = found.end()
-        if found[0] not in (b"\xff\xd8", b"\xff\x01"):  # these two have no length
-            at += int.from_bytes(data[at : at + 2])
-        scans += found[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise MediaError("the image has too many scans")
-    raise MediaError("the image has too many segments")
-
-
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Canvas size from the first chunk (WebP container specification; RFC 6386 9.1 and the lossless bitstream)."""
     if len(data) < 30:
@@ -143,14 +119,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
     raise MediaError("the image is truncated or broken")
-
-
-def _upright(image: Image.Image) -> None:
-    """Apply EXIF orientation; a broken EXIF block leaves the picture as it is stored."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except _BROKEN:
-        return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -44,9 +44,9 @@ def packed(nbytes: int) -> bytes:
     return b"".join(packer.compress(piece) for _ in range(nbytes >> 20)) + packer.flush()
 
 
-def gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
+def gif(screen: tuple[int, int], frame: tuple[int, int], extensions: bytes = b"") -> bytes:
     head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
-    return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
+    return head + extensions + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -96,8 +96,16 @@ BOMBS: dict[str, Make] = {
     "PNG, animated": lambda: (
         PNG + ihdr(20_000, 20_000) + chunk(b"acTL", struct.pack(">II", 9, 0)) + chunk(b"IDAT", b"")
     ),
+    "PNG, animated, that clears its canvas": lambda: (
+        PNG
+        + ihdr(12_000, 12_000, 8, 6)
+        + chunk(b"acTL", struct.pack(">II", 2, 0))
+        + chunk(b"fcTL", struct.pack(">5I2H2B", 0, 12_000, 12_000, 0, 0, 1, 1, 1, 0))
+        + chunk(b"IDAT", b"")
+    ),
     "GIF, screen": lambda: gif((65_535, 65_535), (1, 1)),
     "GIF, frame beyond the screen": lambda: gif((10, 10), (65_535, 65_535)),
+    "GIF, that clears its frame": lambda: gif((13_000, 13_000), (13_000, 13_000), b"!\xf9\4\x08\0\0\0\0"),
     "JPEG": lambda: jpeg(65_500, 65_500),
     "WebP, canvas": lambda: webp_canvas(16_384, 16_384),
     "WebP, largest canvas": lambda: webp_canvas(1 << 24, 1 << 24),
@@ -120,8 +128,10 @@ BROKEN: dict[str, Make] = {
     "PNG of a depth that is none": lambda: PNG + ihdr(4, 4, 7) + chunk(b"IDAT", zlib.compress(bytes(20))),
     "PNG whose pixels are no zlib": lambda: PNG + ihdr(4, 4) + chunk(b"IDAT", b"x" * 99) + chunk(b"IEND", b""),
     "PNG with a chunk of 2 GB": lambda: PNG + ihdr(4, 4) + struct.pack(">I", 2**31 - 1) + b"IDAT",
-    "text bomb in a PNG": lambda: png_with(chunk(b"zTXt", b"Comment\0\0" + packed(128 << 20))),
-    "international text bomb in a PNG": lambda: png_with(chunk(b"iTXt", b"Comment\0\1\0\0\0" + packed(128 << 20))),
+    "text bomb in a PNG": lambda: png_with(chunk(b"zTXt", b"Raw profile type exif\0\0" + packed(128 << 20))),
+    "international text bomb in a PNG": lambda: png_with(
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed(128 << 20))
+    ),
     "WebP of an unknown chunk": lambda: webp(b"VP9Z", bytes(64)),
     "WebP of zeros": lambda: webp(b"VP8L", bytes(64)),
     "GIF of an endless code": lambda: gif((100, 100), (100, 100))[:-3] + b"\xff" * 300,
@@ -160,6 +170,71 @@ FOREIGN: dict[str, Make] = {
     "a RIFF that is no WebP": lambda: b"RIFF\x40\0\0\0WAVEfmt " + bytes(64),
 }
 """415."""
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    """Of a JPEG."""
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def directory(nbytes: int, tags: int, kind: int = 7, unit: int = 1, turn: int = 6) -> bytes:
+    """A TIFF block of ``nbytes`` with an orientation, and ``tags`` that each name all but its head and the last bytes.
+
+    ``kind`` is their type, of ``unit`` bytes a value: 7 octets, 5 fractions.
+    """
+    values = (nbytes - 16) // unit
+    entries = struct.pack("<HHII", 0x0112, 3, 1, turn)
+    entries += b"".join(struct.pack("<HHII", 0x0200 + tag, kind, values, 8) for tag in range(tags))
+    return (b"II*\0\x08\0\0\0" + struct.pack("<H", tags + 1) + entries + bytes(4)).ljust(nbytes, b"\0")
+
+
+def jpeg_with(*segments: bytes) -> bytes:
+    data = saved(blocks(), "JPEG")
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def exif_in_jpeg(block: bytes) -> bytes:
+    """In as many segments as it takes."""
+    pieces = (block[at : at + 65_000] for at in range(0, len(block), 65_000))
+    return jpeg_with(*(segment(0xE1, b"Exif\0\0" + piece) for piece in pieces))
+
+
+def blocks_with(*chunks: bytes) -> bytes:
+    """A good PNG of `blocks` with more chunks before its pixels."""
+    data = saved(blocks(), "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def commented(blocks_of_comment: bytes) -> bytes:
+    """A GIF with a comment made of these blocks, each behind its length."""
+    data = saved(blocks(mode="P"), "GIF")
+    at = 13 + (3 << (data[10] & 7) + 1)
+    return data[:at] + b"!\xfe" + blocks_of_comment + b"\0" + data[at:]
+
+
+ABSURD: dict[str, Make] = {
+    "PNG, EXIF": lambda: blocks_with(chunk(b"eXIf", directory(300_000, 5_000))),
+    "PNG, EXIF in a text": lambda: blocks_with(
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n9\n" + directory(300_000, 5_000).hex().encode())
+    ),
+    "WebP, EXIF": lambda: saved(blocks(), "WEBP", exif=directory(300_000, 5_000)),
+    "JPEG, EXIF": lambda: exif_in_jpeg(directory(300_000, 5_000)),
+    "JPEG, EXIF of fractions": lambda: exif_in_jpeg(directory(65_000, 1_000, 5, 8)),
+    "JPEG, index of pictures": lambda: jpeg_with(segment(0xE2, b"MPF\0" + directory(65_000, 1_000, 5, 8))),
+    "JPEG, junk": lambda: jpeg_with(segment(0xFE, b""), bytes(10**6)),
+    "PNG, heads of EXIF": lambda: blocks_with(chunk(b"eXIf", b"Exif\0\0" * 170_000)),
+    "PNG, chromaticities": lambda: blocks_with(chunk(b"cHRM", bytes(4 << 20))),
+    "PNG, profiles": lambda: blocks_with(chunk(b"iCCP", b"x\0\0" + packed(1 << 20)) * 2_000),
+    "PNG, texts": lambda: blocks_with(*(chunk(b"zTXt", b"%d\0\0" % number + packed(1 << 20)) for number in range(60))),
+    "PNG, texts that end amiss": lambda: blocks_with(
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + packed(1 << 20)[:-4] + b"\xff" * 4) * 2_000
+    ),
+    "PNG, text of 128 MB": lambda: blocks_with(chunk(b"zTXt", b"Comment\0\0" + packed(128 << 20))),
+    "PNG, lines": lambda: blocks_with(chunk(b"tEXt", b"Raw profile type exif\0" + b"aa\n" * (1 << 20))),
+    "GIF, comment": lambda: commented((b"\xff" + b"x" * 255) * 9_900),
+}
+"""Good pictures, which say of themselves what takes a reader gigabytes or many seconds. Those with ", EXIF" stand on
+their side."""
 
 
 def _exif(orientation: int) -> bytes:

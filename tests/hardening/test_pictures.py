@@ -16,7 +16,21 @@ import pytest
 from PIL import Image
 
 from tests.hardening.edge import CHAT, MARK, Door, Reply, chat_with, refused
-from tests.hardening.files import BOMBS, BROKEN, FOREIGN, ODD, blocks, bomb, chunk, png_with, saved
+from tests.hardening.files import (
+    ABSURD,
+    BOMBS,
+    BROKEN,
+    FOREIGN,
+    ODD,
+    blocks,
+    bomb,
+    chunk,
+    commented,
+    jpeg_with,
+    png_with,
+    saved,
+    segment,
+)
 from tests.questions import ask, chat, data_url, difference, picture, user
 
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -25,6 +39,8 @@ AT_ONCE = 64
 BOMB_SECONDS = 0.05
 """For one refusal, alone and as one of 64 that come at once and share the machine's cores."""
 BOMB_BYTES = 64 << 20
+ABSURD_BYTES = 128 << 20
+"""Of one process, which may hold a body of 6 MB more than once, and answers it."""
 
 
 def reply_to(door: Door, file: bytes, kind: str = "png") -> Reply:
@@ -90,19 +106,13 @@ def in_scans(more: int) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
 
 
-def commented(letters: int) -> bytes:
-    """A GIF whose comment comes letter by letter; who joins them one by one copies the square of their number."""
-    data = saved(blocks(mode="P"), "GIF")
-    at = 13 + (3 << (data[10] & 7) + 1)
-    return data[:at] + b"!\xfe" + b"\1x" * letters + b"\0" + data[at:]
-
-
 PIECES: dict[str, Callable[[], bytes]] = {
     "JPEG of 5 000 scans": lambda: in_scans(5_000),
     "JPEG of 101 scans": lambda: in_scans(101),
     "JPEG of comments": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * 10**6 + saved(blocks(), "JPEG")[2:],
-    "JPEG with junk before it": lambda: b"\xff\xd8\xff\xfe\0\2" + bytes(10**6) + saved(blocks(), "JPEG")[2:],
-    "GIF with a comment in letters": lambda: commented(10**6),
+    "JPEG of frames": lambda: jpeg_with(segment(0xC0, b"\x08\0\x32\0\x3c\3" + b"\1\x11\0" * 21_000) * 32),
+    "JPEG of tables": lambda: jpeg_with(segment(0xDB, (b"\0" + b"\1" * 64) * 1_000) * 32),
+    "GIF with a comment in letters": lambda: commented(b"\1x" * 10**6),
     "PNG of empty chunks": lambda: png_with(chunk(b"abCd", b"") * 10**5),
     "PNG of pixels in empty chunks": lambda: png_with(chunk(b"IDAT", b"") * 10**5),
 }
@@ -117,6 +127,19 @@ class TestPieces:
 
     def test_as_many_scans_as_an_encoder_writes_are_answered(self, door: Door) -> None:
         assert reply_to(door, in_scans(10), "jpeg").status == 200
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestAbsurd:
+    @pytest.mark.parametrize("make", ABSURD.values(), ids=ABSURD)
+    def test_what_a_picture_says_of_itself_is_not_read(self, door: Door, make: Callable[[], bytes]) -> None:
+        """Read, it would take gigabytes or many seconds. A plain one goes first: what a process needs once."""
+        file = make()
+        assert reply_to(door, saved(blocks(), "PNG")).status == 200
+        peaks = Peaks(door)
+        assert reply_to(door, file).status == 200
+        grown = peaks.grown()
+        assert max(grown.values()) < ABSURD_BYTES, grown
 
 
 @pytest.mark.usefixtures("neighbour")
