@@ -102,6 +102,51 @@ def test_what_a_worker_did_before_it_was_first_read_is_news_only_of_a_new_one(ex
     assert [one.arrived for one in found] == [12, 12, 12, 13, 18, 26], "what it had is no burst"
 
 
+def test_what_a_dead_worker_had_to_do_is_no_longer_in_the_stage(exporters: Exporters) -> None:
+    """Through all its starts: workers would be kept, and more asked for, for requests that nobody has."""
+
+    async def looks() -> list[Observed]:
+        observer = Observer()
+        found = []
+
+        async def look(b: Worker) -> None:
+            found.append((await observer.look({"A": Staffed(2, (exporters.worker("a"), b))}))["A"])
+
+        says(exporters, "a", 2, 10, 5)
+        says(exporters, "b", 30, 6, 3)
+        await look(exporters.worker("b"))
+        for ready in (False, False, True):  # it is started again, and up before it is first read
+            await look(Worker("b", ready, "http://127.0.0.1:1/metrics"))
+        says(exporters, "b", 1, 0, 0)
+        await look(exporters.worker("b"))
+        says(exporters, "b", 0, 1, 1)
+        await look(exporters.worker("b", ready=False))  # it drains, and says so
+        await observer.close()
+        return found
+
+    found = asyncio.run(looks())
+    assert [one.in_stage for one in found] == [32, 2, 2, 2, 3, 2]
+    assert [one.finished for one in found] == [16, 16, 16, 16, 16, 17], "what it had finished, it had"
+    assert [one.arrived for one in found] == [48, 18, 18, 18, 19, 19]
+
+
+def test_a_worker_that_was_only_silent_for_a_while_is_no_burst_when_it_is_back(exporters: Exporters) -> None:
+    async def looks() -> list[Observed]:
+        observer = Observer()
+        found = []
+        says(exporters, "b", 30, 6, 3)
+        for worker in (exporters.worker("b"), Worker("b", False, "http://127.0.0.1:1/metrics"), exporters.worker("b")):
+            found.append((await observer.look({"A": Staffed(1, (worker,))}))["A"])
+            says(exporters, "b", 28, 9, 5)
+        await observer.close()
+        return found
+
+    found = asyncio.run(looks())
+    assert [one.in_stage for one in found] == [30, 0, 28]
+    # three have ended and one has come; the 30 left out meanwhile do not come a second time
+    assert [one.arrived for one in found] == [36, 6, 7]
+
+
 def test_who_does_not_answer_counts_with_what_it_said_last_and_who_reports_no_stage_not_at_all(
     exporters: Exporters,
 ) -> None:

@@ -154,6 +154,70 @@ def test_it_grows_by_one_when_requests_wait_although_there_is_a_server_for_each(
     assert stage.replicas >= 3, "it does not shrink while the target is missed"
 
 
+class Unsaid(Stage):
+    """A stage whose ``concurrency`` promises 8, while requests come in time only with two workers to each."""
+
+    def __init__(self) -> None:
+        super().__init__(Limits(concurrency=8, queue_target=0.5, cool_down=100))
+
+    def serve(self, rate: float, seconds: int) -> None:
+        for _ in range(seconds):
+            self.steady(rate, 1, queue=2.0 if self.replicas < 2 * rate else 0.0)
+
+
+def test_what_was_proved_too_few_is_not_gone_back_to_with_the_next_cool_down() -> None:
+    stage = Unsaid()
+    stage.serve(3, 300)
+    assert stage.replicas == 6, "one at a time"
+    assert replicas_for(3.0, 1.0, stage.limits) == 1, "what the model alone would go back to"
+    stage.decisions.clear()
+    stage.serve(3, 3000)
+    assert stage.decisions == []
+    stage.serve(3, 3 * 3600)
+    assert [one.replicas for _, one in stage.decisions] == [5, 6] * 3, "one fewer is tried, once an hour"
+
+
+def test_what_was_proved_too_few_is_held_in_proportion_to_the_load() -> None:
+    stage = Unsaid()
+    stage.serve(3, 300)
+    stage.serve(1.4, 300)
+    assert stage.replicas == 3
+    stage.serve(0, 300)
+    assert stage.replicas == 1
+
+
+@pytest.mark.parametrize(("most", "grown"), [(60, [41]), (40, [])])
+def test_late_requests_at_the_end_of_a_burst_hold_none_of_its_workers(most: int, grown: list[int]) -> None:
+    """They waited for workers that were all busy. Little comes by then, and it is no measure for so many of them."""
+    stage = Stage(Limits(max=most, cool_down=100, catch_up=300), replicas=40)
+    for left in range(70, 0, -1):  # its last ones are done more than a window after it came
+        stage.look(in_stage=left * 40.0)
+        stage.now += 1
+        stage.finished += 40.5
+        stage.queue_seconds += 40.5 * 20.0
+    stage.steady(0.5, 20)
+    assert [one.replicas for _, one in stage.decisions] == grown, "late, and nothing waits any more"
+    stage.steady(0.5, 300)
+    assert stage.replicas == 2
+
+
+def test_a_backlog_that_enough_workers_do_not_clear_is_a_sign_too_that_they_are_not_enough() -> None:
+    """``concurrency`` promises 8, and the worker takes them one by one: 20 wait, and the model asks for nobody."""
+    stage = Stage(Limits(concurrency=8, catch_up=30), replicas=1)
+
+    def serve(seconds: int) -> None:
+        for _ in range(seconds):
+            stage.now += 1
+            stage.finished += 1
+            stage.queue_seconds += 20
+            stage.look(in_stage=20.0)
+
+    serve(45)
+    assert stage.replicas == 1, "there was no time yet to catch up in"
+    serve(15)
+    assert stage.replicas == 2
+
+
 def test_nothing_more_is_asked_for_while_workers_start() -> None:
     limits, state = Limits(max=20), State()
     asked = []

@@ -34,21 +34,29 @@ class _Sums:
     unread: set[str] = dataclasses.field(default_factory=set)
     """Workers that were ready at an earlier look, but have said nothing yet: what they did until then is no news."""
     known_late: float = 0.0
-    """Requests that such workers had in the stage when they were first read."""
+    """Requests that such workers had in the stage when they were first read, or those of `lost` that had not died."""
+    lost: set[str] = dataclasses.field(default_factory=set)
+    """Workers that did not answer when they were not ready, nor since: they are dead, most likely, and so is what they
+    had. It would keep its workers, and ask for more, through all the starts of one that does not come up."""
 
     def add(self, worker: str, now: dict[str, float]) -> None:
+        before = self.last.get(worker, {})
         if worker in self.unread:
             self.known_late += now["queue_depth"]
         else:
-            grown = growth(self.last.get(worker, {}), now)
+            grown = growth(before, now)
             for name in COUNTERS:
                 self.counters[name] += grown[name]
+        if worker in self.lost and all(now[name] >= before[name] for name in COUNTERS):
+            self.known_late += before["queue_depth"]  # the same process: what was left out had arrived before
         self.last[worker] = now
 
-    def looked(self, workers: tuple[Worker, ...]) -> None:
+    def looked(self, workers: tuple[Worker, ...], answered: set[str]) -> None:
         """After a look at them: forgets who has gone, and notes who did not answer."""
         here = {worker.name for worker in workers}
         self.last = {name: samples for name, samples in self.last.items() if name in here}
+        self.lost |= {worker.name for worker in workers if not worker.ready}
+        self.lost = (self.lost - answered) & self.last.keys()
         # one that was ready, and is not for a while, has a past all the same
         self.unread = {one.name for one in workers if one.ready or one.name in self.unread} - self.last.keys()
 
@@ -64,22 +72,29 @@ class Observer:
         await self._client.aclose()
 
     async def look(self, services: dict[str, Staffed]) -> dict[str, Observed]:
-        """Service → what is seen of it now. A worker that does not answer counts with what it said last."""
+        """Service → what is seen of it now. A worker that does not answer counts with what it said last.
+
+        One that is not ready either is taken for dead: what it has done still counts, what it had to do does not.
+        """
         workers = [(name, worker) for name, staffed in services.items() for worker in staffed.workers]
         texts = await asyncio.gather(*(scraped(self._client, worker.metrics) for _, worker in workers))
+        answered: dict[str, set[str]] = {}
         for (name, worker), text in zip(workers, texts, strict=True):
             if text is not None and (samples := stage_samples(text)) is not None:
                 self._sums.setdefault(name, _Sums()).add(worker.name, samples)
+                answered.setdefault(name, set()).add(worker.name)
         return {
-            name: self._observed(staffed, self._sums[name]) for name, staffed in services.items() if name in self._sums
+            name: self._observed(staffed, self._sums[name], answered.get(name, set()))
+            for name, staffed in services.items()
+            if name in self._sums
         }
 
-    def _observed(self, staffed: Staffed, sums: _Sums) -> Observed:
-        sums.looked(staffed.workers)
+    def _observed(self, staffed: Staffed, sums: _Sums, answered: set[str]) -> Observed:
+        sums.looked(staffed.workers, answered)
         return Observed(
             replicas=staffed.replicas,
             ready=min(staffed.replicas, sum(worker.ready for worker in staffed.workers)),
-            in_stage=sum(samples["queue_depth"] for samples in sums.last.values()),
+            in_stage=sum(samples["queue_depth"] for name, samples in sums.last.items() if name not in sums.lost),
             finished=sums.counters["run_seconds_count"],
             run_seconds=sums.counters["run_seconds_sum"],
             queued=sums.counters["queue_seconds_count"],

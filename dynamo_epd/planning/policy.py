@@ -20,7 +20,14 @@ do with the load ``1 + tolerance`` times as high (its tolerance). It never shrin
 set to no worker: nobody is left there who could say that one is needed. For the same reason it never takes the last.
 
 **When the model is wrong.** Requests that wait longer than the target although there is a server for each of them mean
-that ``concurrency`` promises too much: one worker more then, and no other before the first was seen to help.
+that ``concurrency`` promises too much. So do those for whom there is none, where workers that were to clear them within
+``catch_up`` have not. One worker more then, and no other before the first was seen to help.
+
+**What it learns from that.** The model has not become right once enough have come: its own answer would send all others
+away after one ``cool_down``, requests would be late again, and so on for ever. So it is remembered how many it took at
+which load, and a stage keeps as many, or fewer in proportion where its load is lower. That only ever holds workers back
+from leaving; none is asked for because of it. And it fades, a worker every `PROVED_SECONDS`: the cause may have been
+another one, such as chance. Where it was not, requests are late for a moment and the worker is back.
 """
 
 from __future__ import annotations
@@ -37,6 +44,8 @@ QUEUE_WINDOW = 10.0
 """Seconds over which the measured queue time is a mean."""
 SETTLE = 20.0
 """Seconds after a change in which measured queue times still tell of what was before."""
+PROVED_SECONDS = 3600.0
+"""Until one worker fewer is tried than measured queue times have asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Observed:
     """Requests whose wait is over."""
     queue_seconds: float
     known_late: float = 0.0
-    """Requests that workers had when they were first read, and not as soon as they came: no arrivals."""
+    """Requests that were first seen, or seen again, some time after they had come: no arrivals."""
 
     @property
     def arrived(self) -> float:
@@ -106,6 +115,8 @@ class State:
     """When as many workers as there are were last wanted."""
     changed: float = -math.inf
     """When the number of workers was last seen to change, or the last of them to become ready."""
+    proved: tuple[float, float, int] | None = None
+    """(time, load, workers) of the last worker that measured queue times asked for: one fewer was too few."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +148,17 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
         extra = waiting * seconds / limits.catch_up
         wanted = max(wanted, math.ceil((load / (1 - limits.headroom) + extra) / limits.concurrency))
         reason += f", {waiting:g} wait"
-    settled = observed.replicas == observed.ready and now - state.changed >= SETTLE
-    if late and not waiting and settled and wanted <= observed.replicas:
+    patience = SETTLE + (limits.catch_up if waiting else 0.0)
+    settled = observed.replicas == observed.ready and now - state.changed >= patience
+    if late and settled and wanted <= observed.replicas:
         wanted = observed.replicas + 1
+        # after a burst little comes any more, but the waits that end are those of a stage that was full
+        state = dataclasses.replace(state, proved=(now, max(load, _ran_at_once(state, now)), wanted))
         reason = f"requests wait {queue:.2f} s, target {limits.queue_target:g} s"
     wanted = min(max(wanted, least), limits.max)
 
     with_tolerance = replicas_for(load * (1 + limits.tolerance), seconds, limits)
-    keep = min(max(wanted, with_tolerance, least), limits.max)
+    keep = min(max(wanted, with_tolerance, least, _proved(state, load, now)), limits.max)
     if late or waiting:
         keep = max(keep, min(observed.replicas, limits.max))
     state = _want(state, keep, observed, now, limits)
@@ -220,6 +234,22 @@ def mean_queue(state: State, now: float) -> float | None:
     _, first = _back(state, now, QUEUE_WINDOW)
     ended = last.queued - first.queued
     return (last.queue_seconds - first.queue_seconds) / ended if ended > 0 else None
+
+
+def _ran_at_once(state: State, now: float) -> float:
+    """Requests that ran at once on average while those waited that `mean_queue` tells of: a `QUEUE_WINDOW` earlier."""
+    then, first = _back(state, now, 2 * QUEUE_WINDOW)
+    end, last = _back(state, now, QUEUE_WINDOW)
+    return (last.run_seconds - first.run_seconds) / (end - then) if end > then else 0.0
+
+
+def _proved(state: State, load: float, now: float) -> int:
+    """Workers that ``load`` needs by what was measured, or 0 where nothing was."""
+    if state.proved is None:
+        return 0
+    then, proved_load, count = state.proved
+    fading = count - int((now - then) / PROVED_SECONDS)
+    return math.ceil(fading * min(1.0, load / proved_load)) if proved_load > 0 else 0
 
 
 def _want(state: State, count: int, observed: Observed, now: float, limits: Limits) -> State:
