@@ -101,6 +101,11 @@ class RequestTimeout(InvalidRequest):
     code = "request_timeout"
 
 
+class UrlTooLong(InvalidRequest):
+    status = 414
+    code = "url_too_long"
+
+
 class HeadersTooLarge(InvalidRequest):
     status = 431
     code = "headers_too_large"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import importlib.util
 import io
@@ -196,6 +197,23 @@ def test_a_broken_new_file_keeps_the_old_keys_and_says_so_once(
     assert found.tenant_of(keys.key["bob"]) is None
 
 
+def test_a_new_file_that_could_not_be_read_is_read_with_the_next_request(
+    keys: KeysFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_descriptor_is_left(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    found = Keys(keys.path)
+    keys.write(keys.lines["bob"])
+    with monkeypatch.context() as full, caplog.at_level(logging.ERROR):
+        full.setattr(Path, "open", no_descriptor_is_left)
+        assert [found.tenant_of(keys.key["ann"]) for _ in range(3)] == ["ann"] * 3
+    assert [one.message for one in caplog.records] == [
+        f"the keys stay as they were: {keys.path}: Too many open files",
+    ]
+    assert found.tenant_of(keys.key["ann"]) is None
+
+
 def dynamo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dynamo_epd.sdk.cli", *arguments],
@@ -321,6 +339,7 @@ def test_a_signing_key_that_others_know_is_refused(tmp_path: Path) -> None:
         ("Basic " + base64.b64encode(b"anyone:a:b").decode(), "a:b"),
         ("Basic " + base64.b64encode(b"nobody").decode(), None),
         ("Basic ???", None),
+        ("Basic \u00e9", None),
         ("Basic " + base64.b64encode(b"\xff\xfe:x").decode(), None),
         ("Digest abc", None),
         ("Bearer", None),

@@ -5,6 +5,7 @@ import asyncio
 import json
 import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,6 +29,7 @@ class Impatient(BoundedConnection):
 
 PIECE = 64 * 1024
 open_streams = 0
+silences: list[str] = []
 
 
 @contextmanager
@@ -58,8 +60,22 @@ def running(protocol: type[BoundedConnection], rates: Rates | None = None) -> It
 
         return StreamingResponse(body())
 
+    @app.post("/echo")
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    @app.get("/silent")
+    async def silent(request: Request) -> None:
+        """Until its client leaves, which it is told without asking again and again."""
+        silences.append("begun")
+        await request.receive()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        silences.append("ended")
+
     @app.get("/whole")
-    async def whole(size: int) -> Response:
+    async def whole(size: int, pause: float = 0.0) -> Response:
+        await asyncio.sleep(pause)
         return Response(bytes(size))
 
     listener = socket.create_server(("127.0.0.1", 0))
@@ -120,6 +136,7 @@ def refused(said: bytes, status: int, code: str) -> None:
 
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+LAST = GET + b"Connection: close\r\n\r\n"
 
 
 @pytest.mark.parametrize("pieces", [[], [b"GET"], [GET], [GET + b"X-A: "]], ids=["nothing", "method", "line", "header"])
@@ -167,9 +184,8 @@ def test_an_empty_line_between_requests_is_no_way_to_stay(port: int) -> None:
 
 def test_requests_ahead_of_their_answers_are_answered_in_order_up_to_a_bound(patient_port: int) -> None:
     most = BoundedConnection.most_pipelined
-    last = GET + b"Connection: close\r\n\r\n"
-    assert say(patient_port, (GET + b"\r\n") * most + last).count(b'"here"') == most + 1
-    assert say(patient_port, (GET + b"\r\n") * 5000 + last).count(b'"here"') < 100
+    assert say(patient_port, (GET + b"\r\n") * most + LAST).count(b'"here"') == most + 1
+    assert say(patient_port, (GET + b"\r\n") * 5000 + LAST).count(b'"here"') < 100
     assert httpx.get(f"http://127.0.0.1:{patient_port}").text == '"here"'
 
 
@@ -249,6 +265,117 @@ def test_a_stream_with_a_request_behind_it_still_learns_that_its_client_left(por
         connection.sendall(GET + b"\r\n")
         time.sleep(0.1)
     eventually(lambda: open_streams == 0, "what the route held is free", 5)
+
+
+@pytest.mark.parametrize("leaves", ["ends", "resets"])
+@pytest.mark.parametrize(
+    "ahead",
+    [
+        [GET + b"\r\n"],
+        [GET + b"\r\n", GET],
+        [b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n" + bytes(1000)],
+        [
+            GET
+            + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: x\r\n\r\n"
+        ],
+    ],
+    ids=["request", "one and a half", "half a body", "WebSocket"],
+)
+def test_a_route_learns_that_its_client_left_whatever_that_sent_ahead(
+    patient_port: int, ahead: list[bytes], leaves: str
+) -> None:
+    silences.clear()
+    with socket.create_connection(("127.0.0.1", patient_port), timeout=20) as connection:
+        connection.sendall(GET.replace(b"/", b"/silent", 1) + b"\r\n")
+        eventually(lambda: silences == ["begun"], "the route begins")
+        for piece in ahead:
+            connection.sendall(piece)
+            time.sleep(0.1)
+        if leaves == "resets":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert silences == ["begun"]
+    eventually(lambda: silences == ["begun", "ended"], "the route is told", 5)
+
+
+def test_what_is_sent_in_one_piece_with_a_request_blinds_it_as_little(patient_port: int) -> None:
+    silences.clear()
+    with socket.create_connection(("127.0.0.1", patient_port), timeout=20) as connection:
+        connection.sendall(GET.replace(b"/", b"/silent", 1) + b"\r\n" + GET + b"\r\n")
+        eventually(lambda: silences == ["begun"], "the route begins")
+        time.sleep(0.1)
+    eventually(lambda: silences == ["begun", "ended"], "the route is told", 5)
+
+
+def test_more_than_a_little_ahead_of_an_answer_is_cut_off(patient_port: int) -> None:
+    silences.clear()
+    sent = 0
+    with socket.create_connection(("127.0.0.1", patient_port), timeout=20) as connection:
+        connection.sendall(GET.replace(b"/", b"/silent", 1) + b"\r\n")
+        eventually(lambda: silences == ["begun"], "the route begins")
+        connection.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n")
+        with suppress(OSError):
+            while sent < 50_000_000:
+                connection.sendall(bytes(10_000))
+                sent += 10_000
+        eventually(lambda: silences == ["begun", "ended"], "what the request held is free", 5)
+    assert sent < 50_000_000
+
+
+def test_what_is_sent_ahead_in_pieces_is_answered_in_order(port: int) -> None:
+    """The second one's head has begun when the first is taken up, and is not whole within its time: nobody read on."""
+    body = bytes(range(200)) * 200
+    head = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    first = GET.replace(b"/", b"/stream?pieces=1&pause=1.5", 1) + b"\r\n"
+    said = say(port, first + head[:9], head[9:], body[:99], body[99:] + GET + b"\r\n" + LAST, pause=0.25)
+    assert said.count(b"HTTP/1.1 200 OK") == 4
+    assert bytes(PIECE) in said
+    assert body + b"HTTP/1.1 200 OK" in said and said.count(b'"here"') == 2 and said.endswith(b'"here"')
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+"""Of Java's HttpClient, with the first request of each connection."""
+WEBSOCKET = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+
+
+@pytest.mark.parametrize("wish", [H2C, WEBSOCKET], ids=["h2c", "WebSocket"])
+@pytest.mark.parametrize("pause", [None, 0.05], ids=["one piece", "pieces"])
+def test_a_wish_for_another_protocol_is_not_heard_and_the_body_is_whole(
+    patient_port: int, wish: bytes, pause: float | None
+) -> None:
+    body = GET + b"\r\n"  # a request, to whoever takes the head for all of the first
+    start = b"POST /echo HTTP/1.1\r\nHost: x\r\n" + wish
+    whole = start + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    chunked = start + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    sent = whole + chunked + GET + wish + b"\r\n" + LAST
+    pieces = [sent] if pause is None else [sent[at : at + 70] for at in range(0, len(sent), 70)]
+    said = say(patient_port, *pieces, pause=pause or 0)
+    assert said.count(b"HTTP/1.1 200 OK") == 4
+    assert said.count(body) == 2 and said.count(b'"here"') == 2 and said.endswith(b'"here"')
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"POST /headers HTTP/1.1\r\nConnection: close, Upgrade\r\n",
+        b"POST /headers HTTP/1.0\r\nConnection: Upgrade\r\n",
+    ],
+)
+def test_a_last_request_with_such_a_wish_is_answered_too(patient_port: int, start: bytes) -> None:
+    said = say(patient_port, start + b"Host: x\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n", b"{}" + LAST, pause=0.1)
+    assert said.startswith(b"HTTP/1.1 200 ")
+    assert said.endswith(b'["connection","content-length","host"]')
+
+
+@pytest.mark.parametrize("target", [b"x:443", b"/", b"/echo"])
+def test_connect_is_refused_with_all_that_follows(patient_port: int, target: bytes) -> None:
+    follows = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+    said = say(patient_port, b"CONNECT " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n" + follows)
+    refused(said, 405, "method_not_allowed")
+
+
+def test_an_address_is_not_even_decoded_above_a_bound(patient_port: int) -> None:
+    for long in (b"/" + b"%41" * 80_000, b"/live?" + b"a&" * 100_000):
+        refused(say(patient_port, GET.replace(b"/", long, 1) + b"\r\n"), 414, "url_too_long")
 
 
 def test_a_stream_that_nobody_reads_gives_its_place_among_the_tenants_requests_back() -> None:
@@ -405,3 +532,19 @@ def test_a_request_on_its_way_to_a_server_that_leaves_is_answered() -> None:
         fresh.sendall(b"\r\n")
         answers(fresh)
         ending.join()
+
+
+def test_what_was_sent_ahead_of_a_servers_last_answer_is_not_begun() -> None:
+    silences.clear()
+    with ExitStack() as server:
+        port = server.enter_context(running(BoundedConnection))
+        with reader(port, f"/whole?size={400 * PIECE}&pause=1.5") as connection:
+            time.sleep(0.3)  # what comes in one piece with the first is answered still
+            connection.sendall(GET.replace(b"/", b"/silent", 1) + b"\r\n")
+            time.sleep(0.3)
+            ending = threading.Thread(target=server.close)
+            ending.start()
+            assert connection.recv(1, socket.MSG_PEEK), "answered, and not yet at its end, for most is unread"
+            time.sleep(0.3)
+        ending.join()
+    assert silences == []

@@ -378,12 +378,15 @@ def test_one_of_many_prompts_that_fails_fails_them_all_by_its_own_class(front: A
 
     stages = OneFails([])
 
+    async def read(body: dict[str, Any]) -> None:
+        answer = await front.complete(body, stages)
+        async for _ in answer.events:
+            """Until it fails."""
+
     async def main() -> None:
         body = {"model": "alias", "prompt": ["a", "b"], "max_tokens": 100, "stream": stream}
         with pytest.raises(StageUnavailable, match="gone"):
-            answer = await front.complete(body, stages)
-            async for _ in answer.events:
-                """Until it fails."""
+            await read(body)
         async with asyncio.timeout(5):  # the other one is being given up
             while front._engine.output_processor.get_num_unfinished_requests():
                 await asyncio.sleep(0.01)

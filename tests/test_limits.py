@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import socket
 import threading
@@ -190,6 +191,16 @@ def test_large_headers_are_431(server: Running) -> None:
     alive(server)
 
 
+@pytest.mark.parametrize("long", ["/{}", "/live?{}", "/live?a={}", "/{}?{}"])
+def test_a_long_address_is_414(server: Running, long: str) -> None:
+    most = RequestBounds.url_bytes
+    fits = long.replace("{}", "a&" * 5000) if long.count("{}") == 1 else long.replace("{}", "a&" * 3500)
+    assert httpx.get(server.url + fits).status_code == 404
+    text = long.replace("{}", "a" * (most // long.count("{}")))
+    refused(server.send(f"GET {text} HTTP/1.1\r\nHost: x\r\n\r\n".encode()), 414, "url_too_long")
+    alive(server)
+
+
 def test_the_clients_request_id_is_echoed_where_it_is_harmless(server: Running) -> None:
     for name in ("abc", "A-1_2.3", "z" * 128):
         reply = httpx.post(f"{server.url}/echo", headers={"x-request-id": name})
@@ -258,6 +269,7 @@ def test_a_stranger_is_refused_on_the_head_alone_and_reads_it_though_he_writes_o
     refused(server.send(head(90_000), b"x" * 90_000), 401, "invalid_api_key")
     refused(server.send(head(None), b"5\r\nhello\r\n"), 401, "invalid_api_key")
     refused(server.send(head(90_000, "Expect: 100-continue")), 401, "invalid_api_key")
+    refused(server.send(head(0).replace(b"/echo", b"/echo?" + b"a" * 20_000)), 414, "url_too_long")
     assert server.app.state.seen == []
     assert server.send(head(2, key, "Connection: close"), b"{}").startswith(b"HTTP/1.1 200 ")
 
@@ -287,3 +299,16 @@ def test_a_place_is_taken_from_the_head_to_the_end_and_given_back_however_that_c
     free()
     assert server.send(head(0, *last).replace(b"/echo", b"/defect")).startswith(b"HTTP/1.1 500 ")
     free()
+
+
+def test_a_defect_of_the_edge_itself_is_a_500_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Callers):
+        def tenant_of(self, method: str, path: str, query: bytes, authorization: str | None) -> tuple[str, bool]:
+            raise ValueError("secret")
+
+    with running(BoundedConnection, application(Broken(None, None))) as up, caplog.at_level(logging.WARNING):
+        reply = httpx.get(up.url, headers={"x-request-id": "mine"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine")
+    assert reply.json()["error"]["code"] == "internal_error"
+    assert "secret" not in reply.text
+    assert [one.message for one in caplog.records] == ["request mine failed"]

@@ -8,7 +8,6 @@ A key is 256 random bits. SHA-256 is enough to keep it: slow hashes protect what
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import logging
@@ -78,12 +77,13 @@ class Keys:
     """The keys of a file. It is looked at with every request: a key that is taken out is refused from then on.
 
     Constructing raises ConfigError for a file that cannot be used. One that becomes so later changes nothing: the keys
-    before it stay good, and the log says why.
+    before it stay good, and the log says why. One that could not be read is tried again with the next request.
     """
 
     def __init__(self, path: Path):
         self._path = path
         self._seen: tuple[int, ...] | None = None
+        self._told: tuple[int, ...] | None = None
         self._keys: tuple[_Key, ...] = ()
         self._tenants: tuple[str, ...] = ()
         mark = _mark(path)
@@ -113,12 +113,16 @@ class Keys:
         mark = _mark(self._path)
         if mark == self._seen:
             return
-        self._seen = mark
         try:
             self._use(_read(self._path))
         except ConfigError as error:
-            log.error("the keys stay as they were: %s", error)
+            if not isinstance(error.__cause__, OSError):  # else it may be whole: we had no descriptor left, perhaps
+                self._seen = mark
+            if mark != self._told:
+                log.error("the keys stay as they were: %s", error)
+            self._told = mark
         else:
+            self._seen, self._told = mark, None
             log.warning("%s: %d keys of %d tenants now", self._path, len(self._keys), len(self._tenants))
 
 
@@ -281,5 +285,5 @@ def key_of(authorization: str | None) -> str | None:
         return None
     try:
         return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2] or None
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # of base64, or of its bytes; what is not ASCII raises nothing more exact
         return None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import uuid
 from contextlib import ExitStack
@@ -14,11 +15,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamo_epd import tracing
-from dynamo_epd.errors import EpdError, HeadersTooLarge, InvalidRequest, Overloaded, PayloadTooLarge, RequestTimeout
+from dynamo_epd.errors import (
+    EpdError,
+    HeadersTooLarge,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    RequestTimeout,
+    UrlTooLong,
+)
 from dynamo_epd.http.auth import Callers
 from dynamo_epd.http.errors import answer_errors, error_response
 from dynamo_epd.http.rates import Rates
 from dynamo_epd.http.traced import Traced
+
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -35,6 +47,8 @@ class RequestBounds:
     """Between two pieces of a body."""
     headers: int = 100
     header_bytes: int = 16 * 1024
+    url_bytes: int = 16 * 1024
+    """Path and query. A query is split for every route, a key or none: some milliseconds for this much."""
     drain_bytes: int = 64 * 1024 * 1024
     """Of a body that was refused: read and dropped, so that a client that is still writing gets to read the reply."""
     drain_seconds: float = 5.0
@@ -54,8 +68,9 @@ def guard(
 
 
 class RequestLimits:
-    """ASGI middleware, outside of all but a span: headers 431, key 401, rate 429, body 413, slow body 408, too much of
-    all bodies together 503, and ``x-request-id`` on every reply. Nothing of a body is read before its sender is known.
+    """ASGI middleware, outside of all but a span: URL 414, headers 431, key 401, rate 429, body 413, slow body 408, too
+    much of all bodies together 503, a defect of its own 500, and ``x-request-id`` on every reply. Nothing of a body is
+    read before its sender is known.
 
     The body is read here in full and handed on in one piece, so no route can forget a bound. The id is the client's
     if it is harmless, else a new one; routes find it as ``request.state.request_id``, and whose the request is as
@@ -96,7 +111,7 @@ class RequestLimits:
 
         with ExitStack() as held:
             try:
-                self._check_headers(scope)
+                self._check_head(scope)
                 state["tenant"], counts = self.callers.tenant_of(
                     scope["method"],
                     scope["path"],
@@ -106,15 +121,20 @@ class RequestLimits:
                 if counts:
                     held.enter_context(self.rates.counted(state["tenant"], told))
                 body = await self._read(receive, held)
-            except EpdError as error:
+            except Exception as error:  # the process boundary: `ErrorBoundary` is inside
                 held.close()
+                if not isinstance(error, EpdError):
+                    log.exception("request %s failed", request_id)
+                    error = InternalError("internal error")
                 await self._refuse(error, receive, identify)
                 return
             if body is None:  # the client left while sending
                 return
             await self.app(scope, _replay(body, receive), identify)
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_head(self, scope: Scope) -> None:
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > self.bounds.url_bytes:
+            raise UrlTooLong(f"the path and the query have more than {self.bounds.url_bytes} bytes")
         headers = scope["headers"]
         if len(headers) > self.bounds.headers:
             raise HeadersTooLarge(f"the request has more than {self.bounds.headers} headers")

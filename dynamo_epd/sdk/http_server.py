@@ -11,6 +11,7 @@ import os
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
 from dynamo_epd.errors import EpdError
-from dynamo_epd.http.connection import BoundedConnection
+from dynamo_epd.http.connection import BoundedConnection, TlsConnection
 from dynamo_epd.http.errors import on_epd_error
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.port import HOST, PORT, SHARED_PORT, bound
@@ -56,19 +57,17 @@ class HttpServer:
 
     def __init__(self, app: Any, tls: TlsConfig | None = None):
         self._scheme = "http" if tls is None else "https"
-        if tls is not None:
-            _check(tls)
+        connection: Any = BoundedConnection if tls is None else partial(TlsConnection, _context(tls))
         host, port = os.environ.get(HOST, "127.0.0.1"), int(os.environ.get(PORT, "8000"))
         self._socket = bound(host, port, shared=bool(os.environ.get(SHARED_PORT)))
         config = uvicorn.Config(
             app,
-            http=BoundedConnection,
+            http=connection,
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_keep_alive=75,
             server_header=False,
-            ssl_certfile=tls.cert_file if tls else None,
-            ssl_keyfile=tls.key_file if tls else None,
         )
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -107,13 +106,15 @@ class HttpServer:
         await asyncio.wait([serving], timeout=GIVING_UP_SECONDS)
 
 
-def _check(tls: TlsConfig) -> None:
+def _context(tls: TlsConfig) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # A key with a pass phrase would be asked for on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
+        context.load_cert_chain(tls.cert_file, tls.key_file, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"tls: {tls.cert_file} and {tls.key_file} cannot be used: {reason}") from error
+    return context
 
 
 def app_of(info: ServiceInfo, instance: Any) -> Any | None:
