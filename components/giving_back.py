@@ -39,14 +39,17 @@ async def give_back(call: Call) -> Any:
 
 @asynccontextmanager
 async def drawing(image_worker: Any, call: Call, request_id: str) -> AsyncIterator[None]:
-    """Around all that is done with a call for a picture. Whoever is cancelled in it gives back what is laid out for it.
+    """Around all that is done with a call for a picture. Whoever leaves it before its end gives back what is laid out
+    for it.
 
     What a caller has not yet heard of is among it: a reply is lost whose caller has left.
     """
     try:
         async with aclosing(call):
             yield
-    except (asyncio.CancelledError, GeneratorExit):
+    except EpdError:  # the worker's own, which lays out nothing then, or is gone
+        raise
+    except BaseException:
         if call.instance is not None:
             afterwards(
                 give_back(image_worker.release(ReleaseRequest(request_ids=[request_id]), instance=call.instance))

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from components import beside_chat
 from components.beside_chat import BesideChat
 from components.frontend import Account
-from components.protocol import Generated, Validated
+from components.giving_back import drawing
+from components.protocol import Generated, ReleaseRequest, Validated
 from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.strict_json import LARGE_BODY
@@ -141,6 +142,47 @@ def test_a_stream_that_never_begins_gives_back_what_it_holds(kind: str) -> None:
         return freed
 
     assert asyncio.run(main()) == ["held"]
+
+
+def test_a_picture_of_a_stream_that_never_begins_is_given_back() -> None:
+    """As uvicorn has it, who says that the client is gone, and fails nothing that is sent."""
+
+    class ImageWorkerDouble:
+        instance = 7
+
+        def __init__(self) -> None:
+            self.released: list[str] = []
+
+        async def aclose(self) -> None:
+            """Of the call for the picture."""
+
+        def release(self, request: ReleaseRequest, *, instance: int) -> Any:
+            self.released += request.request_ids
+            return self
+
+        async def only(self) -> None:
+            """Of the release."""
+
+    async def main() -> list[str]:
+        worker, held = ImageWorkerDouble(), AsyncExitStack()
+
+        async def never() -> AsyncIterator[bytes]:
+            yield b""
+
+        async def stuck(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        async def gone() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        await held.enter_async_context(drawing(worker, worker, "r"))  # type: ignore[arg-type]
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        with pytest.raises(ClientDisconnect):
+            await HeldStream(never(), held)(scope, gone, stuck)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        return worker.released
+
+    assert asyncio.run(main()) == ["r"]
 
 
 @pytest.mark.parametrize("stage", ["processor", "image_worker", "embed_worker"])

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,7 +165,8 @@ async def answer(one: Frontend, receive: Any, call: AsyncIterator[HttpReply]) ->
         account.status = 200
         stream = HeldStream(events(call, account), held.pop_all())
     assert one.in_flight == 1
-    await stream(SCOPE, receive, send)
+    with suppress(ClientDisconnect):  # as `ErrorBoundary` does
+        await stream(SCOPE, receive, send)
     return sent
 
 
@@ -206,12 +207,20 @@ def test_a_stream_is_counted_and_logged_as_it_ended(
     assert one.in_flight == 0
 
 
-def test_a_client_that_leaves_before_the_first_byte_gives_its_place_back(one: Frontend) -> None:
+def test_a_client_that_leaves_before_the_first_byte_gives_its_place_back(
+    one: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
     assert asyncio.run(answer(one, gone, replies(2))) == []
     assert one.in_flight == 0
+    assert "id 499 " in caplog.text
 
 
-def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(one: Frontend) -> None:
+def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(
+    one: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
+
     async def endless() -> AsyncGenerator[HttpReply, None]:
         while True:
             yield HttpReply(event="data: x\n\n")
@@ -222,6 +231,7 @@ def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(one: Frontend) 
 
     assert len(asyncio.run(answer(one, soon, endless()))) > 1
     assert one.in_flight == 0
+    assert "id 499 " in caplog.text
 
 
 def test_many_who_ask_for_health_are_one_question_and_its_answer_is_kept(one: Frontend) -> None:

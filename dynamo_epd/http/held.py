@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 
 class HeldStream(StreamingResponse):
@@ -36,9 +36,16 @@ class HeldStream(StreamingResponse):
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = False
+
+        async def sending(message: Message) -> None:
+            nonlocal whole
+            await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+
         async with self._held, aclosing(self._pieces):
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds):
-                    await super().__call__(scope, receive, send)
-            except TimeoutError:
-                raise ClientDisconnect from None
+                    await super().__call__(scope, receive, sending)
+            if not whole:  # who is held must know: what was given to this client has reached nobody
+                raise ClientDisconnect
