@@ -115,7 +115,9 @@ class Read:
         self._posted = False
 
     def poll(self) -> bool:
-        """Post it the first time; make progress; True when the bytes have arrived. Raises `HandOffFailed`."""
+        """Post it the first time; make progress; True once the bytes have arrived. Raises `HandOffFailed`."""
+        if self._request is None:
+            return True
         try:
             if self._posted:
                 status = self._agent.getXferStatus(self._request)

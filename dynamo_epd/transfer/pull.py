@@ -81,6 +81,7 @@ class Pull:
         self.peer.in_flight += 1
         self._reads.append((read, nbytes))
         self._started += nbytes
+        read.poll()  # posts it: what was only asked for behind another would wait for that one's way there and back
 
     def _arrived(self) -> list[int]:
         """Sizes of the pieces that have arrived since the last call, in order."""

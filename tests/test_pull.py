@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of one READ, over a double of NIXL whose bytes take their time. The real one is in test_transfer.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from dynamo_epd.transfer.handle import Handle
+from dynamo_epd.transfer.memory import digest_of
+from dynamo_epd.transfer.pull import PIECE_BYTES, PIECES_IN_FLIGHT, Pull
+
+
+class ReadDouble:
+    def __init__(self) -> None:
+        self.posted = self.here = False
+
+    def poll(self) -> bool:
+        self.posted = True
+        return self.here
+
+
+class AgentDouble:
+    def __init__(self) -> None:
+        self.reads: list[ReadDouble] = []
+        self.notices: list[bytes] = []
+
+    def read(self, peer: str, local: int, remote: int, nbytes: int, notice: bytes) -> ReadDouble:
+        self.reads.append(ReadDouble())
+        self.notices.append(notice)
+        return self.reads[-1]
+
+
+def pull_of(agent: Any, data: bytes) -> Pull:
+    handle = Handle("o", "i", "lease", 0, len(data), (len(data),), "bytes", digest_of(data), 0.0, True)
+    memory: Any = SimpleNamespace(address=0, bytes_at=lambda offset, nbytes: data[offset : offset + nbytes])
+    peer: Any = SimpleNamespace(incarnation="i", address=0, in_flight=0)
+    peers: Any = SimpleNamespace(finished=lambda _: None, drop=lambda _: None)
+    return Pull(agent, peers, peer, handle, memory, 0)
+
+
+def test_pieces_are_on_their_way_side_by_side_and_the_last_goes_alone_with_the_notice() -> None:
+    agent = AgentDouble()
+    pull = pull_of(agent, bytes(5 * PIECE_BYTES + 3))
+    for _ in range(10):
+        assert not pull.step()
+    assert [read.posted for read in agent.reads] == [True] * PIECES_IN_FLIGHT
+    agent.reads[1].here = True
+    assert not pull.step()
+    assert len(agent.reads) == PIECES_IN_FLIGHT, "they are taken in order"
+    agent.reads[0].here = True
+    for _ in range(10):
+        assert not pull.step()
+    assert len(agent.reads) == 5
+    for read in agent.reads[:4]:
+        read.here = True
+    for _ in range(10):
+        assert not pull.step()
+    assert (len(agent.reads), pull.taken) == (5, 4 * PIECE_BYTES), "the last waits for all others"
+    agent.reads[4].here = True
+    assert not pull.step()
+    assert not pull.step()
+    agent.reads[5].here = True
+    assert pull.step()
+    assert agent.notices == [b""] * 5 + [b"lease"]
