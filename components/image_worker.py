@@ -132,6 +132,7 @@ class ImageWorker(ArenaOwner):
         self.names = ModelNames.of(self.config.served_model_name, self.config.model)
         self.name = self.names.names[0]
         self.waiting = 0
+        self.failures = Failures()
 
     @async_on_start
     async def start(self) -> None:
@@ -140,7 +141,6 @@ class ImageWorker(ArenaOwner):
 
         config = self.config
         self.loop = asyncio.get_running_loop()
-        self.failures = Failures()
         self.threads = ThreadPoolExecutor(config.max_batch, thread_name_prefix="denoise")
         metrics = Metrics(dynamo_context["namespace"], "ImageWorker", config.model)
         self.metrics = metrics.stage()

@@ -85,7 +85,7 @@ def test_who_is_named_must_be_there() -> None:
 def test_an_unknown_policy_or_endpoint_is_named() -> None:
     with pytest.raises(ValueError, match="'fastest' is none of round-robin"):
         client().route("fastest")  # type: ignore[arg-type]
-    with pytest.raises(AttributeError, match="Back has no endpoint 'anwser'; it has answer"):
+    with pytest.raises(AttributeError, match="Back has no endpoint 'anwser'; it has again, answer"):
         _ = client().anwser
 
 

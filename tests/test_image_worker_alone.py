@@ -23,6 +23,7 @@ from components.image_worker import ImageConfig, ImageWorker
 from components.protocol import GenerateRequest, ModelNames
 from dynamo_epd.diffusion.text_encoder import Row
 from dynamo_epd.errors import InvalidRequest, NotFound, StageUnavailable
+from dynamo_epd.failures import Failures
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.test_jobs import Server, over, queue, submitted
 
@@ -85,8 +86,8 @@ def image_worker(config: ImageConfig, **made_at_start: Any) -> ImageWorker:
     """One that was constructed, and given what its start hook would have made."""
     worker = object.__new__(ImageWorker)
     names = ModelNames.of(config.served_model_name, config.model)
-    vars(worker).update(config=config, names=names, name=names.names[0], waiting=0, loop=asyncio.get_running_loop())
-    vars(worker).update(made_at_start)
+    vars(worker).update(config=config, names=names, name=names.names[0], waiting=0, failures=Failures())
+    vars(worker).update(loop=asyncio.get_running_loop(), **made_at_start)
     return worker
 
 
