@@ -87,8 +87,9 @@ def _of_kubernetes(found: Object) -> list[str]:
 
 
 def _nulls(value: Any, path: str) -> Iterator[str]:
-    """Kubernetes' schemas take null for everything, its API server then refuses it where something is required."""
-    if value is None:
+    """Kubernetes' schemas take null for everything, its API server then refuses it where something is required. That
+    of a time which is not yet known is kubectl's own."""
+    if value is None and not path.endswith(".creationTimestamp"):
         yield path
     for key, one in _inside(value):
         yield from _nulls(one, f"{path}.{key}")
