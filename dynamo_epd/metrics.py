@@ -62,8 +62,8 @@ class Metrics:
         return self._histogram("epd_encode_batch_size", "Images in one forward", (1, 2, 4, 8, 16, 32, 64))
 
     def embed_batch_size(self) -> Any:
-        """Texts in one forward of the text encoder."""
-        return self._histogram("epd_embed_batch_size", "Texts in one forward", (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        """Texts in one batch, which may take several forwards."""
+        return self._histogram("epd_embed_batch_size", "Texts in one batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
     def images(self) -> Any:
         """Pictures made."""

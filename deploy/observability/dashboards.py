@@ -422,7 +422,7 @@ IMAGES = (
         (f"stage:nixl_transfer_bytes:rate5m{{{IMAGE}}}", BY_STAGE),
     ),
     lines(
-        "Texts in one forward",
+        "Texts in one batch",
         "short",
         "The mean; it grows with the load by itself. Flat while texts wait: grow the EmbedWorker.",
         (mean("epd_embed_batch_size", G, "dynamo_component"), BY_STAGE),
