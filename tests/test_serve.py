@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -132,6 +133,26 @@ def test_workers_and_nats_die_with_the_command_however_it_goes(tmp_path: Path) -
         assert "error" not in again.call({"number": 1})["results"][0]
         assert again.stop() == 0
         assert again.leftovers() == []
+
+
+def test_the_next_start_removes_what_one_that_was_killed_has_left(tmp_path: Path) -> None:
+    with Served(tmp_path, RELAY) as served:
+        served.wait_until_up()
+        for pid in [served.process.pid, *served.processes()]:  # at once: none can leave discovery
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        served.process.wait()
+        eventually(lambda: served.processes() == [], "no process of it is left", 30)
+    assert [path for path in (tmp_path / "dynamo" / "discovery").rglob("*") if path.is_file()]
+    with socket.socket() as its_port:
+        its_port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # somebody else has it
+            its_port.bind(("127.0.0.1", 4222))
+            its_port.listen()
+        with Served(tmp_path, RELAY) as again:
+            again.wait_until_up()
+            assert again.stop() == 0
+            assert again.leftovers() == []
 
 
 def test_a_child_of_a_worker_goes_with_it(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from dynamo_epd.sdk.nats import PASSWORD, SERVER, USERNAME, server_info
 MAX_PAYLOAD = "8MB"
 USER = "dynamo"
 DEFAULT_PORT = 4222
+DISCOVERY = "discovery"
+"""In the directory of a server of ours, the way to the entries of its workers: who was killed cannot remove them."""
 _EXEC_WITH_PARENT = "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);os.execv(sys.argv[1],sys.argv[1:])"
 """The server cannot ask for a signal at its parent's death (PR_SET_PDEATHSIG) itself; what execs it can."""
 
@@ -83,6 +85,7 @@ class LocalNats:
             self._jetstream, self._claim = _claim_jetstream()
             self._directory = state_dir() / f"nats-{os.getpid()}"
             self._directory.mkdir(mode=0o700)
+            (self._directory / DISCOVERY).symlink_to(discovery_dir(self.url))
             self._write_config(port)
             shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
             if not alive:
@@ -99,6 +102,7 @@ class LocalNats:
             except PermissionError:
                 continue
             except (ProcessLookupError, ValueError):
+                shutil.rmtree((directory / DISCOVERY).resolve(), ignore_errors=True)
                 shutil.rmtree(directory, ignore_errors=True)
 
     @property
