@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from components.protocol import Completed, DecodeRequest, Delta, RejectRequest
+from dynamo_epd.errors import Preempted
 from dynamo_epd.exchange import ArenaOwner
+from dynamo_epd.given import Given
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class DecodeWorker(ArenaOwner):
 
     def __init__(self) -> None:
         self.config = service_config(DecodeConfig)
+        self._taken_over: Given[dict[str, Any]] = Given()
 
     @async_on_start
     async def start(self) -> None:
@@ -56,6 +63,8 @@ class DecodeWorker(ArenaOwner):
     @endpoint()
     async def generate(self, request: DecodeRequest) -> AsyncIterator[Delta]:
         """One answer. Leaving early aborts it in the engine."""
+        if request.kv is not None:
+            self._take_over(request, request.kv)
         with self.metrics.visit() as visit:
             async with AsyncExitStack() as held:
                 images = await held.enter_async_context(
@@ -70,7 +79,6 @@ class DecodeWorker(ArenaOwner):
                     streamed=request.streamed,
                     reasoning=request.reasoning,
                     kv=request.kv,
-                    kv_until=request.kv_until,
                 )
                 async with aclosing(deltas):
                     async for delta in deltas:
@@ -80,10 +88,24 @@ class DecodeWorker(ArenaOwner):
                             visit.waited = delta.queue_seconds
                         yield delta
 
-    @endpoint()
+    def _take_over(self, request: DecodeRequest, kv: dict[str, Any]) -> None:
+        """From here on this worker alone answers for ``kv``: its engine pulls it, or says to the one that prefilled it
+        that nobody will. Were that said by another, this engine could pull what is another prompt's by then.
+
+        Raises Preempted where it is not ours any more: another worker was asked, or the caller has left.
+        """
+        if (late := time.time() - request.kv_until) > 0:
+            log.warning("%s: its KV cache came %.1f s late (stood still, or clocks disagree)", request.request_id, late)
+            raise Preempted("the KV cache was not taken over in time")
+        if not self._taken_over.give(request.request_id, kv):
+            raise Preempted("the KV cache was given back")
+
+    @endpoint(addressed=True)
     async def reject(self, request: RejectRequest) -> AsyncIterator[Completed]:
-        """Lets a prefill worker free the blocks of a KV cache that nobody will decode."""
-        await self.engine.reject(request.request_id, request.kv)
+        """Lets a prefill worker free the blocks of a KV cache that nobody will decode. Of a request that came here that
+        is done already; one that comes later is refused."""
+        if not self._taken_over.take_back(request.request_id):
+            await self.engine.reject(request.request_id, request.kv)
         yield Completed()
 
     @liveness

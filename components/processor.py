@@ -323,6 +323,7 @@ class Conversation:
         images = await self._images(prompt)
         unread = images
         kv: dict[str, Any] | None = None
+        asked: Call | None = None
         decode = DecodeRequest(
             request_id,
             prompt.token_ids,
@@ -340,7 +341,7 @@ class Conversation:
                 self.queue_seconds += prefilled.queue_seconds
                 decode = processor.take_over(decode, images, prefilled)
             blocks = processor.blocks_of(processor.decode_worker, token_ids, images, self._request.tenant)
-            call = processor.decode_worker.generate(decode, blocks=blocks)
+            asked = call = processor.decode_worker.generate(decode, blocks=blocks)
             async with aclosing(call):
                 with self._suspected(call):
                     delta = await self._before_deadline(anext(call, None))
@@ -354,7 +355,7 @@ class Conversation:
         finally:
             self._release(unread)
             if kv is not None:
-                afterwards(self._reject(request_id, kv))
+                afterwards(self._reject(request_id, kv, asked and asked.instance))
 
     async def _images(self, prompt: Prompt) -> list[Leased]:
         """The prompt's embeddings, in its order; those encoded ahead go to the first prompt that asks."""
@@ -439,8 +440,9 @@ class Conversation:
         if lost is not None and lost.kv is not None:
             await self._reject(request_id, lost.kv)
 
-    async def _reject(self, request_id: str, kv: dict[str, Any]) -> None:
-        await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv)))
+    async def _reject(self, request_id: str, kv: dict[str, Any], asked: int | None = None) -> None:
+        """By the decode worker that was asked: it knows whether it may still pull. Where it is lost the lease ends."""
+        await give_back(self._processor.decode_worker.reject(RejectRequest(request_id, kv), instance=asked))
 
 
 async def withdrawn(tasks: Sequence[asyncio.Task[Result]]) -> list[Result]:

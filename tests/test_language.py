@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import RequestStatus
 
+from dynamo_epd.engine import language, lease
 from dynamo_epd.engine.delta import Reasoning
 from dynamo_epd.engine.language import HANDED_OVER, ImageInput, LanguageEngine, encode_sampling, multi_modal_data
+from dynamo_epd.engine.scheduler import FailOnPreemption
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted
+from dynamo_epd.sdk.serve import worker_environment
 
 KV = {
     "do_remote_prefill": True,
@@ -100,13 +105,107 @@ def test_what_was_streamed_is_no_part_of_what_is_rendered() -> None:
     assert double.given[0]["prompt_token_ids"] == [1, 9, 9, 2, 9, 5]
 
 
-def test_a_kv_cache_is_taken_over_in_time_or_not_at_all() -> None:
+def test_a_kv_cache_is_pulled_in_time_or_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     double = EngineDouble()
+    generated(double, kv=KV)
+    assert (len(double.given), double.rejected) == (1, [])
+    monkeypatch.setattr(language, "STILL_SECONDS", -1.0)
+    generated(double)  # it has none
     with pytest.raises(Preempted):
-        generated(double, kv=KV, kv_until=time.time() - 0.01)
-    assert double.given == []
-    generated(double, kv=KV, kv_until=time.time() + 60)
-    assert len(double.given) == 1
+        generated(double, kv=KV)
+    assert (len(double.given), double.rejected) == (2, ["r"])
+
+
+def test_a_kv_cache_whose_request_does_not_reach_the_engine_is_given_back() -> None:
+    double = EngineDouble()
+    with pytest.raises(InvalidRequest):
+        generated(double, kv=KV, streamed=range(200))
+    assert (double.given, double.rejected) == ([], ["r"])
+
+    async def left_while_it_is_rendered() -> None:
+        async def render(*_: Any) -> Any:
+            await asyncio.sleep(60)
+
+        double.renderer.render_cmpl_async = render
+        engine = LanguageEngine(double, "decode", silence=1.0)
+        answer = engine.generate("left", [1], [], sampling="{}", cache_salt=None, kv=KV)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(answer), 0.01)
+
+    asyncio.run(left_while_it_is_rendered())
+    assert (double.given, double.rejected) == ([], ["r", "left"])
+
+
+def test_a_kv_cache_is_handed_over_with_its_time() -> None:
+    double = EngineDouble()
+
+    async def ended(*_: Any, **__: Any) -> Any:
+        yield SimpleNamespace(kv_transfer_params=KV, prompt_token_ids=[1], metrics=None)
+
+    async def main() -> None:
+        engine = LanguageEngine(double, "prefill", silence=1.0)
+        before = time.time()
+        prefilled = await engine.prefill("r", [1], [], cache_salt=None)
+        assert before < prefilled.until - lease.TAKE_OVER_SECONDS <= time.time()
+
+    double.generate = ended  # type: ignore[method-assign]
+    asyncio.run(main())
+
+
+def test_who_stands_still_as_long_as_he_may_on_every_step_comes_before_the_lease_ends() -> None:
+    assert lease.TAKE_OVER_SECONDS + 2 * lease.STILL_SECONDS < lease.KV_LEASE_SECONDS
+    a_sixth, two_thirds = lease.KV_LEASE_SECONDS // 6, lease.KV_LEASE_SECONDS * 2 // 3  # vLLM's, in whole seconds
+    assert two_thirds - a_sixth > lease.STILL_SECONDS
+    given_up = worker_environment({}, {}, verbose=False)["DYN_NATS_REQUEST_TIMEOUT_SECS"]
+    assert float(given_up) >= lease.TAKE_OVER_SECONDS
+
+
+class Requests(FailOnPreemption):
+    """The scheduler without vLLM's part of it: what was finished, and nothing scheduled."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.finished: list[str] = []
+        self._lost, self._unpulled = [], {}
+
+    def add(self, name: str, **params: Any) -> Any:
+        request = SimpleNamespace(
+            request_id=name, status=RequestStatus.WAITING, kv_transfer_params=params or None, arrival_time=time.time()
+        )
+        self.add_request(request)
+        return request
+
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
+        assert finished_status == RequestStatus.FINISHED_ERROR
+        self.finished.append(request_ids)
+        return [self.requests.pop(request_ids)]
+
+
+def test_an_engine_that_stood_still_pulls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, one: self.requests.update({one.request_id: one}))
+    monkeypatch.setattr(AsyncScheduler, "schedule", lambda self, throttle: None)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    scheduler = Requests()
+    scheduler.add("plain")
+    pulled = scheduler.add("pulled", do_remote_prefill=True)
+    scheduler.add("waits", do_remote_prefill=True)
+    on_its_way = scheduler.add("on its way", do_remote_prefill=True)
+    for _ in range(3):  # longer in all, and it has turned meanwhile
+        now += lease.STILL_SECONDS - 0.1
+        scheduler.schedule()
+    pulled.status, on_its_way.status = RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS
+    scheduler.schedule()
+    assert scheduler.finished == []
+    now += lease.STILL_SECONDS + 0.1
+    scheduler.schedule()
+    assert scheduler.finished == ["waits", "on its way"]
+    assert [one.request_id for one in scheduler._lost] == scheduler.finished
+    scheduler.add("came while it stood", do_remote_prefill=True)
+    now += lease.STILL_SECONDS + 0.1
+    scheduler.schedule()
+    assert scheduler.finished[2:] == ["came while it stood"]
+    assert not scheduler._unpulled
 
 
 @pytest.mark.parametrize(

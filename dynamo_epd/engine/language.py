@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import random
 import socket
@@ -28,6 +27,7 @@ import psutil
 
 from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
+from dynamo_epd.engine.lease import KV_LEASE_SECONDS, STILL_SECONDS, TAKE_OVER_SECONDS
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
@@ -37,18 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KV_LEASE_SECONDS = 10
-"""How long prefill keeps blocks that nobody came for. vLLM's default is 30 s, in which the blocks of
-decode workers that were killed fill a busy cache."""
-
 HANDED_OVER = 1024
 """KV caches whose handles a prefill engine remembers: as many as a worker has calls at once. A caller that leaves says
 so at once, and a handle is of no use after its lease; those of long prompts have thousands of blocks each."""
-
-TAKE_OVER_SECONDS = 2.0
-"""How old a KV cache may be when a decode engine is told to pull it. Less than `wire.SILENT_SECONDS`, after which
-whoever asked gives a worker up, and lets prefill free the blocks: one that stood still for longer would pull those of
-another prompt. Compared by the clocks of two machines."""
 
 ALONE_ON_A_CARD = 0.9
 """Share of a card's memory that one engine takes: vLLM's own default."""
@@ -191,7 +182,8 @@ class LanguageEngine:
             }
         }
         last = None
-        async for output in self._run(request_id, token_ids, images, cache_salt, params, streamed):
+        prompt = await self._rendered(token_ids, images, cache_salt, params, streamed)
+        async for output in self._run(request_id, prompt, params):
             last = output
         if last is None or last.kv_transfer_params is None:
             raise Retryable("prefill ended without a KV cache to hand over")
@@ -236,25 +228,22 @@ class LanguageEngine:
         streamed: Sequence[int] = (),
         reasoning: Reasoning | None = None,
         kv: dict[str, Any] | None = None,
-        kv_until: float = math.inf,
     ) -> AsyncGenerator[Delta, None]:
         """Streams the answer, or what follows the tokens that are ``streamed`` of it. With ``kv`` the prompt's KV cache
-        is pulled from the engine that prefilled it, unless it is later than ``kv_until`` (Unix seconds).
+        is pulled from the engine that prefilled it. That is told to keep it no longer, however this ends.
 
         ``sampling`` is `encode_sampling`'s text. Closing the iterator aborts the request in the engine.
 
         Raises:
             InvalidRequest: the expanded prompt does not fit the model, or ``kv`` is none.
             InternalError: a grammar is to hold after the reasoning, and this engine was started without its parser.
-            Preempted: the engine lost the KV cache (preemption, or it could not be pulled), or it is too old.
+            Preempted: the engine lost the KV cache (preemption, or it could not be pulled), or stood still meanwhile.
         """
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         params = decode_sampling(sampling)
         params.output_kind = RequestOutputKind.DELTA
-        parser = self._engine.vllm_config.structured_outputs_config.reasoning_parser
-        if params.structured_outputs is not None and reasoning is not None and not (reasoning.ended or parser):
-            raise InternalError("'reasoning-parser' is set for the Processor, and not for the DecodeWorker")
         if kv is not None:
             if self._role != "decode":
                 # vLLM would ignore it and prefill the placeholder tokens: a wrong answer in silence.
@@ -262,8 +251,22 @@ class LanguageEngine:
             _check_handed_over(kv)
             _trace_hand_over(kv)
             params.extra_args = {"kv_transfer_params": kv}
+        try:
+            parser = self._engine.vllm_config.structured_outputs_config.reasoning_parser
+            if params.structured_outputs is not None and reasoning is not None and not (reasoning.ended or parser):
+                raise InternalError("'reasoning-parser' is set for the Processor, and not for the DecodeWorker")
+            begun = time.time()
+            prompt = await self._rendered(token_ids, images, cache_salt, params, streamed)
+            if kv is not None and (took := time.time() - begun) > STILL_SECONDS:
+                log.warning("%s: %.1f s until its KV cache could be pulled; it is given up", request_id, took)
+                raise Preempted("the KV cache was not pulled in time")
+        except BaseException:
+            if kv is not None:
+                with suppress(EngineDeadError):  # its lease ends by itself
+                    await self.reject(request_id, kv)
+            raise
         first = True
-        outputs = self._run(request_id, token_ids, images, cache_salt, params, streamed, reasoning, kv_until)
+        outputs = self._run(request_id, prompt, params, reasoning)
         try:
             async for output in outputs:
                 completion = output.outputs[0]
@@ -317,20 +320,16 @@ class LanguageEngine:
         """Ends the EngineCore process; running requests fail."""
         self._engine.shutdown()
 
-    async def _run(
+    async def _rendered(
         self,
-        request_id: str,
         token_ids: list[int],
         images: Sequence[ImageInput],
         cache_salt: str | None,
         params: Any,
-        streamed: Sequence[int] = (),
-        reasoning: Reasoning | None = None,
-        until: float = math.inf,
-    ) -> AsyncGenerator[Any, None]:
-        from vllm.exceptions import VLLMValidationError
+        streamed: Sequence[int],
+    ) -> Any:
+        """The prompt as vLLM takes it; ``params`` are cut to what fits behind it."""
         from vllm.inputs import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         if images:
@@ -358,13 +357,19 @@ class LanguageEngine:
             )
         params.max_tokens = min(params.max_tokens or room, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
+        return rendered
+
+    async def _run(
+        self, request_id: str, prompt: Any, params: Any, reasoning: Reasoning | None = None
+    ) -> AsyncGenerator[Any, None]:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if not self.unfinished:
             self._heard = time.monotonic()
-        if time.time() > until:  # the last moment before the engine pulls
-            raise Preempted("the KV cache was not taken over in time")
         try:
             outputs = self._engine.generate(
-                rendered,
+                prompt,
                 params,
                 request_id,
                 trace_headers=tracing.carried(),

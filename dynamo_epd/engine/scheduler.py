@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM scheduler that fails a request whose pulled KV it must give up, instead of recomputing it wrongly.
+"""A vLLM scheduler that fails a request whose KV it must give up or may no longer pull, instead of answering wrongly.
 
 On preemption vLLM frees a request's KV blocks and later recomputes them from token 0. A decode worker cannot: where
 the prompt had images it holds placeholder tokens, not embeddings, and would prefill nonsense in silence. Here such a
 request ends with ``FinishReason.ERROR`` in the step that preempted it; the processor then conducts encode → prefill →
 decode again, with the tokens that were already streamed appended to the prompt.
 
+The same becomes of a request whose KV is still to be pulled, or on its way, in an engine that stood still: only its
+heartbeats keep the blocks on the other side (`lease`).
+
 Named by ``scheduler_cls`` and loaded inside vLLM's EngineCore process.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -19,6 +23,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from dynamo_epd.engine.lease import STILL_SECONDS
+
+_UNPULLED = (
+    RequestStatus.WAITING,
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR,
+    RequestStatus.WAITING_FOR_REMOTE_KVS,
+)
+
 
 class FailOnPreemption(AsyncScheduler):
     """vLLM's default scheduler, except for requests whose KV came from another engine."""
@@ -26,6 +38,26 @@ class FailOnPreemption(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._lost: list[Request] = []
+        self._unpulled: dict[str, float] = {}
+        """Requests whose KV is not here yet, and when this engine last turned with them (Unix seconds)."""
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if (request.kv_transfer_params or {}).get("do_remote_prefill"):
+            self._unpulled[request.request_id] = request.arrival_time
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        now = time.time()
+        for request_id, seen in list(self._unpulled.items()):
+            request = self.requests.get(request_id)
+            if request is None or request.status not in _UNPULLED:
+                del self._unpulled[request_id]
+            elif now - seen > STILL_SECONDS:
+                del self._unpulled[request_id]
+                self._lost.extend(self.finish_requests(request_id, RequestStatus.FINISHED_ERROR))
+            else:
+                self._unpulled[request_id] = now
+        return super().schedule(throttle_prefills)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)

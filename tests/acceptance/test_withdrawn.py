@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefill whose caller leaves in the moment in which the engine ends it: its KV cache is found and given back."""
+"""What no decode engine may pull: the KV cache of a caller that left, and one that it had while it stood still."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import pytest
+
+from dynamo_epd.engine.lease import STILL_SECONDS
+from dynamo_epd.errors import Preempted
 from tests.serving import untrained
 
 ENDED = 3.0
@@ -65,7 +71,38 @@ async def _leave_a_prefill() -> None:
             await decode.reject("early", kv)
         assert prefill.unfinished == 0
         async with asyncio.timeout(LEASE / 2):
-            await prefill.prefill("last", prompt, [], cache_salt=None)
+            last = await prefill.prefill("last", prompt, [], cache_salt=None)
+        await decode.reject("last", last.kv)
+        await _decode_in_an_engine_that_stood_still(prefill, decode)
+
+
+async def _decode_in_an_engine_that_stood_still(prefill: Any, decode: Any) -> None:
+    prompt = [1 + place % 90 for place in range(300)]
+    core = max(set(decode._processes) - set(prefill._processes), key=lambda process: process.memory_info().rss)
+    filled = await prefill.prefill("still", prompt, [], cache_salt=None)
+    os.kill(core.pid, signal.SIGSTOP)
+    try:
+        answer = asyncio.create_task(_answer(decode, "still", prompt, filled.kv))
+        await asyncio.sleep(STILL_SECONDS + 0.5)
+    finally:
+        os.kill(core.pid, signal.SIGCONT)
+    with pytest.raises(Preempted):
+        await answer
+
+    again = await prefill.prefill("again", prompt, [], cache_salt=None)
+    pulled = await _answer(decode, "again", prompt, again.kv)
+    assert pulled == await _answer(decode, "whole", prompt, None), "nothing wrong is in its prefix cache"
+
+
+async def _answer(engine: Any, name: str, prompt: list[int], kv: dict[str, Any] | None) -> list[int]:
+    from vllm import SamplingParams
+
+    from dynamo_epd.engine.language import encode_sampling
+
+    sampling = encode_sampling(SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+    salt = None if kv else "by itself"
+    deltas = engine.generate(name, prompt, [], sampling=sampling, cache_salt=salt, kv=kv)
+    return [token async for delta in deltas for token in delta.token_ids]
 
 
 async def begun(task: asyncio.Task[Any], engine: Any) -> None:
