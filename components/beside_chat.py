@@ -104,9 +104,8 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
                 await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
-                streamed = held.pop_all()
-                stream = self._image_events(chained(head, call), wanted, account, streamed)
-                return HeldStream(stream, streamed, seconds=self.config.admission.to_read)
+                stream = self._image_events(chained(head, call), wanted, account)
+                return HeldStream(stream, held.pop_all(), seconds=self.config.admission.to_read)
             made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
             usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
@@ -134,9 +133,8 @@ class BesideChat(Results, ArenaOwner):
                 call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
-                results, streamed = chained(head, call), held.pop_all()
-                stream = self._validation_events(request, results, messages[0], body, account, streamed)
-                return HeldStream(stream, streamed, seconds=self.config.admission.to_read)
+                stream = self._validation_events(request, chained(head, call), messages[0], body, account)
+                return HeldStream(stream, held.pop_all(), seconds=self.config.admission.to_read)
             found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
             account.status = 200
             return JSONResponse(
@@ -243,21 +241,19 @@ class BesideChat(Results, ArenaOwner):
         message: ValidateRequest,
         body: ValidationsBody,
         account: Account,
-        held: AsyncExitStack,
     ) -> AsyncGenerator[bytes, None]:
         """An event a stage, the moment its result is there. Where it breaks off it ends in an error event."""
-        async with held:  # a client that leaves is an exception here, and none to the response
-            try:
-                found: dict[str, Any] = {}
-                async for result in results:
-                    shown = await self._shown(request, result, body)
-                    found |= shown
-                    data = {"seed": message.picture.seed, **shown, "stage": stage_of(result)}
-                    yield event(f"validation.{result.stage.name}", data)
-                await self._noted(message, found)
-            except EpdError as error:
-                account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
-                yield b"data: " + error_body(error) + b"\n\n"
+        try:
+            found: dict[str, Any] = {}
+            async for result in results:
+                shown = await self._shown(request, result, body)
+                found |= shown
+                data = {"seed": message.picture.seed, **shown, "stage": stage_of(result)}
+                yield event(f"validation.{result.stage.name}", data)
+            await self._noted(message, found)
+        except EpdError as error:
+            account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
+            yield b"data: " + error_body(error) + b"\n\n"
 
     async def _picture(self, request: Request, message: GenerateRequest) -> tuple[dict[str, Any], Generated]:
         """A picture as a client gets it, and the worker's last word on it."""
@@ -284,31 +280,30 @@ class BesideChat(Results, ArenaOwner):
         try:
             async with self.arena.read([handle], timeout=READ_SECONDS) as (view,):
                 return bytes(view)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, EpdError):  # `drawing` spares what is asked for again, and sees no error event
             release = self.image_worker.release(ReleaseRequest([handle.lease]), instance=instance_of(handle))
             afterwards(give_back(release))
             raise
 
     async def _image_events(
-        self, replies: AsyncIterator[Generated], wanted: WantedPicture, account: Account, held: AsyncExitStack
+        self, replies: AsyncIterator[Generated], wanted: WantedPicture, account: Account
     ) -> AsyncGenerator[bytes, None]:
         """Partial pictures as they come, then the picture. Where it breaks off it ends in an error event."""
-        async with held:  # a client that leaves is an exception here, and none to the response
-            partial = 0
-            try:
-                async for reply in replies:
-                    if reply.handle is None:
-                        continue
-                    file = await self._file(reply)
-                    if reply.done is None:
-                        yield image_event("partial_image", file, wanted, size_of(reply), partial_image_index=partial)
-                        partial += 1
-                    else:
-                        usage = usage_of(reply).to_openai()
-                        yield image_event("completed", file, wanted, size_of(reply), usage=usage)
-            except EpdError as error:
-                account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
-                yield b"data: " + error_body(error) + b"\n\n"
+        partial = 0
+        try:
+            async for reply in replies:
+                if reply.handle is None:
+                    continue
+                file = await self._file(reply)
+                if reply.done is None:
+                    yield image_event("partial_image", file, wanted, size_of(reply), partial_image_index=partial)
+                    partial += 1
+                else:
+                    usage = usage_of(reply).to_openai()
+                    yield image_event("completed", file, wanted, size_of(reply), usage=usage)
+        except EpdError as error:
+            account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
+            yield b"data: " + error_body(error) + b"\n\n"
 
     async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
         """The one reply of a stage."""

@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from components.protocol import ReleaseRequest
-from dynamo_epd.errors import EpdError
+from dynamo_epd.errors import EpdError, Retryable
 from dynamo_epd.sdk.client import Call
 
 SECONDS = 5.0
@@ -42,12 +42,13 @@ async def drawing(image_worker: Any, call: Call, request_id: str) -> AsyncIterat
     """Around all that is done with a call for a picture. Whoever leaves it before its end gives back what is laid out
     for it.
 
-    What a caller has not yet heard of is among it: a reply is lost whose caller has left.
+    What a caller has not yet heard of is among it: a reply is lost whose caller has left, and a worker may lay out one
+    thing and then refuse for want of room for another.
     """
     try:
         async with aclosing(call):
             yield
-    except EpdError:  # the worker's own, which lays out nothing then, or is gone
+    except Retryable:  # the worker is gone, or is asked again by this id: what it gives then would be taken back too
         raise
     except BaseException:
         if call.instance is not None:

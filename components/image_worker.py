@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -304,10 +304,12 @@ class _Making:
     async def events(self, visit: Visit) -> AsyncIterator[Generated]:
         worker, wanted, arrived = self._worker, self._wanted, perf_counter()
         began: float | None = None
+        counted = ExitStack()
 
         def begins() -> None:  # later than its thread, which waits for a place among those that are made
             nonlocal began
             began = self._last = perf_counter()
+            counted.enter_context(worker.failures.counted())
 
         def work() -> Made:
             if self.stop.is_set():  # its client left while it waited
@@ -321,7 +323,7 @@ class _Making:
                 async for step, partial in self._until(task):
                     handle = None if partial is None else await self._offered(partial)
                     yield Generated(step, wanted.steps, wanted.width, wanted.height, handle)
-                with worker.failures.counted():
+                with counted:
                     made = await task
         except TimeoutError as error:
             raise DeadlineExceeded("the request's time is up") from error

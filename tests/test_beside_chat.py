@@ -7,7 +7,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,17 @@ from components import beside_chat
 from components.beside_chat import BesideChat
 from components.frontend import Account
 from components.giving_back import drawing
-from components.protocol import Generated, ReleaseRequest, Validated
-from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, Overloaded, StageUnavailable
+from components.protocol import Done, Generated, GenerateRequest, Handle, ReleaseRequest, Validated
+from dynamo_epd.errors import (
+    EpdError,
+    InvalidRequest,
+    LeaseExpired,
+    NotFound,
+    Overloaded,
+    StageUnavailable,
+    TransferTimeout,
+    WorkerLost,
+)
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.strict_json import LARGE_BODY
 
@@ -101,21 +110,19 @@ async def broken(error: EpdError | None) -> AsyncIterator[Any]:
 @pytest.mark.parametrize(("error", "status"), [(StageUnavailable("gone"), 503), (None, 200)])
 @pytest.mark.parametrize("kind", [Generated, Validated])
 def test_a_stream_is_counted_as_it_ended(kind: type, error: EpdError | None, status: int) -> None:
-    counted = []
+    account = Account(status=200)
 
     async def read() -> list[bytes]:
-        held, account = AsyncExitStack(), Account(status=200)
-        held.callback(lambda: counted.append(account.status))
         frontend: Any = FakeFrontend()
         message: Any = SimpleNamespace(picture=SimpleNamespace(keep=None))
         if kind is Generated:
-            stream = frontend._image_events(broken(error), None, account, held)
+            stream = frontend._image_events(broken(error), None, account)
         else:
-            stream = frontend._validation_events(None, broken(error), message, None, account, held)
+            stream = frontend._validation_events(None, broken(error), message, None, account)
         return [event async for event in stream]
 
     events = asyncio.run(read())
-    assert counted == [status]
+    assert account.status == status
     assert [b"stage_unavailable" in event for event in events] == ([True] if error else [])
 
 
@@ -132,8 +139,8 @@ def test_a_stream_that_never_begins_gives_back_what_it_holds(kind: str) -> None:
         held.callback(freed.append, "held")
         replies: Any = None
         arguments: dict[str, tuple[Any, ...]] = {
-            "_image_events": (replies, None, Account(), held),
-            "_validation_events": (None, replies, None, None, Account(), held),
+            "_image_events": (replies, None, Account()),
+            "_validation_events": (None, replies, None, None, Account()),
         }
         stream = getattr(FakeFrontend(), kind)(*arguments[kind])
         scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
@@ -144,45 +151,167 @@ def test_a_stream_that_never_begins_gives_back_what_it_holds(kind: str) -> None:
     assert asyncio.run(main()) == ["held"]
 
 
-def test_a_picture_of_a_stream_that_never_begins_is_given_back() -> None:
+HANDLE = Handle("namespace/ImageWorker/7", "incarnation", "lease", 0, 4, (4,), "bytes", "", 0.0, ends_on_read=True)
+MADE = Generated(1, 1, 8, 8, HANDLE, done=Done("m", 1, 1, 0.0, 0.0))
+
+
+class ImageWorkerDouble:
+    """One that is asked, the call for a picture, and that of the release."""
+
+    instance = 7
+
+    def __init__(self) -> None:
+        self.released: list[str] = []
+        """Leases and ids of requests."""
+        self.asked = 0
+
+    def generate(self, message: GenerateRequest) -> ImageWorkerDouble:
+        self.asked += 1
+        return self
+
+    def __aiter__(self) -> ImageWorkerDouble:
+        return self
+
+    async def __anext__(self) -> Generated:
+        return MADE
+
+    async def aclose(self) -> None:
+        """Nothing waits."""
+
+    def release(self, request: ReleaseRequest, *, instance: int) -> Any:
+        assert instance == self.instance
+        self.released += [*request.leases, *request.request_ids]
+        return self
+
+    async def only(self) -> None:
+        """Of the release."""
+
+
+class ArenaDouble:
+    """One whose READs fail, as long as there are ``errors``."""
+
+    def __init__(self, *errors: EpdError):
+        self.errors = [*errors]
+
+    @asynccontextmanager
+    async def read(self, handles: list[Handle], timeout: float) -> AsyncIterator[list[bytes]]:
+        if self.errors:
+            raise self.errors.pop(0)
+        yield [b"file"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_picture_of_a_stream_that_is_left_is_given_back(begun: bool) -> None:
     """As uvicorn has it, who says that the client is gone, and fails nothing that is sent."""
 
-    class ImageWorkerDouble:
-        instance = 7
-
-        def __init__(self) -> None:
-            self.released: list[str] = []
-
-        async def aclose(self) -> None:
-            """Of the call for the picture."""
-
-        def release(self, request: ReleaseRequest, *, instance: int) -> Any:
-            self.released += request.request_ids
-            return self
-
-        async def only(self) -> None:
-            """Of the release."""
-
     async def main() -> list[str]:
-        worker, held = ImageWorkerDouble(), AsyncExitStack()
-
-        async def never() -> AsyncIterator[bytes]:
-            yield b""
+        worker, held, sent = ImageWorkerDouble(), AsyncExitStack(), asyncio.Event()
+        frontend: Any = FakeFrontend()
+        frontend.arena = ArenaDouble()
 
         async def stuck(message: Any) -> None:
-            await asyncio.Event().wait()
+            if message["type"] == "http.response.body":
+                sent.set()
+            if message["type"] == "http.response.body" or not begun:
+                await asyncio.Event().wait()
 
         async def gone() -> dict[str, str]:
+            if begun:
+                await sent.wait()
             return {"type": "http.disconnect"}
 
+        wanted: Any = SimpleNamespace(format="png", quality=None)
+        stream = frontend._image_events(worker, wanted, Account())
         await held.enter_async_context(drawing(worker, worker, "r"))  # type: ignore[arg-type]
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         with pytest.raises(ClientDisconnect):
-            await HeldStream(never(), held)(scope, gone, stuck)  # type: ignore[arg-type]
+            await HeldStream(stream, held)(scope, gone, stuck)  # type: ignore[arg-type]
         await asyncio.sleep(0)
         return worker.released
 
     assert asyncio.run(main()) == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("error", "released"),
+    [
+        (Overloaded("the arena is full"), ["r"]),
+        (InvalidRequest("no such size"), ["r"]),
+        (ZeroDivisionError("a defect"), ["r"]),
+        (WorkerLost("gone"), []),
+        (TransferTimeout("asked again"), []),
+    ],
+)
+def test_what_is_laid_out_for_a_picture_that_fails_is_given_back(error: Exception, released: list[str]) -> None:
+    async def main() -> list[str]:
+        worker: Any = ImageWorkerDouble()
+        with pytest.raises(type(error)):
+            async with drawing(worker, worker, "r"):
+                raise error
+        await asyncio.sleep(0)
+        return list(worker.released)
+
+    assert asyncio.run(main()) == released
+
+
+def test_nothing_is_given_back_where_no_worker_was_asked() -> None:
+    async def main() -> list[str]:
+        worker: Any = ImageWorkerDouble()
+        worker.instance = None
+        with pytest.raises(StageUnavailable):
+            async with drawing(worker, worker, "r"):
+                raise StageUnavailable("no ImageWorker is running")
+        await asyncio.sleep(0)
+        return list(worker.released)
+
+    assert asyncio.run(main()) == []
+
+
+REQUEST = GenerateRequest("r", "a star", 1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "raised", "released", "asked"),
+    [
+        ([], None, [], 1),
+        ([TransferTimeout("slow")], None, ["lease"], 2),  # and not by the id, by which the second is asked for
+        ([TransferTimeout("slow"), LeaseExpired("over")], StageUnavailable, ["lease", "lease"], 2),
+        ([Overloaded("full")], Overloaded, ["lease", "r"], 1),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_given_back(
+    errors: list[EpdError], raised: type[EpdError] | None, released: list[str], asked: int
+) -> None:
+    async def main() -> None:
+        frontend: Any = FakeFrontend()
+        frontend.image_worker, frontend.arena = worker, ArenaDouble(*errors)
+        if raised is None:
+            assert await frontend._picture(None, REQUEST) == ({"b64_json": "ZmlsZQ=="}, MADE)
+        else:
+            with pytest.raises(raised):
+                await frontend._picture(None, REQUEST)
+        await asyncio.sleep(0)
+
+    worker = ImageWorkerDouble()
+    asyncio.run(main())
+    assert sorted(worker.released) == released
+    assert worker.asked == asked
+
+
+def test_a_picture_that_a_stream_cannot_read_is_given_back() -> None:
+    """The stream ends in an error event, of which nobody hears who holds the call."""
+
+    async def main() -> list[bytes]:
+        frontend: Any = FakeFrontend()
+        frontend.image_worker, frontend.arena = worker, ArenaDouble(Overloaded("full"))
+        events = [one async for one in frontend._image_events(worker, None, Account())]
+        await asyncio.sleep(0)
+        return events
+
+    worker = ImageWorkerDouble()
+    events = asyncio.run(main())
+    assert [b"overloaded" in one for one in events] == [True]
+    assert worker.released == ["lease"]
 
 
 @pytest.mark.parametrize("stage", ["processor", "image_worker", "embed_worker"])

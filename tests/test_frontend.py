@@ -8,7 +8,7 @@ import base64
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.types import Message
 
 from components import frontend
 from components.frontend import Account, Admission, Frontend, events
-from components.protocol import HttpReply
+from components.protocol import Generated, Handle, HttpReply, Stage, Validated
 from dynamo_epd.errors import NotFound, StageUnavailable
 from dynamo_epd.http.body import ImageRef
 from dynamo_epd.http.held import HeldStream
@@ -151,7 +151,9 @@ async def replies(count: int, error: Exception | None = None) -> AsyncIterator[H
         raise error
 
 
-async def answer(one: Frontend, receive: Any, call: AsyncIterator[HttpReply]) -> list[Message]:
+async def answer(
+    one: Frontend, receive: Any, call: AsyncIterator[Any], streamed: Callable[..., Any] = events
+) -> list[Message]:
     """What a stream sends. The request is accounted and admitted until its end."""
     sent: list[Message] = []
 
@@ -163,7 +165,7 @@ async def answer(one: Frontend, receive: Any, call: AsyncIterator[HttpReply]) ->
         account = held.enter_context(one.accounted("id"))
         held.enter_context(one.admitted())
         account.status = 200
-        stream = HeldStream(events(call, account), held.pop_all())
+        stream = HeldStream(streamed(call, account), held.pop_all())
     assert one.in_flight == 1
     with suppress(ClientDisconnect):  # as `ErrorBoundary` does
         await stream(SCOPE, receive, send)
@@ -216,21 +218,48 @@ def test_a_client_that_leaves_before_the_first_byte_gives_its_place_back(
     assert "id 499 " in caplog.text
 
 
-def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(
-    one: Frontend, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "dynamo_epd.request")
+HANDLE = Handle("namespace/ImageWorker/1", "incarnation", "lease", 0, 4, (4,), "bytes", "", 0.0, ends_on_read=True)
 
-    async def endless() -> AsyncGenerator[HttpReply, None]:
+
+async def reads(_: Generated) -> bytes:
+    return b"file"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("kind", ["events", "_image_events", "_validation_events"])
+def test_a_client_that_leaves_in_mid_stream_gives_its_place_back(
+    one: Frontend, caplog: pytest.LogCaptureFixture, kind: str, waits: bool
+) -> None:
+    """While it is sent to, and while there is nothing to send."""
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
+    front: Any = one
+    front._file = reads
+    wanted, message = SimpleNamespace(format="png", quality=None), SimpleNamespace(picture=SimpleNamespace(seed=1))
+    reply, streamed = {
+        "events": (HttpReply(event="data: x\n\n"), events),
+        "_image_events": (
+            Generated(1, 2, 8, 8, HANDLE),
+            lambda call, account: front._image_events(call, wanted, account),
+        ),
+        "_validation_events": (
+            Validated(Stage("caption", 0.0, 0.0), caption="x"),
+            lambda call, account: front._validation_events(None, call, message, None, account),
+        ),
+    }[kind]
+
+    async def endless() -> AsyncGenerator[Any, None]:
         while True:
-            yield HttpReply(event="data: x\n\n")
+            yield reply
+            if waits:
+                await asyncio.Event().wait()
 
     async def soon() -> Message:
         await asyncio.sleep(0.05)
         return await gone()
 
-    assert len(asyncio.run(answer(one, soon, endless()))) > 1
+    assert len(asyncio.run(answer(one, soon, endless(), streamed))) > 1
     assert one.in_flight == 0
+    assert one.metrics.statuses == [499]  # type: ignore[attr-defined]
     assert "id 499 " in caplog.text
 
 

@@ -23,7 +23,7 @@ from components.image_worker import ImageConfig, ImageWorker
 from components.protocol import GenerateRequest, ModelNames
 from dynamo_epd.diffusion.text_encoder import Row
 from dynamo_epd.errors import InvalidRequest, NotFound, StageUnavailable
-from dynamo_epd.failures import Failures
+from dynamo_epd.failures import IN_A_ROW, Failures
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.test_jobs import Server, over, queue, submitted
 
@@ -82,6 +82,20 @@ class FakeMetrics:
         """Nothing."""
 
 
+class BrokenGenerator:
+    """A double that begins when it has a turn, and fails once ``together`` of its pictures are under way."""
+
+    def __init__(self, together: int) -> None:
+        self.turns = threading.Semaphore(0)
+        self.under_way = threading.Barrier(together)
+
+    def generate(self, wanted: Any, on_step: Any, stop: threading.Event, on_begin: Callable[[], None]) -> Any:
+        assert self.turns.acquire(timeout=BOUND)
+        on_begin()
+        self.under_way.wait(BOUND)
+        raise RuntimeError("out of memory")
+
+
 def image_worker(config: ImageConfig, **made_at_start: Any) -> ImageWorker:
     """One that was constructed, and given what its start hook would have made."""
     worker = object.__new__(ImageWorker)
@@ -132,6 +146,34 @@ def test_the_wait_for_a_turn_is_no_work_whoever_waits(tmp_path: Path) -> None:
         assert replies[-1].done is not None
         assert replies[-1].done.queue_seconds >= 0.3
         assert metrics.waited >= 0.3
+
+    run(scenario)
+
+
+AT_ONCE = 8
+
+
+@pytest.mark.parametrize("together", [1, AT_ONCE])
+def test_pictures_that_fail_together_are_no_reason_to_end(together: int) -> None:
+    """Those that fail one after another are, though all of them were asked for at once and waited for their turns."""
+
+    async def scenario() -> None:
+        metrics, generator = FakeMetrics(), BrokenGenerator(together)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            worker = image_worker(ImageConfig("tiny-image"), generator=generator, metrics=metrics, threads=threads)
+            asked = [
+                asyncio.ensure_future(anext(worker._generated(WANTED, REQUEST)))  # type: ignore[arg-type]
+                for _ in range(AT_ONCE)
+            ]
+            until = asyncio.FIRST_COMPLETED if together == 1 else asyncio.ALL_COMPLETED
+            lived = []
+            for _ in range(AT_ONCE // together):
+                generator.turns.release(together)
+                failed, waiting = await asyncio.wait(asked, return_when=until)
+                assert {type(one.exception()) for one in failed} == {RuntimeError}
+                asked = [*waiting]
+                lived.append(worker.alive())
+        assert lived == ([True] if together > 1 else [turn < IN_A_ROW for turn in range(1, AT_ONCE + 1)])
 
     run(scenario)
 

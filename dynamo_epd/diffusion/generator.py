@@ -158,7 +158,7 @@ class Generator:
         has come: others may be made before.
 
         Raises:
-            InvalidRequest: what the pipeline cannot do, naming the field.
+            InvalidRequest: what the pipeline cannot do, naming the field, or makes no numbers of.
             Stopped: when its turn has come, or at the first step, after ``stop`` is set.
         """
         self.check(wanted)  # before its turn: an adapter that there is not would keep all others waiting for nothing
@@ -186,7 +186,10 @@ class Generator:
         if found.shape[:2] != (wanted.height, wanted.width):
             raise InvalidRequest(f"the image model makes {found.shape[1]}x{found.shape[0]} of this", param="size")
         if not np.isfinite(found).all():
-            raise ArithmeticError("the picture is not finite: this model needs another dtype")
+            raise InvalidRequest(
+                "the picture is not finite: another 'guidance_scale', prompt or seed may do; if none does, the image "
+                "model needs another dtype"
+            )
         return Made(
             to_bytes(found),
             prompt_tokens,
