@@ -9,7 +9,7 @@ import pytest
 
 from dynamo_epd.errors import StageUnavailable, WorkerLost
 from dynamo_epd.sdk import client as client_module
-from dynamo_epd.sdk.client import ServiceClient
+from dynamo_epd.sdk.client import EndpointClient, ServiceClient
 from tests.toys.relay import Back, Front
 
 KNOWN = [3, 11, 29, 47]
@@ -97,6 +97,50 @@ def test_outside_a_graph_a_dependency_is_falsy_and_unavailable() -> None:
         back.answer({})
     with pytest.raises(StageUnavailable):
         asyncio.run(back.ready(0.01))
+
+
+class Place:
+    """A double: the runtime's endpoint. Counts the watches of discovery; ``live`` are its instances."""
+
+    def __init__(self, live: list[int]):
+        self.live = live
+        self.watches = 0
+
+    async def client(self) -> Place:
+        self.watches += 1
+        return self
+
+    async def wait_for_instances(self) -> None:
+        pass
+
+    def instance_ids(self) -> list[int]:
+        return self.live
+
+
+def test_instances_are_counted_by_what_takes_from_anybody() -> None:
+    """One that drains can still be asked by those whom it served, and counts as live no more."""
+
+    async def main() -> None:
+        one, again, answer = client(), Place(KNOWN), Place(KNOWN[1:])
+        one.endpoints["again"].place, one.endpoints["answer"].place = again, answer
+        await one.connect()
+        assert one.instances() == KNOWN[1:]
+        assert (again.watches, answer.watches) == (0, 1)
+        answer.live = []
+        assert one.instances() == []
+        await one.endpoints["again"].connect()
+        assert one.endpoints["again"].known() == KNOWN
+        assert (again.watches, answer.watches) == (1, 1)
+
+    asyncio.run(main())
+
+
+def test_a_client_for_addressed_endpoints_alone_counts_by_those() -> None:
+    one = ServiceClient("Back", ("dynamo", "Back"), None)
+    card = one.endpoints["card"] = EndpointClient(one, "card", bytes, addressed=True)
+    card.place = Place(KNOWN)
+    asyncio.run(one.connect())
+    assert one.instances() == KNOWN
 
 
 class RemoteWhoseWorkersDie:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import circus.process
+import circus.stream.redirector
 import psutil
 import pytest
 
@@ -441,25 +442,166 @@ def adopting() -> Iterator[None]:
     ctypes.CDLL(None).prctl(set_child_subreaper, 0)
 
 
+def fails(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+BROKEN = {
+    "the group": (supervisor_module, "_kill_group"),
+    "the output": (supervisor_module, "_let_go_of_output"),
+    "the process": (circus.process.Process, "stop"),
+}
+
+
+@pytest.mark.parametrize("what", ["the hook", *BROKEN])
+def test_a_worker_is_started_again_though_something_breaks_at_its_death(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    lines: list[str] = []
+
+    async def main() -> None:
+        async with opened(lines.append) as supervisor:
+            slot = Slot("Back", 0, ["sleep", "600"], dict(os.environ), waits_for_ready=False)
+            await supervisor.start(slot)
+            first = slot.pid
+            assert first is not None
+            with monkeypatch.context() as patched:
+                if what == "the hook":
+                    patched.setattr(supervisor, "_on_death", fails)
+                else:
+                    patched.setattr(*BROKEN[what], fails)
+                os.kill(first, signal.SIGKILL)
+                await until(lambda: slot.pid not in (None, first))
+            assert slot.restarts == 1
+
+    asyncio.run(main())
+    assert sum("Too many open files" in line for line in lines) == 1
+    assert sum("Back-0 died" in line for line in lines) == 1
+
+
+def test_a_process_that_cannot_be_watched_is_ended_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    unwatched: list[int] = []
+    open_watch = os.pidfd_open
+
+    def no_watch(pid: int) -> int:
+        unwatched.append(pid)
+        return int(fails())
+
+    async def main() -> None:
+        async with opened() as supervisor:
+            slot = Slot("Back", 0, ["sleep", "600"], dict(os.environ))
+            monkeypatch.setattr(os, "pidfd_open", no_watch)
+            await supervisor.start(slot)
+            await until(lambda: slot.deaths == 2)
+            monkeypatch.setattr(os, "pidfd_open", open_watch)
+            await until(lambda: slot.pid is not None)
+            assert slot.pid not in unwatched
+            assert not any(map(psutil.pid_exists, unwatched))
+            os.kill(slot.pid or 0, signal.SIGKILL)
+            await until(lambda: slot.deaths == 3)
+
+    asyncio.run(main())
+    assert len(unwatched) == 2
+
+
+def test_a_process_whose_output_cannot_be_read_is_ended_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    told = tmp_path / "told"
+
+    async def main() -> None:
+        async with opened() as supervisor:
+            command = ["sh", "-c", f"echo $$ >> {told}; exec sleep 600"]
+            slot = Slot("Back", 0, command, dict(os.environ), waits_for_ready=False)
+            await supervisor.start(slot)
+            await until(told.exists)
+            with monkeypatch.context() as patched:
+                patched.setattr(circus.stream.redirector.Redirector, "add_redirections", fails)
+                os.kill(slot.pid or 0, signal.SIGKILL)
+                await until(lambda: slot.deaths == 3)
+            await until(lambda: slot.pid is not None and str(slot.pid) in told.read_text())
+            assert [pid for pid in map(int, told.read_text().split()) if psutil.pid_exists(pid)] == [slot.pid]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_process_that_is_no_worker_and_keeps_dying_ends_the_graph_unless_it_was_up_for_long_each_time(
+    steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_FIRST", 0.01)
+    monkeypatch.setattr(supervisor_module, "BACK_OFF_CAP", 0.01)
+    if steady:
+        monkeypatch.setattr(supervisor_module, "STEADY_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with opened() as supervisor:
+            slot = Slot("nats", 0, ["sh", "-c", "exit 1"], dict(os.environ), waits_for_ready=False)
+            await supervisor.start(slot)
+            if steady:
+                await until(lambda: slot.restarts > MAX_DEATHS)
+                assert not supervisor._failure.done()
+            else:
+                with pytest.raises(GraphFailed, match="nats-0 keeps dying"):
+                    await supervisor.failed()
+                assert slot.deaths == MAX_DEATHS
+
+    asyncio.run(main())
+
+
+def test_the_look_at_the_workers_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor_module, "_reap_orphans", fails)
+    lines: list[str] = []
+
+    async def main() -> None:
+        async with opened(lines.append):
+            await until(lambda: len(lines) > 1)
+
+    asyncio.run(main())
+    assert "Too many open files" in lines[-1]
+
+
+def test_a_worker_that_cannot_be_looked_at_does_not_count_as_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "status", fails)
+    assert not supervisor_module._is_stopped(os.getpid())
+
+
 @pytest.mark.usefixtures("adopting")
 def test_adopted_orphans_are_waited_for_and_nobody_elses_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "WATCH_SECONDS", 0.02)
 
     async def main() -> None:
         async with opened() as supervisor:
-            slot = Slot("Back", 0, WITH_A_CHILD, dict(os.environ), waits_for_ready=False)
+            script = "sleep 600 & setsid sleep 600 & wait"  # the latter leads a session, and outlives the group
+            slot = Slot("Back", 0, ["sh", "-c", script], dict(os.environ), waits_for_ready=False)
             await supervisor.start(slot)
             assert slot.pid is not None
             worker = psutil.Process(slot.pid)
-            await until(lambda: bool(worker.children()))
-            orphan = worker.children()[0].pid
+            await until(lambda: sum(os.getsid(one.pid) == one.pid for one in worker.children()) == 1)
+            orphans = worker.children()
+            assert len(orphans) == 2
             worker.kill()
-            await until(lambda: not psutil.pid_exists(orphan))
+            await until(lambda: slot.pid is None)
+            for orphan in orphans:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphan.kill()
+            await until(lambda: not any(psutil.pid_exists(one.pid) for one in orphans))
             await asyncio.sleep(0.1)
 
-    own = [subprocess.Popen(["sh", "-c", "exit 7"], start_new_session=new) for new in (False, True)]
+    own = subprocess.Popen(["sh", "-c", "exit 7"])
     asyncio.run(main())
-    assert [one.wait() for one in own] == [7, 7]
+    assert own.wait() == 7
+
+
+def test_who_is_kept_is_waited_for_by_its_keeper_alone() -> None:
+    with subprocess.Popen(["sh", "-c", "exit 7"], start_new_session=True) as kept:
+        os.waitid(os.P_PID, kept.pid, os.WEXITED | os.WNOWAIT)
+        supervisor_module._reap_orphans({kept.pid})
+        assert kept.wait() == 7
 
 
 @pytest.fixture

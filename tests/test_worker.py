@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from dynamo_epd.sdk import wire, worker
+from dynamo_epd.sdk.config import Document, resolve
 from dynamo_epd.sdk.context import dynamo_context
+from dynamo_epd.sdk.graph import load_graph
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/relay.py:Front"
@@ -182,7 +184,9 @@ def test_a_worker_that_leaves_is_reached_by_those_whom_it_served(relay: Served, 
     calling.start()
     time.sleep(0.5)
     os.kill(relay.workers("Back")[served["worker"]], signal.SIGTERM)
-    eventually(lambda: "error" in relay.call({"number": 1}, instance=instance)["results"][0], "it leaves")
+    eventually(lambda: str(instance) not in relay.call()["instances"], "it counts as live no more")
+    assert calling.is_alive()
+    assert relay.call({"number": 1}, instance=instance)["results"][0]["error"]["class"] == "WorkerLost"
     assert relay.call({}, endpoint="again", instance=instance)["results"][0]["ticks"] == [0]
     calling.join()
     eventually(lambda: "shutdown second" in events.read_text(), "its hooks")
@@ -190,6 +194,109 @@ def test_a_worker_that_leaves_is_reached_by_those_whom_it_served(relay: Served, 
     assert lines.index("drained") < lines.index("shutdown second")
     assert lines.count("drained") == 1
     eventually(lambda: len(relay.call()["instances"]) == 3, "three instances again")
+
+
+def test_nobody_reaches_a_worker_that_is_not_alive_while_its_shutdown_takes_long(relay: Served, events: Path) -> None:
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    events.write_text("")
+    ailing = relay.call({"mode": "ail", "number": 1})["results"][0]
+    try:
+        eventually(lambda: "shutdown second" in events.read_text(), "the first of its hooks")
+        eventually(lambda: ailing["instance"] not in relay.call()["instances"], "it has left discovery")
+        meanwhile = relay.call(*[{"number": 1}] * 6)["results"]
+        addressed = relay.call({}, endpoint="again", instance=int(ailing["instance"]))["results"][0]
+        assert "shutdown first" not in events.read_text()
+    finally:
+        events.with_name("events.end").touch()
+    assert [one["error"] for one in meanwhile if "error" in one] == []
+    assert ailing["worker"] not in {one["worker"] for one in meanwhile}
+    assert addressed["error"]["class"] == "WorkerLost"
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances again")
+    events.with_name("events.end").unlink()
+
+
+def test_a_worker_that_is_told_to_end_once_it_is_registered_finishes_what_it_has_accepted(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with Served(tmp_path / "state", "tests/toys/hasty.py:Front", TOLD=str(told)) as served:
+        served.wait_until_up()
+        assert told.read_text() == "ended early, [0, 1, 2, 3]"
+        assert served.stop() == 0
+        assert served.leftovers() == []
+
+
+def test_a_worker_that_never_comes_into_discovery_can_be_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = object.__new__(worker.Worker)
+    looks = 0
+
+    def registered() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            one.stopping.set()
+        return False
+
+    async def main() -> None:
+        one.stopping, one._serving = asyncio.Event(), []
+        monkeypatch.setattr(one, "_served", lambda: [object()])
+        monkeypatch.setattr(one, "_discovers_by_file", lambda: True)
+        monkeypatch.setattr(one, "_registered_in_files", registered)
+        async with asyncio.timeout(20):
+            await one._until_registered()
+
+    asyncio.run(main())
+    assert looks == 3
+
+
+def test_a_worker_waits_for_a_nats_server_that_closes_its_connections_as_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            writer.write(b'INFO {"max_payload": 7}\r\n')
+        writer.close()
+
+    async def main() -> int:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{port}")
+            return await object.__new__(worker.Worker)._max_payload()
+
+    assert asyncio.run(main()) == 7
+    assert asked == 2
+
+
+@pytest.mark.parametrize("discovery", ["answers", "hangs"])
+def test_one_that_breaks_leaves_discovery_before_its_hooks_and_is_ended_where_they_hang(
+    discovery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GIVE_UP_SECONDS", 0.5)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_end_after", lambda _: order.append("bounded"))
+    order: list[str] = []
+
+    async def noted(what: str) -> None:
+        order.append(what)
+        if what.startswith("leaves") and discovery == "hangs":
+            await asyncio.Event().wait()
+
+    async def breaks() -> None:
+        raise RuntimeError("not alive any more")
+
+    graph = load_graph(GRAPH)
+    one = worker.Worker(graph, resolve(graph, Document()), "Middle", 0)
+    monkeypatch.setattr(one, "_connect", lambda: noted("connects"))
+    monkeypatch.setattr(one, "_run_hooks", noted)
+    monkeypatch.setattr(one, "_serve", lambda: noted("serves"))
+    monkeypatch.setattr(one, "_wait", breaks)
+    monkeypatch.setattr(one, "_leave_discovery", lambda *, addressed: noted(f"leaves {addressed}"))
+    with pytest.raises(RuntimeError, match="not alive any more"):
+        asyncio.run(one.run())
+    leaving = ["bounded", "leaves False", "leaves True"]
+    assert order == ["connects", "on_start", "serves", *leaving, "on_shutdown"]
 
 
 def test_a_worker_that_was_paused_is_passed_over_and_comes_back(relay: Served) -> None:

@@ -69,7 +69,7 @@ class ServiceClient:
         if service is not None:
             for attribute, mark in info_of(service).marked("endpoint").items():
                 self.endpoints[attribute] = EndpointClient(
-                    self, mark.name, wire.reply_type(getattr(service, attribute))
+                    self, mark.name, wire.reply_type(getattr(service, attribute)), addressed=mark.addressed
                 )
         self._by_name = {one.name: one for one in self.endpoints.values()} | self.endpoints
 
@@ -84,6 +84,12 @@ class ServiceClient:
         if not self:
             raise StageUnavailable(f"{self.name} is not linked in this graph")
         raise AttributeError(f"{self.name} has no endpoint {name!r}; it has {', '.join(self.endpoints)}")
+
+    @property
+    def _first(self) -> EndpointClient | None:
+        """The endpoint by which instances are counted: the first that takes from anybody, where there is one. An
+        addressed one is left last by a worker that drains, and nobody else is given to that worker any more."""
+        return min(self.endpoints.values(), key=lambda one: one.addressed, default=None)
 
     def locate(self, runtime: Any) -> None:
         """Names every endpoint to the runtime. Must precede all else that is asked of it.
@@ -100,8 +106,8 @@ class ServiceClient:
 
         Each watch of the file discovery takes two of the user's inotify instances, of which Linux gives 128.
         """
-        for one in list(self.endpoints.values())[:1]:
-            await one.connect()
+        if self._first is not None:
+            await self._first.connect()
 
     def route(self, policy: Policy) -> None:
         """How instances are chosen from now on.
@@ -115,9 +121,8 @@ class ServiceClient:
         self.policy = policy
 
     def instances(self) -> list[int]:
-        """Ids of the live instances of the first endpoint, in order; lost ones are left out at once."""
-        first = next(iter(self.endpoints.values()), None)
-        return self._healthy(first.known()) if first else []
+        """Ids of the live instances, in order; lost ones are left out at once."""
+        return self._healthy(self._first.known()) if self._first is not None else []
 
     async def ready(self, timeout: float | None = None) -> None:
         """Returns once an instance is there. Raises StageUnavailable when none comes within ``timeout`` seconds."""
@@ -205,9 +210,10 @@ def rendezvous_weight(key: str, instance: int) -> bytes:
 class EndpointClient:
     """One endpoint of a `ServiceClient`."""
 
-    def __init__(self, service: ServiceClient, name: str, reply: Any):
+    def __init__(self, service: ServiceClient, name: str, reply: Any, *, addressed: bool = False):
         self.service = service
         self.name = name
+        self.addressed = addressed
         self.decode = wire.Decoder(reply)
         self.place: Any = None
         self.remote: Any = None
@@ -228,8 +234,9 @@ class EndpointClient:
                     "this user has no inotify instance left for the file discovery: end other graphs, raise the sysctl "
                     "fs.inotify.max_user_instances (files: ulimit -n), or set DYN_DISCOVERY_BACKEND=etcd"
                 ) from error
-            first = next(iter(self.service.endpoints.values()))
-            if first is not self and first.known():
+            first = self.service._first
+            # of an addressed one the caller knows an instance, which may have left the first endpoint already
+            if first is not None and first is not self and (self.addressed or first.known()):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FIRST_LOOK):
                         await remote.wait_for_instances()

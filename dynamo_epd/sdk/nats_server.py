@@ -32,10 +32,13 @@ from dynamo_epd.sdk.nats import PASSWORD, SERVER, USERNAME, server_info
 MAX_PAYLOAD = "8MB"
 USER = "dynamo"
 DEFAULT_PORT = 4222
-DISCOVERY = "discovery"
-"""In the directory of a server of ours, the way to the entries of its workers: who was killed cannot remove them."""
-_EXEC_WITH_PARENT = "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);os.execv(sys.argv[1],sys.argv[1:])"
-"""The server cannot ask for a signal at its parent's death (PR_SET_PDEATHSIG) itself; what execs it can."""
+_EXEC_WITH_PARENT = (
+    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);"
+    "os.getppid()==int(os.environ['DYNAMO_SUPERVISOR_PID']) or sys.exit(1);"
+    "os.execv(sys.argv[1],sys.argv[1:])"
+)
+"""The server cannot ask for a signal at its parent's death (PR_SET_PDEATHSIG) itself; what execs it can. A parent that
+had died before gives no signal any more."""
 
 
 def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -47,7 +50,7 @@ def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def discovery_dir(url: str) -> Path:
-    """Where the workers of one NATS server find each other: one place per address."""
+    """Where the workers of a NATS server that the user brings find each other: one place per address."""
     return state_dir() / "discovery" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
@@ -68,7 +71,6 @@ class LocalNats:
 
     def __init__(self, *, join: bool):
         self.owned = True
-        self._directory: Path | None = None
         self._recorded = False
         with _locked():
             known = _recorded()
@@ -76,6 +78,7 @@ class LocalNats:
             if alive and join:
                 assert known is not None
                 self.url, self.password, self.owned = known["url"], known["password"], False
+                self._directory = _directory_of(int(known["pid"]))
                 return
             port = _free_port()
             self.url = f"nats://127.0.0.1:{port}"
@@ -83,11 +86,9 @@ class LocalNats:
             self.name = f"dynamo-{os.getpid()}"
             self._remove_leftovers()
             self._jetstream, self._claim = _claim_jetstream()
-            self._directory = state_dir() / f"nats-{os.getpid()}"
+            self._directory = _directory_of(os.getpid())
             self._directory.mkdir(mode=0o700)
-            (self._directory / DISCOVERY).symlink_to(discovery_dir(self.url))
             self._write_config(port)
-            shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
             if not alive:
                 record = {"url": self.url, "name": self.name, "pid": os.getpid(), "password": self.password}
                 _write_secret(_record_file(), json.dumps(record))
@@ -98,11 +99,12 @@ class LocalNats:
         """What was left by one that was killed with -9."""
         for directory in state_dir().glob("nats-*"):
             try:
-                os.kill(int(directory.name.removeprefix("nats-")), 0)
+                gone = _is_gone(int(directory.name.removeprefix("nats-")))
             except PermissionError:
-                continue
-            except (ProcessLookupError, ValueError):
-                shutil.rmtree((directory / DISCOVERY).resolve(), ignore_errors=True)
+                gone = False
+            except ValueError:
+                gone = True
+            if gone:
                 shutil.rmtree(directory, ignore_errors=True)
 
     @property
@@ -111,12 +113,17 @@ class LocalNats:
         return {SERVER: self.url, USERNAME: USER, PASSWORD: self.password}
 
     @property
+    def discovery(self) -> Path:
+        """Where the workers of this server find each other. It goes with the server: who was killed cannot leave it."""
+        return self._directory / "discovery"
+
+    @property
     def command(self) -> list[str]:
+        """Needs DYNAMO_SUPERVISOR_PID in its environment."""
         return [sys.executable, "-c", _EXEC_WITH_PARENT, nats_binary(), "-c", str(self._config)]
 
     @property
     def _config(self) -> Path:
-        assert self._directory is not None
         return self._directory / "nats.conf"
 
     def _write_config(self, port: int) -> None:
@@ -143,10 +150,24 @@ class LocalNats:
             known = _recorded()
             if self._recorded and known is not None and known.get("name") == self.name:
                 _record_file().unlink(missing_ok=True)
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-        shutil.rmtree(discovery_dir(self.url), ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
         self._claim.close()
+
+
+def _directory_of(pid: int) -> Path:
+    return state_dir() / f"nats-{pid}"
+
+
+def _is_gone(pid: int) -> bool:
+    """Asked before this process has made anything: what bears its number is of one that is dead. In a container each
+    one is process 1. Raises PermissionError where another user has that process."""
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _claim_jetstream() -> tuple[Path, IO[str]]:
@@ -196,9 +217,10 @@ def _answers(known: dict[str, Any]) -> bool:
     """Whether the recorded server is there; one that is still being started is waited for."""
     for _ in range(100):
         try:
-            os.kill(int(known["pid"]), 0)
+            if _is_gone(int(known["pid"])):
+                return False
             return bool(asyncio.run(server_info(known["url"], 1.0)).get("server_name") == known["name"])
-        except (ProcessLookupError, PermissionError):
+        except PermissionError:
             return False
         except (OSError, ValueError):
             time.sleep(0.1)

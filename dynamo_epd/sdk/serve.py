@@ -213,7 +213,7 @@ def serve(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) 
         # Replies come back over TCP to the caller. Where all is on this machine nobody else should reach that port.
         plan.environment.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")
     if plan.environment["DYN_DISCOVERY_BACKEND"] == "file":
-        plan.environment.setdefault("DYN_FILE_KV", str(discovery_dir(url)))
+        plan.environment.setdefault("DYN_FILE_KV", str(discovery_dir(url) if nats is None else nats.discovery))
         Path(plan.environment["DYN_FILE_KV"]).mkdir(parents=True, exist_ok=True)
     try:
         return asyncio.run(_run(plan, nats, verbose=arguments.verbose))

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,30 @@ class _Process(Process):
 
     def spawn(self) -> None:
         """Raises _NotSpawned."""
+        self.watcher.spawned = None
         try:
             super().spawn()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise _NotSpawned(str(error)) from error
+        self.watcher.spawned = self
 
 
 class _Watcher(Watcher):
     _process_class = _Process
+    spawned: _Process | None = None
+    """By the last try. circus keeps no process whose output it cannot read, and leaves it running."""
+
+    def end_unkept(self) -> None:
+        """Ends what the last try has spawned and circus does not keep."""
+        unkept, self.spawned = self.spawned, None
+        if unkept is None or unkept.pid in self.processes:
+            return
+        if unkept.is_alive():
+            os.killpg(unkept.pid, signal.SIGKILL)
+            os.waitpid(unkept.pid, 0)
+        if self.stream_redirector is not None:
+            self.stream_redirector.remove_redirections(unkept)
+        unkept.close_output_channels()
 
 
 @dataclasses.dataclass
@@ -282,6 +298,7 @@ class Supervisor:
             how += f": {error}"
         slot.pid = next(iter(slot.watcher.processes), None)
         if slot.pid is None:
+            slot.watcher.end_unkept()
             if self.stopping or slot.ending is not None:
                 return
             if slot.restarts:  # it ran before: what there is too little of now may be there again soon
@@ -294,25 +311,52 @@ class Supervisor:
         else:
             slot.ready = slot.ever_ready = True
             slot.ready_at = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
+        try:
             watch = os.pidfd_open(slot.pid)
+        except OSError as error:  # nobody would hear of its end
+            self._show(f"{slot.name} cannot be watched and is ended: {error}")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(slot.pid, signal.SIGKILL)
+            self._bury(slot, slot.pid)
+        else:
             asyncio.get_running_loop().add_reader(watch, self._ended, slot, slot.pid, watch)
 
     def _ended(self, slot: Slot, pid: int, watch: int) -> None:
         asyncio.get_running_loop().remove_reader(watch)
         os.close(watch)
+        self._bury(slot, pid)
+
+    def _bury(self, slot: Slot, pid: int) -> None:
         slot.due.set()
-        if not self.stopping and slot.ending is None and pid in slot.watcher.processes:
-            _let_go_of_output(slot.watcher, slot.watcher.processes[pid])
-            slot.watcher.reap_process(pid)
+        if self.stopping or slot.ending is not None:
+            return
+        process = slot.watcher.processes.get(pid)
+        if process is not None:
+            with self._survived(f"the last output of {slot.name}"):
+                _let_go_of_output(slot.watcher, process)
+            with self._survived(f"the end of {slot.name}"):
+                slot.watcher.reap_process(pid)
+        if slot.pid == pid:  # circus has not come so far as to call it
+            self._reaped(watcher=slot.watcher, process_pid=pid, exit_code=None)
+
+    @contextlib.contextmanager
+    def _survived(self, what: str) -> Iterator[None]:
+        """An error in here is shown, and what follows is done all the same: circus or the event loop would keep the
+        error to itself, and a worker would be missing for ever."""
+        try:
+            yield
+        except Exception as error:
+            self._show(f"{what}: {error!r}")
 
     def _reaped(self, *, watcher: Watcher, process_pid: int, exit_code: int | None, **_: Any) -> bool:
         """circus' hook: the process is gone. Its group goes too: engines fork children that outlive it."""
-        _kill_group(process_pid)
+        with self._survived(f"the processes that {watcher.name} has left"):
+            _kill_group(process_pid)
         slot = self.slots.get(watcher.name)
         if slot is not None and slot.pid == process_pid:
             slot.pid, slot.ready = None, False
-            self._on_death(slot)
+            with self._survived(f"what follows the death of {slot.name}"):
+                self._on_death(slot)
             if not self.stopping and slot.ending is None:
                 self._after_death(slot, exit_code)
         return True
@@ -322,13 +366,17 @@ class Supervisor:
         if exit_code == BAD_CONFIG and not slot.ever_ready:
             self._fail(slot, f"{slot.name}: wrong configuration", BAD_CONFIG)
         else:
-            how = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit status {exit_code}"
+            if exit_code is None:
+                how = "nobody knows how"
+            else:
+                how = f"signal {-exit_code}" if exit_code < 0 else f"exit status {exit_code}"
             self._once_more(slot, how)
 
     def _once_more(self, slot: Slot, how: str) -> None:
         """What follows a death, and a restart that gave no process."""
-        was_ready = slot.ready_at > slot.started
-        steady = was_ready and time.monotonic() - slot.ready_at > STEADY_SECONDS
+        steady = slot.ready_at > slot.started and time.monotonic() - slot.ready_at > STEADY_SECONDS
+        # one whose readiness is not waited for counts as ready from its start on, which says nothing
+        was_ready = steady or (slot.waits_for_ready and slot.ready_at > slot.started)
         slot.deaths = 1 if steady else slot.deaths + 1
         slot.status = "died"
         if not was_ready and self._is_lost(slot):
@@ -372,19 +420,24 @@ class Supervisor:
             due = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
             late = time.monotonic() - due
-            _reap_orphans()
-            for slot in self.slots.values():
-                if slot.heard is None or slot.pid is None:
-                    continue
-                if late > LATE_SECONDS:
-                    slot.heard += late + WATCH_SECONDS
-                still = time.monotonic() - slot.heard
-                slot.stopped = slot.stopped + 1 if slot.url and _is_stopped(slot.pid) else 0
-                if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS) or slot.stopped >= 2:
-                    self._show(f"{slot.name} has stood still for {still:.0f} s")
-                    slot.heard = None
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(slot.pid, signal.SIGKILL)
+            with self._survived("a look at the workers"):
+                self._look(late)
+
+    def _look(self, late: float) -> None:
+        watchers = [slot.watcher for slot in self.slots.values() if slot.watcher is not None]
+        _reap_orphans({pid for watcher in watchers for pid in watcher.processes})
+        for slot in self.slots.values():
+            if slot.heard is None or slot.pid is None:
+                continue
+            if late > LATE_SECONDS:
+                slot.heard += late + WATCH_SECONDS
+            still = time.monotonic() - slot.heard
+            slot.stopped = slot.stopped + 1 if slot.url and _is_stopped(slot.pid) else 0
+            if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS) or slot.stopped >= 2:
+                self._show(f"{slot.name} has stood still for {still:.0f} s")
+                slot.heard = None
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(slot.pid, signal.SIGKILL)
 
     async def _restart(self, slot: Slot, delay: float) -> None:
         await asyncio.sleep(delay)
@@ -549,7 +602,7 @@ def _is_stopped(pid: int) -> bool:
     """By SIGSTOP or a terminal; not by a debugger, which stops a process for a moment and often."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:
+    except (psutil.Error, OSError):  # psutil lets those through that are about this process, which has no descriptor
         return False
 
 
@@ -559,18 +612,20 @@ def _let_go_of_output(watcher: Watcher, process: Process) -> None:
     Children that outlive the process hold the other ends, so no end of file has done that. circus, which closes ours
     next, does not: whatever gets their numbers (pipes, a pidfd, a connection) would never be heard in this loop.
     """
-    for name, pipe in watcher.stream_redirector.get_process_pipes(process):
-        os.set_blocking(pipe.fileno(), False)
-        with contextlib.suppress(BlockingIOError):
-            watcher.stream_redirector.redirect[name]({"data": os.read(pipe.fileno(), PIPE_BYTES)})
-    watcher.stream_redirector.remove_redirections(process)
+    try:
+        for name, pipe in watcher.stream_redirector.get_process_pipes(process):
+            os.set_blocking(pipe.fileno(), False)
+            with contextlib.suppress(BlockingIOError):
+                watcher.stream_redirector.redirect[name]({"data": os.read(pipe.fileno(), PIPE_BYTES)})
+    finally:
+        watcher.stream_redirector.remove_redirections(process)
 
 
-def _reap_orphans() -> None:
+def _reap_orphans(kept: set[int]) -> None:
     """Waits for dead children that were adopted: the first process of a container gets those of a dead worker, and
     they would stay as zombies until no process can be started.
 
-    Whom this process has started itself is of its session, or leads one: somebody else waits for those.
+    Whom this process has started itself is ``kept``, or of its session: somebody else waits for those.
     """
     try:
         dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -580,7 +635,8 @@ def _reap_orphans() -> None:
         return
     with contextlib.suppress(psutil.Error, OSError):  # what cannot be looked at now can be in a second
         for child in psutil.Process().children():
-            if child.status() == psutil.STATUS_ZOMBIE and os.getsid(child.pid) not in (child.pid, os.getsid(0)):
+            own = child.pid in kept or os.getsid(child.pid) == os.getsid(0)
+            if child.status() == psutil.STATUS_ZOMBIE and not own:
                 os.waitpid(child.pid, os.WNOHANG)
 
 
@@ -591,7 +647,7 @@ def _kill_group(group: int) -> None:
     it would leave their semaphores in shared memory.
     """
     for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
+        with contextlib.suppress(OSError, psutil.Error):  # psutil lets some of the former through
             if os.getpgid(process.pid) == group and "multiprocessing.resource_tracker" not in " ".join(
                 process.cmdline()
             ):

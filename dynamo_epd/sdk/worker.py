@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import inspect
@@ -57,6 +58,8 @@ NATS_SECONDS = 30.0
 """How long a worker that starts waits for NATS."""
 SETTLE = 0.25
 """Seconds after leaving discovery in which callers that have not noticed yet may still send."""
+GIVE_UP_SECONDS = 2.0
+"""For one that breaks to leave discovery: it may be that which has broken."""
 REGISTRATION_CHECK = 2.0
 BAD_CONFIG = 2
 _PR_SET_PDEATHSIG = 1
@@ -83,7 +86,7 @@ class Worker:
         self._endpoints: list[Any] = []
         self._serving: list[asyncio.Future[Any]] = []
         self._http: Any = None
-        self._ready = False
+        self._accepts = False
         self._draining = False
         self._hurried = False
 
@@ -96,7 +99,7 @@ class Worker:
         def on_signal(number: int, _: Any) -> None:
             if self._hurried and number != LEAVE:
                 _end_now()
-            if not self._ready:
+            if not self._accepts:
                 raise SystemExit(0)  # nothing is accepted yet: leave, through every finally
             self._draining = True
             self._hurried |= number != LEAVE
@@ -116,10 +119,14 @@ class Worker:
             while not await self._all_say_yes("readiness"):
                 await self._raise_unless_alive()
                 await asyncio.sleep(READINESS_SECONDS)
-            await self._serve()
-            self._ready = True
-            await self._wait()
-            await self._drain()
+            self._accepts = True
+            try:
+                await self._serve()
+                await self._wait()
+                await self._drain()
+            except Exception:
+                await self._give_up()
+                raise
         finally:
             try:
                 if self.instance is not None:
@@ -173,7 +180,7 @@ class Worker:
         while True:
             try:
                 return int((await server_info(nats_url())).get("max_payload", 0))
-            except OSError:
+            except (OSError, ValueError):  # a connection that it closed early is the latter
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(0.5)
@@ -220,6 +227,8 @@ class Worker:
         for endpoint, handle in zip(self._served(), itertools.cycle(handlers), strict=False):
             self._serving.append(asyncio.ensure_future(endpoint.serve_endpoint(handle, graceful_shutdown=True)))
         await self._until_registered()
+        if self.stopping.is_set():
+            return  # to drain what it may have accepted already
         self._publish_metrics()
         ready: dict[str, str | int] = {"READY": 1, "X_INSTANCE": dynamo_context["instance_id"]}
         await self._open_http(ready)
@@ -240,13 +249,14 @@ class Worker:
         ready["X_URL"] = self._http.url
 
     async def _until_registered(self) -> None:
+        """Or until it is told to end."""
         if not self._served() or os.environ.get("DYN_DISCOVERY_BACKEND") == "kubernetes":
             return  # Kubernetes shows a pod to the others once it is ready, and that is only now being said
         registered = self._registered_in_files
         if not self._discovers_by_file():
             client = await self._served()[-1].client()
             registered = lambda: dynamo_context["instance_id"] in client.instance_ids()  # noqa: E731
-        while not registered():
+        while not registered() and not self.stopping.is_set():
             self._raise_if_ended()
             await asyncio.sleep(0.01)
 
@@ -343,6 +353,15 @@ class Worker:
         await self._run_hooks("on_drain")
         await self._leave_discovery(addressed=True)
         await self.in_flight.idle()
+
+    async def _give_up(self) -> None:
+        """One that breaks gets no more requests while its hooks run, which may take long, and does not hang in them."""
+        self._draining = True
+        _end_after(self.drain_seconds + 15)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_UP_SECONDS):
+                await asyncio.gather(*(self._leave_discovery(addressed=addressed) for addressed in (False, True)))
+                await asyncio.sleep(SETTLE)
 
     async def _leave_discovery(self, *, addressed: bool) -> None:
         """With those endpoints that are `addressed`, or with the others."""

@@ -21,6 +21,7 @@ from dynamo_epd.sdk import (
     depends,
     dynamo_context,
     endpoint,
+    liveness,
     on_drain,
     on_shutdown,
     service,
@@ -29,7 +30,7 @@ from dynamo_epd.sdk import (
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """``mode``: count, hang, refuse, break, die, or identity."""
+    """``mode``: count, hang, refuse, break, die, ail, or identity."""
 
     mode: str = "count"
     number: int = 3
@@ -57,10 +58,19 @@ def note(config: BackConfig, text: str) -> None:
             file.write(text + "\n")
 
 
+def may_end(config: BackConfig) -> bool:
+    return Path(config.events + ".end").exists()
+
+
 @service(config=BackConfig)
 class Back:
     def __init__(self) -> None:
         self.config = service_config(BackConfig)
+        self.ailing = False
+
+    @liveness
+    def alive(self) -> bool:
+        return not self.ailing
 
     @async_on_start
     async def start(self) -> None:
@@ -74,6 +84,8 @@ class Back:
 
     @on_shutdown
     async def first_hook(self) -> None:
+        while self.ailing and not may_end(self.config):  # a thread that hangs, say
+            await asyncio.sleep(0.05)
         note(self.config, "shutdown first")
 
     @on_shutdown
@@ -98,6 +110,8 @@ class Back:
                     raise InvalidRequest("not this one", param="mode", code="no_thanks")
                 if ask.mode == "break":
                     raise RuntimeError("secret of the inside")
+                if ask.mode == "ail":
+                    self.ailing = True
                 if ask.mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
         finally:
