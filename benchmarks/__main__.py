@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             if row.missing:  # arms in whatever state it left them in
                 STANDING.close()
             rows = sorted([*rows, row], key=lambda one: one.number)
-            text = report.write(rows, command, options.output, about, new=row)
+            text = report.write(rows, command, options.output, about, new=row, began=began)
             print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)
     if options.record:
         report.record(options.output)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured side by side: plain vLLM, Dynamo's own encode, prefill and decode workers, and our graphs.
 
-Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings: no Worker process, one thread, and
-for NIXL a progress thread that rests; so what settings win and what the design wins are told apart. The others are as
-they are shipped: torch chooses their threads, as many as there are cores.
+Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings (`TUNED`), so what settings win and
+what the design wins are told apart: one thread, no Worker process, nothing compiled. One of them also calls upon
+`dynamo_epd.engine.plugin`, which every vLLM here loads, and so they have all that it registers: a progress thread of
+NIXL's that rests, engines that NIXL's connector binds to no core, a side channel that outlives what is no handshake, an
+engine that ends with its side channel, stacks at SIGUSR1, and our classes of some models that no row serves. The others
+are as they are shipped: torch chooses their threads, as many as there are cores.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MO
 ENGINE += ["--kv-cache-memory-bytes", str(KV_BYTES)]
 CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 TUNED = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
+TUNED |= {"TORCHDYNAMO_DISABLE": "1"}  # as ours under `enforce-eager`, which all have
 QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,19 +57,25 @@ TINY = "llava-tiny"
 """Of the rows on what a graph adds, where no arithmetic hides it: whole answers, starts, an echo."""
 SERVED = "llava-s16"
 """Of the other rows that serve: a tower of ViT-S/16's size (22 M parameters, 196 tokens a picture) and a Llama of 13 M.
-By their operations a picture costs 10 to 30 decode steps, and its tokens' prefill about half as much."""
+By time a picture costs 10 to 30 decode steps (row 8 shows it); by operations it would be more, but a step of so small a
+model is overhead. By operations the prefill of its tokens costs about half of its encode."""
 
 
 def directory(name: str) -> Path:
     """The directory of a key of `SIZES`, written unless it is there."""
     size = SIZES[name]
-    path = (WORK / f"{name}-{hash_of(size):08x}").absolute()
+    return made(WORK / f"{name}-{hash_of(size):08x}", lambda path: write(size, path))
+
+
+def made(path: Path, write: Callable[[Path], None]) -> Path:
+    """``path``, absolute, written unless it is there: beside and then renamed, so that what is there is whole."""
+    path = path.absolute()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            made = Path(beside, "made")
-            write(size, made)
-            made.rename(path)
+            written = Path(beside, "made")
+            write(written)
+            written.rename(path)
     return path
 
 

@@ -21,8 +21,6 @@ from typing import Any
 from benchmarks.arms import CPU, QUIET, ROOT, STOCK, TUNED, WORK, environment_without_graphs, install_stock
 from benchmarks.obedient import Obedient
 
-ALL = 16
-"""Pictures in one of our forwards, as the configurations have it."""
 LINE = 16 * 2**20
 """Bytes of a command: pictures travel in it."""
 KINDS = ("OURS", "STOCK", "STOCK-tuned")
@@ -48,9 +46,9 @@ class EncodeStage(Obedient):
         self.answer()
         self.pause()
 
-    def encode(self, pictures: Sequence[str], most: int = ALL) -> dict[str, Any]:
+    def encode(self, pictures: Sequence[str], most: int | None = None) -> dict[str, Any]:
         """All of them at once, as so many requests: ``seconds``, and ``images`` that went through the tower (None where
-        it does not say). ``most``: pictures in one forward of ours."""
+        it does not say). ``most``: pictures in one forward of ours, instead of the encode worker's own number."""
         self.go_on()
         answer: dict[str, Any] = self.ask("encode", pictures=list(pictures), most=most)
         self.pause()
@@ -70,7 +68,7 @@ def encode_stages(model: Path, kinds: Sequence[str] = KINDS) -> Iterator[dict[st
         yield stages
 
 
-Encode = Callable[[Sequence[str], int], Awaitable[int | None]]
+Encode = Callable[[Sequence[str], int | None], Awaitable[int | None]]
 """(pictures, most) -> images that went through the tower."""
 
 
@@ -101,7 +99,7 @@ async def ours(model: str) -> None:
         instance_id=1,
         graph=SimpleNamespace(services={}),
         owner_addresses={"EncodeWorker": ("bench", "EncodeWorker")},
-        config=EncodeConfig(max_batch=ALL, engine_args=engine_args),
+        config=EncodeConfig(engine_args=engine_args),
     )
     worker = EncodeWorker()
     await worker.start()
@@ -117,9 +115,9 @@ async def ours(model: str) -> None:
         async for encoded in worker.encode(request):
             worker.arena.release(encoded.handle.lease)
 
-    async def encode(pictures: Sequence[str], most: int) -> int:
+    async def encode(pictures: Sequence[str], most: int | None) -> int:
         worker.batcher.close()
-        worker.batcher = Batcher(embed, most=most, waiting=len(pictures))
+        worker.batcher = Batcher(embed, most=most or worker.config.max_batch, waiting=len(pictures))
         before = counted["images"]
         await asyncio.gather(*(one(url) for url in pictures))
         return counted["images"] - before
@@ -151,7 +149,7 @@ async def stock(model: str) -> None:
         async for _ in handler.generate(request, None):
             pass
 
-    async def encode(pictures: Sequence[str], most: int) -> None:
+    async def encode(pictures: Sequence[str], most: int | None) -> None:
         await asyncio.gather(*(one(number, url) for number, url in enumerate(pictures)))
 
     await serve(encode)

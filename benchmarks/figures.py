@@ -26,6 +26,8 @@ class Samples:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
+        if not self.values:
+            return "none"
         return f"{shown(self.median)} ({shown(min(self.values))} … {shown(max(self.values))}) {self.unit}".strip()
 
 

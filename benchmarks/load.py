@@ -88,6 +88,14 @@ async def ask(
     return Told(text, at[0] - began, whole, [later - sooner for sooner, later in pairwise(at)])
 
 
+async def within(seconds: float, asked: Awaitable[Told]) -> Told:
+    """What was told; nothing, and no failure either, where that took longer."""
+    try:
+        return await asyncio.wait_for(asked, seconds)
+    except TimeoutError:
+        return Told("", 0.0, 0.0)
+
+
 async def prompt_tokens(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> int:
     """How long the arm says that this prompt is, pictures and template included. Raises ClientError for a refusal."""
     async with session.post(f"{url}/v1/chat/completions", json=body | {"stream": False}) as reply:

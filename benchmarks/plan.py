@@ -63,9 +63,9 @@ PLAN = (
     Step(kv, 12, 150, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
     Step(repeated, 8, 40, "nothing: AGG-tuned is ended", stands=True),
     Step(storm, 5, 120, "nothing: OURS-agg is ended", stands=True),
-    Step(goodput, 5, 290, "STOCK, S/16", stands=True),
+    Step(goodput, 5, 240, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
-    Step(start, 5, 260, "AGG and OURS-disagg three times, tiny; two starts of theirs were seen above", stands=True),
+    Step(start, 5, 260, "AGG and OURS-disagg three times, alone, tiny; two starts were seen above", stands=True),
 )
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -61,11 +62,17 @@ def machine() -> dict[str, Any]:
 
 
 def write(
-    rows: Sequence[Row], command: str, directory: Path, about: dict[str, Any] | None = None, new: Row | None = None
+    rows: Sequence[Row],
+    command: str,
+    directory: Path,
+    about: dict[str, Any] | None = None,
+    new: Row | None = None,
+    began: float | None = None,
 ) -> str:
     """Writes ``report.json``, ``report.md`` and a PNG a row into ``directory``; returns the Markdown.
 
-    ``about``: the `machine`, as it was before the first row. ``new``: the only row whose plot is not there yet."""
+    ``about``: the `machine`, as it was before the first row. ``new``: the only row whose plot is not there yet.
+    ``began``: when the run did, by `time.monotonic`."""
     directory.mkdir(parents=True, exist_ok=True)
     about = about or machine()
     # Only its own arm sees it, and it is installed when that is first started: see `arms.install_stock`.
@@ -76,13 +83,14 @@ def write(
     for row in rows if new is None else [new]:
         path = directory / f"row-{row.number}.png"
         path.unlink(missing_ok=True)  # of another run
-        if row.samples:
+        if any(one.values for one in row.samples):
             try:
                 _plot(row, path)
             except Exception:  # the boundary: a plot's, whatever it is, costs no row
                 traceback.print_exc()
     plots = [row.number for row in rows if (directory / f"row-{row.number}.png").exists()]
-    text = "\n".join(_markdown(rows, command, about, plots)) + "\n"
+    took = 0.0 if began is None else time.monotonic() - began
+    text = "\n".join(_markdown(rows, command, about, plots, took)) + "\n"
     (directory / "report.md").write_text(text)
     return text
 
@@ -113,14 +121,15 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def _markdown(rows: Sequence[Row], command: str, about: dict[str, Any], plots: Collection[int]) -> Iterator[str]:
-    """``plots``: numbers of the rows that have one."""
+def _markdown(
+    rows: Sequence[Row], command: str, about: dict[str, Any], plots: Collection[int], took: float
+) -> Iterator[str]:
+    """``plots``: numbers of the rows that have one. ``took``: seconds of the whole run, plots included."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     load = ", ".join(map(str, about["load"]))
-    took = sum(row.seconds for row in rows) / 60
     yield (
         f"`{command}` at {about['commit'] or 'no commit'} on {about['processor']}, {about['cores']} cores, "
-        f"{about['memory_gib']} GiB, load average {load} before; {took:.0f} minutes; {versions}."
+        f"{about['memory_gib']} GiB, load average {load} before; {took / 60:.0f} minutes; {versions}."
     )
     yield ""
     yield "| # | what | goal and figure: median (lowest … highest) | met |"
@@ -180,8 +189,8 @@ def _plot(row: Row, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    unit = row.samples[0].unit
-    shown = [one for one in row.samples if one.unit == unit]
+    unit = next(one.unit for one in row.samples if one.values)
+    shown = [one for one in row.samples if one.unit == unit and one.values]
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * len(shown)), layout="constrained")
     axes.boxplot([one.values for one in shown], orientation="horizontal", tick_labels=[one.arm for one in shown])
     axes.invert_yaxis()

@@ -7,19 +7,21 @@ of them, some thirty processes, leave two cores to the one whose turn it is.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
 from time import perf_counter, process_time
+from typing import TypeVar
 
 import aiohttp
 
 from benchmarks import checkpoints
 from benchmarks.arms import Arm, agg, close_all, ours_agg, ours_disagg, stock
 from benchmarks.figures import Row
-from benchmarks.load import Told, ask, chat
+from benchmarks.load import Told, ask, chat, within
 
 START: Mapping[str, Callable[[Path], Arm]] = {
     "AGG": lambda model: agg(model, tuned=False),
@@ -30,13 +32,19 @@ START: Mapping[str, Callable[[Path], Arm]] = {
     "OURS-disagg": ours_disagg,
 }
 ALONE = ("AGG", "OURS-disagg")
-"""Started one after the other, before all else: how long that takes is a row of its own."""
+"""Started one after the other, before all else: how long that takes is shown in a row of its own."""
 WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
+AWAKE_TRIES, AWAKE_SECONDS, AWAKE_PAUSE = 2, 20.0, 1.0
+"""Of the question that wakes an arm up, each bounded: the first may be lost to what died while it stood still."""
+LOST = 2
+"""Failures in a row after which an arm is asked no more."""
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
 class Starts:
-    """Of `ALONE`, with nothing else asked anything: seconds to the first answer, and what that said, by arm."""
+    """Of `ALONE`, with nothing asked anything: seconds to the first answer, and what that said, by arm."""
 
     model: str
     seconds: dict[str, float]
@@ -53,7 +61,7 @@ class Standing:
         self._model = ""
         self._arms: dict[str, Arm] = {}
         self.starts: list[Starts] = []
-        """All that there were so far."""
+        """All that there were so far. The second of each started beside the first, which stood already."""
 
     def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
         """By name, in this order; the row is told their commands. Raises RuntimeError for one that does not start, but
@@ -74,33 +82,44 @@ class Standing:
         nothing_else = not self._arms
         alone = [name for name in ALONE if name in names][:: -1 if len(self.starts) % 2 else 1]
         for name in alone:
-            self._together([name])
+            self._together([name], row)
         if nothing_else and len(alone) == len(ALONE):
             seconds = {name: self._arms[name].seconds_to_answer for name in alone}
             said = {name: self._arms[name].first_said for name in alone}
             self.starts.append(Starts(self._model, seconds, said))
         others = [name for name in names if name not in alone]
-        self._together([name for name in others if not name.startswith("STOCK")])
+        self._together([name for name in others if not name.startswith("STOCK")], row)
         stock = [name for name in others if name.startswith("STOCK")]
         try:
-            self._together(stock)
-        except (RuntimeError, CalledProcessError) as error:
-            lost = ", ".join(name for name in stock if name not in self._arms)
-            row.notes.append(f"{lost}: not started: {str(error).strip().splitlines()[-1]}")
+            self._together(stock, row)
+        except CalledProcessError as error:  # it could not be installed
+            row.notes.append(_not_started(", ".join(stock), error))
 
-    def _together(self, names: Sequence[str]) -> None:
-        """Most of a start is imports, one after the other: two arms at once use two cores."""
+    def _together(self, names: Sequence[str], row: Row) -> None:
+        """Most of a start is imports, one after the other: two arms at once use two cores. Of STOCK's one that does not
+        start leaves those that began beside it."""
         made = {name: START[name](self._directory(self._model)) for name in names}  # now: they choose free ports
         try:
             for arm in made.values():
                 arm.begin()
             for name, arm in made.items():
-                arm.wait()
+                try:
+                    arm.wait()
+                except RuntimeError as error:
+                    if not name.startswith("STOCK"):
+                        raise
+                    row.notes.append(_not_started(name, error))
+                    continue
                 arm.pause()
                 self._arms[name] = arm
         except BaseException:
             close_all([arm for name, arm in made.items() if name not in self._arms])
             raise
+
+
+def _not_started(who: str, error: Exception) -> str:
+    """A note."""
+    return f"{who}: not started: {str(error).strip().splitlines()[-1]}"
 
 
 @asynccontextmanager
@@ -109,7 +128,7 @@ async def turn(client: aiohttp.ClientSession, arm: Arm, row: Row) -> AsyncIterat
     done for one is done for all. The row is told what the client takes of a core from then on."""
     arm.resume()
     try:
-        await ask(client, arm.url, chat("Awake?", tokens=2))
+        await _wake(client, arm)
         began, busy = perf_counter(), process_time()
         yield
         row.client.append((process_time() - busy) / (perf_counter() - began))
@@ -117,22 +136,54 @@ async def turn(client: aiohttp.ClientSession, arm: Arm, row: Row) -> AsyncIterat
         arm.pause()
 
 
-def agree(row: Row, told: Mapping[str, Sequence[Told]], right: str = "AGG") -> list[str]:
+async def _wake(client: aiohttp.ClientSession, arm: Arm) -> None:
+    """Until it has answered, or was asked often enough: what it is asked next then says what is wrong with it."""
+    for _ in range(AWAKE_TRIES):
+        told = await within(AWAKE_SECONDS, ask(client, arm.url, chat("Awake?", tokens=2)))
+        if told.text and not told.failed:
+            return
+        await asyncio.sleep(AWAKE_PAUSE)
+
+
+def rotated(arms: Mapping[str, Kind], repeat: int) -> list[tuple[str, Kind]]:
+    """The arms of a repeat by name. Who begins changes, and so does the direction: no arm always follows the same one,
+    whose last work may still be running."""
+    pairs = list(arms.items())
+    first = repeat // 2 % len(pairs)
+    turned = [*pairs[first:], *pairs[:first]]
+    return turned[::-1] if repeat % 2 else turned
+
+
+def lost(answers: Sequence[Told]) -> bool:
+    """Whether an arm is waited for no more. One failure is none: it may have been waking up."""
+    return len(answers) >= LOST and all(one.failed for one in answers[-LOST:])
+
+
+def agree(row: Row, told: Mapping[str, Sequence[Told]], right: str = "AGG") -> None:
     """Notes what failed and which answers are not those of the arm ``right``. The row is void where a question failed
-    or was answered otherwise by any but STOCK, whose tower has other features and numbers than the model's. Returns the
-    names of STOCK's arms that failed: nothing can be said against them."""
-    left_out: list[str] = []
+    or was answered otherwise by any but STOCK, whose tower has other features and numbers than the model's."""
     for name, answers in told.items():
         failed = [one.failed for one in answers if one.failed]
-        differ = sum(one.text != other.text for one, other in zip(told[right], answers, strict=True))
+        pairs = zip(told[right], answers, strict=True)
+        differ = sum(one.text != other.text for one, other in pairs if not (one.failed or other.failed))
         if failed:
             row.notes.append(f"{name}: {len(failed)} of {len(answers)} failed: {failed[0]}")
         if differ:
             row.notes.append(f"{name}: {differ} of {len(answers)} answers are not {right}'s")
-        if failed and name.startswith("STOCK"):
-            left_out.append(name)
-        elif failed:
+        if name.startswith("STOCK"):
+            continue
+        if failed:
             row.void = row.void or f"a question to {name} failed"
-        elif differ and not name.startswith("STOCK"):
+        elif differ:
             row.void = row.void or f"{name}'s answers differ from {right}'s"
-    return left_out
+
+
+def as_long(row: Row, told: Mapping[str, Sequence[Told]], tokens: int) -> None:
+    """Notes answers under load that have not ``tokens`` tokens, each a character here; void for any but STOCK's. Their
+    words are not compared: batches of other sizes round otherwise. What failed, or was given up, has no length."""
+    for name, answers in told.items():
+        wrong = [len(one.text) for one in answers if one.text and not one.failed and len(one.text) != tokens]
+        if wrong:
+            row.notes.append(f"{name}: {len(wrong)} of {len(answers)} answers have {wrong[0]} tokens, not {tokens}")
+            if not name.startswith("STOCK"):
+                row.void = row.void or f"{name}'s answers are not as long as was asked for"

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fire, scale
+from benchmarks import checkpoints, fire, scale
 from benchmarks.rows import pictures, texts
 from benchmarks.scale import Point
+from dynamo_epd.batching import Batcher
 
 
 def test_no_wrong_byte_comes_through_the_fire(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,3 +142,38 @@ def test_pictures_come_out_alike_at_once_and_alone() -> None:
     assert goals["a pixel's largest difference, same seed"].met
     assert goals["a late one waits"].median >= 0
     assert [one.unit for one in row.samples] == ["ms"] * 3
+
+
+def test_a_model_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def broken(directory: Path) -> None:
+        directory.mkdir()
+        (directory / "config.json").touch()
+        raise OSError("no space left")
+
+    written: list[Path] = []
+
+    def whole(directory: Path) -> None:
+        written.append(directory)
+        directory.mkdir()
+        (directory / "config.json").touch()
+
+    place = tmp_path / "models" / "one"
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.made(place, broken)
+    assert not list(place.parent.iterdir())
+    for _ in range(2):
+        assert (checkpoints.made(place, whole) / "config.json").exists()
+    assert len(written) == 1 and list(place.parent.iterdir()) == [place]
+
+
+def test_a_text_goes_the_way_of_the_embed_workers_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    submit_all = Batcher.submit_all
+
+    async def watched(self: Batcher[Any, Any], items: Sequence[Any]) -> Any:
+        seen.append(len(items))
+        return await submit_all(self, items)
+
+    monkeypatch.setattr(Batcher, "submit_all", watched)
+    asyncio.run(texts.measure(1, {"tiny": texts.TINY}))
+    assert set(seen) == {texts.TEXTS, 1}, "all texts of a request at once"

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from benchmarks import checkpoints, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told
 from benchmarks.rows import answer, encoder, goodput, kv, overlap, repeated, storm
-from benchmarks.standing import agree
+from benchmarks.standing import agree, as_long, lost, rotated
 from benchmarks.traces import Span, Traces
 
 
@@ -28,15 +31,42 @@ def told(first: float = 0.1, text: str = "yes", gaps: Sequence[float] = (0.01, 0
 
 def test_answers_that_differ_make_a_row_void_unless_they_are_stocks() -> None:
     row = Row(1, "t", "s")
-    assert not agree(row, {"AGG": [told()], "STOCK": [told(text="other")], "OURS-agg": [told()]})
+    agree(row, {"AGG": [told()], "STOCK": [told(text="other")], "OURS-agg": [told()]})
     assert not row.void and row.notes == ["STOCK: 1 of 1 answers are not AGG's"]
     agree(row, {"AGG": [told()], "OURS-agg": [told(text="other")]})
     assert row.void == "OURS-agg's answers differ from AGG's"
     row = Row(1, "t", "s")
-    assert agree(row, {"AGG": [told()], "STOCK": [told(failed="503: no")]}) == ["STOCK"]
-    assert not row.void and "STOCK: 1 of 1 failed: 503: no" in row.notes
-    assert agree(row, {"AGG": [told(failed="503: no")]}) == []
+    agree(row, {"AGG": [told()], "STOCK": [told(text="", failed="503: no")]})
+    assert not row.void and row.notes == ["STOCK: 1 of 1 failed: 503: no"], "what failed does not differ too"
+    agree(row, {"AGG": [told(failed="503: no")]})
     assert row.void == "a question to AGG failed"
+
+
+def test_an_answer_under_load_has_the_tokens_that_were_asked_for() -> None:
+    row = Row(1, "t", "s")
+    as_long(row, {"AGG": [told(text="abc"), told(text=""), told(text="a", failed="500")]}, 3)
+    assert not row.void and not row.notes, "what failed, or was given up, has no length"
+    as_long(row, {"STOCK": [told(text="abcd")]}, 3)
+    assert not row.void and row.notes == ["STOCK: 1 of 1 answers have 4 tokens, not 3"]
+    as_long(row, {"OURS-agg": [told(text="abc"), told(text="ab")]}, 3)
+    assert row.void == "OURS-agg's answers are not as long as was asked for"
+
+
+def test_an_arm_is_lost_after_two_failures_in_a_row() -> None:
+    failed = told(failed="503: no")
+    assert lost([told(), failed, failed])
+    assert not lost([]) and not lost([failed]) and not lost([failed, told(), failed]) and not lost([failed, told()])
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_every_arm_begins_and_none_always_follows_the_same_one(count: int) -> None:
+    arms = {str(number): number for number in range(count)}
+    orders = [[name for name, _ in rotated(arms, repeat)] for repeat in range(2 * count)]
+    assert all(sorted(order) == sorted(arms) for order in orders)
+    assert {order[0] for order in orders} == {order[-1] for order in orders} == set(arms)
+    for name in arms:
+        before = [order[order.index(name) - 1] if order.index(name) else "nobody" for order in orders]
+        assert max(map(before.count, before)) <= len(orders) // 2
 
 
 # Models
@@ -70,7 +100,8 @@ def test_another_size_is_another_checkpoint() -> None:
 def test_a_whole_answer_is_set_against_both_kinds_of_arm() -> None:
     whole = {"AGG": 0.1, "AGG-tuned": 0.08, "STOCK": 0.5, "STOCK-tuned": 0.2, "OURS-agg": 0.1, "OURS-disagg": 0.1}
     row = Row(1, "t", "s")
-    answer.fill(row, {name: [told(one, gaps=[])] for name, one in whole.items()}, {"OURS-disagg": [0.02, 0.03]})
+    resting = {"AGG-tuned": [0.5], "OURS-disagg": [0.02, 0.03]}
+    answer.fill(row, {name: [told(one, gaps=[])] * 5 for name, one in whole.items()}, resting)
     assert {goal.what: (round(goal.median, 2), goal.limit) for goal in row.goals} == {
         "OURS-agg against AGG": (1.0, 1.0),
         "OURS-agg against AGG-tuned": (1.25, None),
@@ -82,12 +113,52 @@ def test_a_whole_answer_is_set_against_both_kinds_of_arm() -> None:
     }
     assert row.met and not Goal("at rest", [10.0], "<", 10.0).met, "less than a tenth of a core"
     row = Row(1, "t", "s")
-    answer.fill(row, {name: [told(one, failed="503" * name.startswith("STOCK"))] for name, one in whole.items()}, {})
+    failing = {name: [told(one, failed="503" * name.startswith("STOCK"))] for name, one in whole.items()}
+    answer.fill(row, {name: 5 * answers for name, answers in failing.items()}, {})
     assert [goal.what for goal in row.goals if not goal.values] == ["STOCK against OURS-disagg"]
     assert not row.met and not row.void
     row = Row(1, "t", "s")
-    answer.fill(row, {name: [told(text=name[:3])] for name in whole}, {})
+    answer.fill(row, {name: [told(text=name[:3])] * 5 for name in whole}, {})
     assert row.void == "OURS-agg's answers differ from AGG's" and not row.goals
+
+
+def test_a_ratio_is_of_the_repeats_in_which_both_answered() -> None:
+    failed = told(0.9, failed="503")
+    pairs = {"STOCK": [failed, *[told(0.4, gaps=[])] * 5], "OURS-disagg": [told(0.1, gaps=[])] * 6}
+    assert answer.compared(pairs, "STOCK", "OURS-disagg") == pytest.approx([4.0] * 5)
+    pairs["STOCK"][3] = failed
+    assert answer.compared(pairs, "STOCK", "OURS-disagg") == [], "too few"
+    assert answer.compared(pairs, "AGG", "OURS-disagg") == []
+
+
+def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: Counter[str] = Counter()
+    once, dead = {("STOCK", 1), ("STOCK", 4)}, {("STOCK-tuned", 3), ("STOCK-tuned", 4)}
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        asked[url] += 1
+        return told(failed="503" if (url, asked[url]) in once | dead else "")
+
+    @asynccontextmanager
+    async def no_turn(*_: Any) -> AsyncIterator[None]:
+        yield
+
+    async def nobody_rests(_: Any) -> dict[str, list[float]]:
+        return {}
+
+    class StandingDouble:
+        def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
+            return {name: SimpleNamespace(url=name, spins=False) for name in names}
+
+    monkeypatch.setattr(answer, "ask", answered)
+    monkeypatch.setattr(answer, "turn", no_turn)
+    monkeypatch.setattr(answer, "at_rest", nobody_rests)
+    standing: Any = StandingDouble()
+    row = asyncio.run(answer.measure(standing, 6))
+    assert (asked["AGG"], asked["STOCK"], asked["STOCK-tuned"]) == (8, 8, 4)
+    goals = {goal.what: goal for goal in row.goals}
+    assert len(goals["STOCK against OURS-disagg"].values) == 5 and not row.void
+    assert "STOCK-tuned against OURS-disagg" not in goals
 
 
 # Row 4
@@ -95,18 +166,18 @@ def test_a_whole_answer_is_set_against_both_kinds_of_arm() -> None:
 
 def test_no_arm_encodes_a_picture_twice_and_the_first_turn_warms_up() -> None:
     seen: list[str] = []
-    mosts: list[int] = []
+    mosts: list[int | None] = []
 
     class StageDouble:
-        def encode(self, pictures: Sequence[str], most: int) -> dict[str, Any]:
+        def encode(self, pictures: Sequence[str], most: int | None) -> dict[str, Any]:
             seen.extend(pictures)
             mosts.append(most)
             return {"seconds": float(len(mosts))}
 
     stage: Any = StageDouble()
     seconds = encoder.by_turns({"OURS": stage, "STOCK": stage, "STOCK-tuned": stage}, 1)
-    assert seconds == {"OURS": [5.0], "OURS, one a forward": [6.0], "STOCK": [7.0], "STOCK-tuned": [8.0]}
-    assert mosts[:2] == [encoder.ALL, 1]
+    assert seconds == {"OURS": [8.0], "OURS, one a forward": [7.0], "STOCK": [6.0], "STOCK-tuned": [5.0]}, "and back"
+    assert mosts[:2] == [None, 1], "as many as the encode worker would have, and one"
     assert len(set(seen)) == len(seen) == 8 * encoder.WAITING
 
 
@@ -183,9 +254,13 @@ def test_a_storm_waits_for_nobody_and_ends_with_the_stream() -> None:
     assert len(answers) == 5, "and none after the end"
 
 
-def pace(stall: float, text: str = "same", failed: str = "") -> storm.Pace:
+STORY = "s" * storm.TOKENS
+
+
+def pace(stall: float, text: str = STORY, failed: str = "", said: str = "y") -> storm.Pace:
     quiet = [0.01] * 199
-    return storm.Pace(told(gaps=quiet), told(gaps=[*quiet[2:], stall, stall], text=text), [told(failed=failed)])
+    stormy = told(gaps=[*quiet[2:], stall, stall], text=text)
+    return storm.Pace(told(gaps=quiet, text=STORY), stormy, [told(failed=failed, text=said)])
 
 
 def test_stalls_count_in_the_tail_of_a_stream() -> None:
@@ -202,8 +277,33 @@ def test_a_storm_that_failed_shows_nothing() -> None:
     storm.fill(row, {"AGG": [pace(0.5)], "OURS-disagg": [pace(0.01, failed="503: full")]})
     assert row.void == "OURS-disagg: 1 questions of the storm failed: 503: full" and not row.goals
     row = Row(6, "t", "s")
-    storm.fill(row, {"AGG": [pace(0.5, text="other")], "OURS-disagg": [pace(0.01)]})
+    storm.fill(row, {"AGG": [pace(0.5, text=STORY.upper())], "OURS-disagg": [pace(0.01)]})
     assert row.met and "AGG: 1 of 1 streams said something else in the storm" in row.notes
+
+
+@pytest.mark.parametrize("wrong", [{"text": STORY[1:]}, {"said": "yes"}])
+def test_an_answer_in_a_storm_is_as_long_as_was_asked_for(wrong: dict[str, str]) -> None:
+    row = Row(6, "t", "s")
+    storm.fill(row, {"AGG": [pace(0.5)], "OURS-disagg": [pace(0.01, **wrong)]})
+    assert row.void == "OURS-disagg's answers are not as long as was asked for" and not row.goals
+
+
+def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        log.append("stream" if body["max_tokens"] == storm.TOKENS else "picture")
+        await asyncio.sleep(0)
+        return told()
+
+    monkeypatch.setattr(storm, "ask", answered)
+    client: Any = None
+    arm: Any = SimpleNamespace(url="")
+    quiet_first, storm_first = ["stream", "stream", "picture"], ["stream", "picture", "stream"]
+    for repeat, order in ((0, quiet_first), (1, storm_first)):
+        log.clear()
+        asyncio.run(storm._one(client, arm, repeat))
+        assert log == order
 
 
 # Row 7
@@ -236,11 +336,18 @@ def test_nothing_good_counts_as_half_a_request() -> None:
     assert goodput.gains([2.0, 2.0, 0.0], [1.0, 0.0, 0.0]) == [2.0, 4.0 * goodput.WINDOW, 0.0]
 
 
+def test_nothing_that_is_good_is_given_up() -> None:
+    limits = goodput.Limits(first=1.0, token=0.125)
+    latest = told(1.0, text="s" * goodput.TOKENS, gaps=[0.125] * (goodput.TOKENS - 1))
+    assert limits.kept(latest) and latest.whole < limits.too_late < 2 * latest.whole
+
+
 def test_goodput_counts_good_requests_and_throughput_all() -> None:
-    good, late = told(0.1), told(9.0)
+    said = "yes" * (goodput.TOKENS // 3)
+    good, late = told(0.1, said), told(9.0, said)
     limits = goodput.Limits(1.0, 1.0)
-    arms = {name: goodput.Measured([], [[good, late]], [1.0]) for name in goodput.TUNED}
-    arms["OURS-disagg"] = goodput.Measured([], [[good, told(0.1, text="other")]], [0.96])
+    arms = {name: goodput.Measured([], [[good, late]], [[good]], [1.0]) for name in goodput.TUNED}
+    arms["OURS-disagg"] = goodput.Measured([], [[good, told(0.1, said.upper())]], [[told(0.1, said.upper())]], [0.96])
     row = Row(7, "t", "s")
     goodput.fill(row, arms, limits)
     assert [(goal.values, goal.limit) for goal in row.goals] == [
@@ -252,22 +359,25 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
         ([0.96], None),
     ]
     assert row.met and row.notes == [
-        "OURS-disagg: 1 of 2 answers under load are not AGG's",
+        "OURS-disagg: 2 of 3 answers under load are not AGG's",
         "at this rate no arm can be more than 2.00 times as good as AGG",
     ]
     del arms["AGG-tuned"], arms["STOCK-tuned"]
-    arms["STOCK"].failed.append("500: no")
     row = Row(7, "t", "s")
-    goodput.fill(row, arms, limits)
+    goodput.fill(row, arms | {"STOCK": goodput.Measured([], [[good, told(failed="500: no"), told(9.0)]])}, limits)
     assert row.met and len(row.goals) == 3 and "STOCK: 1 requests failed under load: 500: no" in row.notes
+    assert f"STOCK: 1 of 3 answers have 3 tokens, not {goodput.TOKENS}" in row.notes
     assert "--tuned" in row.notes[-1], "a row without them says where they are"
     del arms["STOCK"]
     row = Row(7, "t", "s")
     goodput.fill(row, arms, limits)
     assert [str(goal) for goal in row.goals if not goal.met] == ["not measured; goal ≥ 1.30 times"]
     assert not row.met and row.as_json()["goals"][1]["median"] is None
-    arms["AGG"].failed.append("500: no")
-    goodput.fill(row, arms, limits)
+    row = Row(7, "t", "s")
+    goodput.fill(row, arms | {"AGG": goodput.Measured([], [[good, late]], [[told()]], [1.0])}, limits)
+    assert row.void == "AGG's answers are not as long as was asked for"
+    row = Row(7, "t", "s")
+    goodput.fill(row, arms | {"AGG": goodput.Measured([], [[good, told(failed="500: no")]], [[good]], [1.0])}, limits)
     assert row.void == "requests to AGG failed"
 
 
@@ -302,6 +412,8 @@ def test_a_graph_that_waits_for_all_pictures_overlaps_nothing() -> None:
     row = Row(8, "t", "s")
     overlap.fill(row, [told(5.0)], [told(4.0)], [of_request(4.0)])
     assert row.goals[0].values == [1.0] and not row.met
+    steps = next(one for one in row.samples if one.unit == "decode steps")
+    assert steps.values == pytest.approx([100.0]), "four seconds for four pictures, and 10 ms a token"
     assert row.notes[1].startswith("asked in pieces: 0.8 times")
     assert row.notes[2].endswith("it began 3,000 ms after the first one")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,8 +17,9 @@ from benchmarks import arms as arms_module
 from benchmarks import checkpoints, standing
 from benchmarks.arms import PAUSE_SECONDS, Arm
 from benchmarks.figures import Row
+from benchmarks.load import Told
 from benchmarks.rows import answer, start
-from benchmarks.standing import Standing, Starts
+from benchmarks.standing import Standing, Starts, turn
 from tests.serving import eventually
 
 
@@ -27,6 +29,7 @@ class ArmDouble:
     def __init__(self, name: str, log: list[str], seconds: float = 0.0, said: str = "yes", broken: bool = False):
         self.name, self._log, self.seconds_to_answer, self.first_said = name, log, seconds, said
         self.commands = [f"serve {name}"]
+        self.url = "http://double"
         self._broken = broken
 
     def __enter__(self) -> ArmDouble:
@@ -42,11 +45,15 @@ class ArmDouble:
 
     def wait(self) -> None:
         if self._broken:
+            self.close()
             raise RuntimeError(f"{self.name}: a process ended:\nTraceback\nValueError: no such model")
         self._log.append(f"{self.name} answers")
 
     def close(self) -> None:
         self._log.append(f"end {self.name}")
+
+    def resume(self) -> None:
+        self._log.append(f"{self.name} goes on")
 
     def pause(self) -> None:
         self._log.append(f"{self.name} rests")
@@ -109,13 +116,58 @@ def test_an_arm_that_does_not_start_leaves_the_others(monkeypatch: pytest.Monkey
     assert log[-1] == "end AGG"
 
 
-def test_one_of_stocks_that_does_not_start_is_left_out(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
-    doubles = dict(standing.START) | {"STOCK-tuned": lambda _: ArmDouble("STOCK-tuned", log, broken=True)}
+@pytest.mark.parametrize(("broken", "healthy"), [("STOCK-tuned", "STOCK"), ("STOCK", "STOCK-tuned")])
+def test_one_of_stocks_that_does_not_start_is_left_out(
+    broken: str, healthy: str, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    doubles = dict(standing.START) | {broken: lambda _: ArmDouble(broken, log, broken=True)}
     monkeypatch.setattr(standing, "START", doubles)
     row = Row(1, "t", "s")
-    assert list(Standing(Path).arms(row, "tiny", ("AGG", "STOCK", "STOCK-tuned"))) == ["AGG", "STOCK"]
-    assert row.notes[0] == "STOCK-tuned: not started: ValueError: no such model"
-    assert log[-1] == "end STOCK-tuned"
+    assert list(Standing(Path).arms(row, "tiny", ("AGG", "STOCK", "STOCK-tuned"))) == ["AGG", healthy]
+    assert row.notes[0] == f"{broken}: not started: ValueError: no such model"
+    assert [line for line in log if line.startswith("end")] == [f"end {broken}"], "who began beside it goes on"
+
+
+@pytest.mark.parametrize(("failures", "asked"), [(0, 1), (1, 2), (9, standing.AWAKE_TRIES)])
+def test_a_turn_wakes_its_arm_up_and_asks_once_more(
+    failures: int, asked: int, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    async def answered(*_: object) -> Told:
+        log.append("asked")
+        return Told("", 0.0, 0.0, failed="503: no") if log.count("asked") <= failures else Told("ab", 0.1, 0.2)
+
+    async def go() -> None:
+        async with turn(client, arm, row):
+            log.append("its turn")
+
+    monkeypatch.setattr(standing, "ask", answered)
+    monkeypatch.setattr(standing, "AWAKE_PAUSE", 0.0)
+    client: Any = None
+    arm: Any = ArmDouble("STOCK", log)
+    row = Row(1, "t", "s")
+    asyncio.run(go())
+    assert log == ["STOCK goes on", *["asked"] * asked, "its turn", "STOCK rests"] and len(row.client) == 1
+
+
+def test_an_arm_that_says_nothing_when_it_is_woken_up_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    async def silent(*_: object) -> Told:
+        log.append("asked")
+        await asyncio.sleep(600)
+        raise AssertionError("it was waited for")
+
+    async def go() -> None:
+        async with turn(client, arm, Row(1, "t", "s")):
+            log.append("its turn")
+
+    monkeypatch.setattr(standing, "ask", silent)
+    monkeypatch.setattr(standing, "AWAKE_SECONDS", 0.05)
+    monkeypatch.setattr(standing, "AWAKE_PAUSE", 0.0)
+    client: Any = None
+    arm: Any = ArmDouble("STOCK", log)
+    asyncio.run(go())
+    assert log[1:] == ["asked", "asked", "its turn", "STOCK rests"]
 
 
 def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
@@ -151,29 +203,37 @@ def test_what_rests_is_measured_with_all_of_its_processes(monkeypatch: pytest.Mo
 
 def test_starts_are_taken_by_turns_and_who_begins_changes(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
-    row = asyncio.run(start.measure(Standing(Path), 2))
+    row = asyncio.run(start.measure(Standing(Path), 3))
     begun = [line for line in log if line.startswith(("start", "end"))]
     ours, agg = ["start OURS-disagg", "end OURS-disagg"], ["start AGG", "end AGG"]
-    assert begun == [*ours, *agg, *agg, *ours]
-    assert row.setting.endswith("; pairs of 2 on llava-tiny")
-    assert row.goals[0].values == pytest.approx([1.0, 1.0]) and row.met
+    assert begun == [*ours, *agg, *agg, *ours, *ours, *agg], "each alone"
+    assert row.goals[0].values == pytest.approx([1.0] * 3) and row.met
+    assert [sample.arm for sample in row.samples] == ["AGG", "OURS-disagg"]
 
 
-def test_starts_of_other_rows_count_and_only_the_others_are_made(
+def test_starts_of_other_rows_are_shown_and_pairs_that_start_alone_are_judged(
     log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
     arms = Standing(Path)
     arms.arms(Row(1, "t", "s"), "larger", tuple(standing.START))
     del log[:]
-    row = asyncio.run(start.measure(arms, 2))
+    row = asyncio.run(start.measure(arms, 3))
     begun = [line for line in log if line.startswith("start")]
-    assert begun == ["start AGG", "start OURS-disagg"]
+    assert len(begun) == 2 * start.FEWEST
     assert max(place for place, line in enumerate(log) if line == "end STOCK") < log.index("start AGG")
-    assert row.setting.endswith("; pairs of 1 on larger, 1 on llava-tiny")
+    assert len(row.goals[0].values) == start.FEWEST
+    assert [(sample.arm, len(sample.values)) for sample in row.samples] == [
+        ("AGG", start.FEWEST),
+        ("OURS-disagg", start.FEWEST),
+        ("AGG, larger, one beside the other", 1),
+        ("OURS-disagg, larger, one beside the other", 1),
+    ]
 
 
 def test_first_answers_that_differ_make_the_starts_void() -> None:
     row = Row(12, "t", "s")
-    start.fill(row, [Starts("tiny", {"AGG": 40.0, "OURS-disagg": 44.0}, {"AGG": "a", "OURS-disagg": "b"})])
-    assert row.void == "1 of 1 first answers are not AGG's" and row.goals[0].median == pytest.approx(1.1)
+    alike, unlike = {"AGG": "a", "OURS-disagg": "a"}, {"AGG": "a", "OURS-disagg": "b"}
+    seconds = {"AGG": 40.0, "OURS-disagg": 44.0}
+    start.fill(row, [Starts("tiny", seconds, alike)], [Starts("larger", seconds, unlike)])
+    assert row.void == "1 of 2 first answers are not AGG's" and row.goals[0].median == pytest.approx(1.1)

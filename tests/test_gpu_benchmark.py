@@ -60,6 +60,9 @@ def test_the_toy_run_reports_every_model_in_both_modes(tmp_path: Path) -> None:
     assert made["device"] in done.stdout
     assert (made["dtype"], made["sizes"], made["settings"]) == ("float32", "toy", [])
     assert made["versions"]["torch"] == torch.__version__
+    assert [line.partition(" times: ")[2] for line in made["goals"]] == ["not measured: toy sizes"] * 3
+    assert all(f"- {line}" in done.stdout for line in made["goals"])
+    assert [bool(model["base"]) for model in made["models"]] == [name == "flux" for name in NAMES]
     for model in made["models"]:
         assert model["title"] in done.stdout
         assert [(one["mode"], one["batch"]) for one in model["runs"]] == [
@@ -225,6 +228,42 @@ def test_compiling_is_proposed_where_it_pays(items: float, worth: str) -> None:
     runs = [rate("eager", 1, 1.0), rate("eager", 2, 9.0), rate("compiled", 1, items)]
     (line,) = report.settings(Swept(tower("flux"), runs=runs))
     assert line == f"`ImageWorker.compile: {worth}` (cova): {items:.3g} times eager"
+
+
+def test_precision_counts_where_its_goal_does() -> None:
+    """On a CPU bfloat16 may be slower: that both were run is shown, and not which one is faster."""
+    swept = sweep.sweep(tower("flux"), replace(SETUP, dtype=torch.bfloat16))
+    assert swept.base is not None and (swept.base.mode, swept.base.batch) == ("eager", 1)
+    assert swept.base.items_per_second and swept.base.of_matmul is None, "the floors are another precision's"
+    assert swept.base.seconds != swept.runs[0].seconds and swept.parameter_bytes == 2 * swept.parameters
+    assert "Eager in float32, batch 1" in report.markdown([swept], SETUP, toy=True)
+    alike = sweep.sweep(tower("flux"), SETUP)
+    assert alike.base is not None and alike.base.seconds == alike.runs[0].seconds, "it was run already"
+    assert sweep.sweep(tower("clip"), SETUP).base is None
+
+
+def judged(swept: list[Swept], **changed: Any) -> list[str]:
+    """What is said of each goal on a GPU."""
+    setup = replace(SETUP, device=torch.device("cuda"))
+    lines = report.goals(swept, replace(setup, **changed), toy=False)
+    return [line.partition(" times: ")[2] for line in lines]
+
+
+def test_goals_for_a_gpu_are_met_or_not_or_not_measured() -> None:
+    compiled, base = rate("compiled", 1, 2.5), rate("eager", 1, 1.0)
+    flux = Swept(tower("flux"), runs=[rate("eager", 1, 2.0), compiled], base=base)
+    shares = [replace(rate("eager", batch, 1.0), of_matmul=of) for batch, of in ((1, 0.3), (2, 0.8))]
+    both = [Swept(tower(name), runs=[*shares, replace(compiled, of_matmul=0.9)]) for name in ("clip", "t5")]
+    no_graph = "not measured: this benchmark serves no graph"
+    assert judged([flux, *both]) == [no_graph, "met: 2.5 times", "met: 0.8 times"]
+    slow = [replace(flux, base=rate("eager", 1, 2.0)), both[0], replace(both[1], runs=shares[:1])]
+    assert judged(slow) == [no_graph, "not met: 1.25 times", "not met: 0.3 times"]
+    nothing = Run("eager", 1, "out of memory")
+    without = [replace(flux, base=nothing), both[0], Swept(tower("t5"), runs=[nothing])]
+    why = ["not measured: eager in float32: out of memory", "not measured: t5: out of memory"]
+    assert judged(without)[1:] == why
+    assert judged([])[1:] == ["not measured: flux was not run", "not measured: clip was not run"]
+    assert judged([flux, *both], device=CPU) == ["not measured: there is no GPU here"] * 3
 
 
 def test_calls_that_warm_up_are_not_counted() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +22,8 @@ ENOUGH = 0.97
 """Of the best throughput: the smallest batch with this much is proposed. A larger one only makes waits longer."""
 WORTH = 1.05
 """Times eager's throughput: less does not pay for minutes of compiling."""
+COLOCATED, FASTER, OF_MATMUL = 1.8, 2.3, 0.7
+"""Goals: times better, times faster, and a share of the rate of matrix products."""
 
 
 def as_json(swept: Sequence[Swept], setup: Setup, *, toy: bool, command: str) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def as_json(swept: Sequence[Swept], setup: Setup, *, toy: bool, command: str) ->
         "matmul_flops_per_second": setup.roofline.flops,
         "bandwidth_bytes_per_second": setup.roofline.bandwidth,
         "models": [one.as_json() for one in swept],
+        "goals": goals(swept, setup, toy=toy),
         "settings": [line for one in swept for line in settings(one)] if proposes(setup, toy=toy) else [],
     }
 
@@ -64,7 +67,9 @@ def markdown(swept: Sequence[Swept], setup: Setup, *, toy: bool) -> str:
             f"| {' | '.join(COLUMNS)} |",
             "|---" * len(COLUMNS) + "|",
             *(_row(run) for run in one.runs),
+            *_base(one),
         ]
+    lines += ["", "### Goals", "", *(f"- {line}" for line in goals(swept, setup, toy=toy))]
     if proposes(setup, toy=toy):
         lines += ["", "### Values for the configurations", ""]
         lines += [f"- {line}" for one in swept for line in settings(one)]
@@ -88,6 +93,64 @@ def settings(swept: Swept) -> list[str]:
     run = next(run for run in eager if (run.items_per_second or 0.0) >= ENOUGH * best)
     share = (run.items_per_second or 0.0) / best
     return [f"`{tower.setting}: {run.batch * tower.unit}` ({tower.configs}): {share:.0%} of the best throughput"]
+
+
+def goals(swept: Sequence[Swept], setup: Setup, *, toy: bool) -> list[str]:
+    """What this project wants of a GPU: each met, not met, or not measured and why."""
+    found = {one.tower.name: one for one in swept}
+    unfit = "" if proposes(setup, toy=toy) else "toy sizes" if toy else "there is no GPU here"
+    nothing = None, unfit
+    return [
+        _judged(
+            "five pictures, encode and decode on one card against aggregated: time to first token",
+            COLOCATED,
+            None,
+            unfit or "this benchmark serves no graph",
+        ),
+        _judged(
+            f"FLUX's transformer, a step, compiled in {setup.roofline.dtype} against eager in float32",
+            FASTER,
+            *(nothing if unfit else _faster(found.get("flux"))),
+        ),
+        _judged(
+            "ViT-L and T5-XXL in their best batches, the lesser of the two, of the measured matmul rate",
+            OF_MATMUL,
+            *(nothing if unfit else _of_matmul(found)),
+        ),
+    ]
+
+
+def _judged(what: str, limit: float, times: float | None, why: str) -> str:
+    if times is None:
+        return f"{what} ≥ {limit:g} times: not measured: {why}"
+    return f"{what} ≥ {limit:g} times: {'met' if times >= limit else 'not met'}: {times:.3g} times"
+
+
+def _faster(flux: Swept | None) -> tuple[float | None, str]:
+    """By compiling and precision together, or why that is not known."""
+    if flux is None:
+        return None, "flux was not run"
+    alone = (run for run in flux.runs if (run.mode, run.batch) == ("compiled", min(flux.tower.batches)))
+    compiled, base = next(alone, None), flux.base
+    for what, run in (("compiled", compiled), ("eager in float32", base)):
+        if run is None or not run.items_per_second:
+            return None, f"{what}: {run.note if run else 'it was not run'}"
+    assert compiled and compiled.items_per_second and base and base.items_per_second
+    return compiled.items_per_second / base.items_per_second, ""
+
+
+def _of_matmul(found: Mapping[str, Swept]) -> tuple[float | None, str]:
+    """The lesser of both models' best. Eager ones: encode and embed workers compile nothing."""
+    best: list[float] = []
+    for name in ("clip", "t5"):
+        if name not in found:
+            return None, f"{name} was not run"
+        eager = [run for run in found[name].runs if run.mode == "eager"]
+        shares = [run.of_matmul for run in eager if run.of_matmul]
+        if not shares:
+            return None, f"{name}: {eager[0].note}"
+        best.append(max(shares))
+    return min(best), ""
 
 
 def proposes(setup: Setup, *, toy: bool) -> bool:
@@ -114,6 +177,15 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {"transformers": transformers.__version__, "diffusers": diffusers.__version__}
     return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
+
+
+def _base(swept: Swept) -> list[str]:
+    """Lines on what compiling and precision are set against, where it was run."""
+    run = swept.base
+    if run is None:
+        return []
+    found = run.note if run.seconds is None else f"{1e3 * run.seconds[0]:.4g} ms"
+    return ["", f"Eager in float32, batch {run.batch}, as torch has it (no TF32 unless asked for): {found}."]
 
 
 def _row(run: Run) -> str:

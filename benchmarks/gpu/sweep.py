@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -57,13 +57,15 @@ class Run:
 @dataclass(frozen=True)
 class Swept:
     """A tower's runs. ``parameters``, ``parameter_bytes`` and ``read_bytes`` (of them in one forward) are 0 where the
-    weights did not fit."""
+    weights did not fit. ``base``: eager in float32 at the smallest batch, without shares; only where the goal counts
+    precision."""
 
     tower: Tower
     parameters: int = 0
     parameter_bytes: int = 0
     read_bytes: int = 0
     runs: list[Run] = field(default_factory=list)
+    base: Run | None = None
 
     def as_json(self) -> dict[str, Any]:
         tower = self.tower
@@ -77,6 +79,7 @@ class Swept:
             "flops_per_item": tower.work.flops,
             "activations_per_item": tower.work.values,
             "runs": [asdict(run) for run in self.runs],
+            "base": self.base and asdict(self.base),
         }
 
 
@@ -92,8 +95,22 @@ class Setup:
 
 
 def sweep(tower: Tower, setup: Setup) -> Swept:
-    """Every mode and batch size of ``tower``, which is off the device again afterwards."""
+    """Every mode and batch size of ``tower``, and its base where it has one. It is off the device again afterwards."""
     say(f"{tower.name}: {tower.title}")
+    swept = _every(tower, setup, MODES, tower.batches)
+    if not tower.precision:
+        return swept
+    smallest = min(tower.batches)
+    if setup.dtype == torch.float32:
+        base = next(run for run in swept.runs if (run.mode, run.batch) == ("eager", smallest))
+    else:
+        say("  in float32:")
+        (base,) = _every(tower, replace(setup, dtype=torch.float32), ("eager",), (smallest,)).runs
+    # The floors were measured in the other precision: shares of them would say nothing.
+    return replace(swept, base=replace(base, of_matmul=None, of_bandwidth=None, bound=None))
+
+
+def _every(tower: Tower, setup: Setup, modes: Sequence[str], batches: Sequence[int]) -> Swept:
     try:
         model = materialise(tower, setup.device, setup.dtype)
     except torch.OutOfMemoryError:
@@ -102,11 +119,11 @@ def sweep(tower: Tower, setup: Setup) -> Swept:
         note = "out of memory: the weights do not fit"
         say(f"  {note}")
         free(setup.device)
-        return Swept(tower, runs=[Run(mode, batch, note) for mode in MODES for batch in tower.batches])
+        return Swept(tower, runs=[Run(mode, batch, note) for mode in modes for batch in batches])
     sizes = [(one.numel(), one.element_size()) for one in model.parameters()]
     read, runs = weight_bytes(model), []
-    for mode in MODES:
-        for batch in tower.batches:
+    for mode in modes:
+        for batch in batches:
             run = _run(tower, model, mode, batch, setup, read)
             runs.append(run)
             say(f"  {mode}, {batch}: " + (run.note or f"{run.items_per_second:.4g} items/s, {run.of_matmul:.0%}"))

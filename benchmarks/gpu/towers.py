@@ -63,6 +63,7 @@ class Tower:
         setting: the key that the best batch, or the compiled mode, is a value for.
         configs: the files in ``configs/`` that have it.
         unit: what one item counts in that setting.
+        precision: whether its goal counts precision: it is then run eagerly in float32 too.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Tower:
     setting: str
     configs: str
     unit: int = 1
+    precision: bool = False
 
 
 def linear(rows: int, inner: int, columns: int) -> Work:
@@ -219,6 +221,7 @@ def flux(sizes: dict[str, Any], side: int, text: int, batches: tuple[int, ...]) 
         batches=batches,
         setting="ImageWorker.compile",
         configs="cova",
+        precision=True,
     )
 
 

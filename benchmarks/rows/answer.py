@@ -14,15 +14,18 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import TINY
 from benchmarks.figures import Goal, Row, Samples, Sense, ratios
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.standing import START, Standing, agree, turn
+from benchmarks.standing import START, Standing, agree, lost, rotated, turn
 
 NUMBER = 1
 TITLE = "whole answer, one client"
 TOKENS = 16
 WARM_UP = 2
+PAIRS = 5
+"""Of answers, at least, that a ratio is taken from."""
 IDLE_SECONDS = 5.0
 IDLE_REPEATS = 5
 RESTING = ("OURS-agg", "OURS-disagg")
+"""Arms whose rest a goal is set for."""
 QUESTION = "What is in this picture?"
 
 
@@ -31,29 +34,25 @@ async def measure(standing: Standing, repeats: int) -> Row:
     row = Row(NUMBER, TITLE, f"{TINY}, one new picture and {TOKENS} tokens a question, {repeats} repeats by turns")
     arms = standing.arms(row, TINY, tuple(START))
     told: dict[str, list[Told]] = {name: [] for name in arms}
-    lost: dict[str, Told] = {}
     async with session() as client:
         for repeat in range(WARM_UP + repeats):
             body = chat(QUESTION, [picture(repeat)], tokens=TOKENS)
-            for name, arm in arms.items():
-                if name in lost:
-                    answer = lost[name]
-                else:
-                    async with turn(client, arm, row):
-                        answer = await ask(client, arm.url, body)
-                if answer.failed and name.startswith("STOCK"):
-                    lost[name] = answer  # nothing is said against it, nor waited for
-                if repeat >= WARM_UP:
-                    told[name].append(answer)
-    fill(row, told, await at_rest([arms[name] for name in RESTING]))
+            for name, arm in rotated(arms, repeat):
+                if lost(told[name]):
+                    told[name].append(told[name][-1])
+                    continue
+                async with turn(client, arm, row):
+                    told[name].append(await ask(client, arm.url, body))
+    resting = await at_rest([arm for arm in arms.values() if not arm.spins])
+    fill(row, {name: answers[WARM_UP:] for name, answers in told.items()}, resting)
     return row
 
 
 def fill(row: Row, told: Mapping[str, Sequence[Told]], resting: Mapping[str, Sequence[float]]) -> None:
     """Samples and goals. ``resting``: shares of a core, by arm."""
-    left_out = agree(row, told)
-    whole = {name: [1e3 * one.whole for one in answers] for name, answers in told.items() if name not in left_out}
-    row.samples += [Samples(name, values, "ms") for name, values in whole.items()]
+    agree(row, told)
+    for name, answers in told.items():
+        row.samples.append(Samples(name, [1e3 * one.whole for one in answers if not one.failed], "ms"))
     shares = {name: [100 * one for one in of] for name, of in resting.items()}
     row.samples += [Samples(f"{name} at rest", of, "% of a core") for name, of in shares.items()]
     if row.void:
@@ -64,12 +63,20 @@ def fill(row: Row, told: Mapping[str, Sequence[Told]], resting: Mapping[str, Seq
         ("STOCK", "OURS-disagg", "≥", 3.5),
     )
     for of, to, sense, limit in goals:
-        both = of in whole and to in whole
-        row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to]) if both else [], sense, limit))
+        row.goals.append(Goal(f"{of} against {to}", compared(told, of, to), sense, limit))
         of, to = (name if name.startswith("OURS") else f"{name}-tuned" for name in (of, to))
-        if of in whole and to in whole:
-            row.goals.append(Goal(f"{of} against {to}", ratios(whole[of], whole[to])))
-    row.goals += [Goal(f"{name} at rest", of, "<", 10.0, "% of a core") for name, of in shares.items()]
+        if beside := compared(told, of, to):
+            row.goals.append(Goal(f"{of} against {to}", beside))
+    rest = {name: of for name, of in shares.items() if name in RESTING}
+    row.goals += [Goal(f"{name} at rest", of, "<", 10.0, "% of a core") for name, of in rest.items()]
+
+
+def compared(told: Mapping[str, Sequence[Told]], of: str, to: str) -> list[float]:
+    """Ratios of the repeats in which both have answered; none where those are fewer than `PAIRS`, or an arm is not
+    there."""
+    both = zip(told.get(of, ()), told.get(to, ()), strict=False)
+    pairs = [(one.whole, other.whole) for one, other in both if not (one.failed or other.failed)]
+    return ratios(*zip(*pairs, strict=True)) if len(pairs) >= PAIRS else []
 
 
 async def at_rest(arms: Sequence[Arm]) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import checkpoints
 from benchmarks.arms import ROOT, START_SECONDS, WORK, Arm, graph
 from benchmarks.figures import Goal, Row, Samples
 from benchmarks.load import MODEL
@@ -146,13 +147,14 @@ def _measure(workers: int, pipeline: Path) -> Row:
 
 def large() -> Path:
     """The tiny pipeline with a large T5, written once."""
-    directory = (WORK / "image-large-t5").absolute()
-    if not (directory / "text_encoder" / "model.safetensors").exists():
-        import torch
-        from transformers import T5Config, T5EncoderModel
+    return checkpoints.made(WORK / "image-large-t5", write)
 
-        shutil.copytree(TINY, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("text_encoder"))
-        settings = json.loads((TINY / "text_encoder" / "config.json").read_text())
-        torch.manual_seed(14)
-        T5EncoderModel(T5Config(**settings | LARGE)).save_pretrained(directory / "text_encoder")
-    return directory
+
+def write(directory: Path) -> None:
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("text_encoder"))
+    settings = json.loads((TINY / "text_encoder" / "config.json").read_text())
+    torch.manual_seed(14)
+    T5EncoderModel(T5Config(**settings | LARGE)).save_pretrained(directory / "text_encoder")

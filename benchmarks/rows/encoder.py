@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import checkpoints
-from benchmarks.encoders import ALL, KINDS, EncodeStage, encode_stages
+from benchmarks.encoders import KINDS, EncodeStage, encode_stages
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import picture
+from benchmarks.standing import rotated
 
 NUMBER = 4
 TITLE = "encode stage alone"
@@ -20,13 +21,13 @@ TOWERS = {
 }
 OVERHEAD = "llava-tiny"
 """Where overhead rules; in the others arithmetic does."""
-ARMS = {
-    "OURS": ("OURS", ALL),
+ARMS: dict[str, tuple[str, int | None]] = {
+    "OURS": ("OURS", None),
     "OURS, one a forward": ("OURS", 1),
     "STOCK": ("STOCK", 1),
     "STOCK-tuned": ("STOCK-tuned", 1),
 }
-"""name → (stage, pictures in one forward)"""
+"""name → (stage, pictures in one forward, where it is not the stage's own number)"""
 
 
 async def measure(repeats: int) -> Row:
@@ -55,10 +56,10 @@ def by_turns(stages: Mapping[str, EncodeStage], repeats: int) -> dict[str, list[
     """Seconds of each arm for `WAITING` pictures at once; the first turn warms up. No arm sees a picture twice."""
     seconds: dict[str, list[float]] = {arm: [] for arm, (stage, _) in ARMS.items() if stage in stages}
     for repeat in range(1 + repeats):
-        for place, (arm, (stage, most)) in enumerate(ARMS.items()):
+        for arm, (stage, most) in rotated(ARMS, repeat):
             if stage not in stages:
                 continue
-            first = (repeat * len(ARMS) + place) * WAITING
+            first = (repeat * len(ARMS) + list(ARMS).index(arm)) * WAITING
             answer = stages[stage].encode([picture(first + number) for number in range(WAITING)], most)
             if repeat:
                 seconds[arm].append(answer["seconds"])

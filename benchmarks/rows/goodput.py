@@ -18,8 +18,8 @@ import aiohttp
 from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios, shown
-from benchmarks.load import Told, ask, at_rate, chat, picture, session
-from benchmarks.standing import Standing, agree, turn
+from benchmarks.load import Told, ask, at_rate, chat, picture, session, within
+from benchmarks.standing import Standing, agree, as_long, lost, rotated, turn
 
 NUMBER = 7
 TITLE = "goodput, four pictures a request"
@@ -29,8 +29,8 @@ PICTURES = 4
 TOKENS = 24
 WINDOW = 8.0
 """Seconds during which requests arrive."""
-TOO_LATE = 30.0
-"""Seconds after which a request is no good one under any limit, and is waited for no longer."""
+MARGIN = 0.5
+"""Seconds that a request is waited for when it can be no good one any more."""
 LOAD = 0.8
 """Of the requests a second that AGG answers one after the other."""
 SLACK = 3.0
@@ -47,6 +47,11 @@ class Limits:
     first: float
     token: float
 
+    @property
+    def too_late(self) -> float:
+        """Seconds after which a request is no good one, and is waited for no longer."""
+        return self.first + TOKENS * self.token + MARGIN
+
     def kept(self, told: Told) -> bool:
         """Whether a request counts. One that failed, or said all at once where several tokens were asked for, does
         not."""
@@ -60,13 +65,18 @@ def per_token(told: Told) -> float:
 
 @dataclass
 class Measured:
-    """Of one arm, a figure a repeat."""
+    """Of one arm, by repeat."""
 
     alone: list[Told] = field(default_factory=list)
     windows: list[list[Told]] = field(default_factory=list)
-    bursts: list[float] = field(default_factory=list)
-    """Requests a second."""
-    failed: list[str] = field(default_factory=list)
+    bursts: list[list[Told]] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Requests a second, of each burst."""
+
+    @property
+    def loaded(self) -> list[Told]:
+        """All that was told under load."""
+        return [one for of in (*self.windows, *self.bursts) for one in of]
 
     def goodput(self, limits: Limits) -> list[float]:
         """Requests a second."""
@@ -83,26 +93,27 @@ async def measure(standing: Standing, repeats: int, names: Sequence[str] = ARMS)
             async with turn(client, arm, row):
                 told: list[Told] = []
                 for number in range(1 + CALIBRATION):
-                    over = bool(told and told[-1].failed)  # the others are not waited for
-                    told.append(told[-1] if over else await _about(client, arm, 70_000 + number))
+                    told.append(told[-1] if lost(told) else await _about(client, arm, 70_000 + number))
                 measured[name].alone = told[1:]
-        for name in agree(row, {name: of.alone for name, of in measured.items()}):
-            del arms[name], measured[name]
+        agree(row, {name: of.alone for name, of in measured.items()})
         if row.void:
             return row
+        for name in [name for name, of in measured.items() if lost(of.alone)]:
+            del arms[name], measured[name]
         limits, rate = calibrated(measured["AGG"].alone)
         for repeat in range(repeats):
             _draw_ahead(rate, repeat)
-            for name, arm in arms.items():
+            for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
-                    await _window(client, arm, rate, repeat, measured[name])
+                    await _window(client, arm, rate, limits, repeat, measured[name])
                 if not name.startswith("STOCK"):
                     async with turn(client, arm, row):
                         await _burst(client, arm, repeat, measured[name])
     row.setting = (
         f"{SERVED}, {shown(rate)} requests a second for {WINDOW:g} s ({LOAD:g} of what AGG answers one after the other)"
         f", {PICTURES} new pictures and {TOKENS} tokens each, {repeats} repeats; a good one has its first token within "
-        f"{shown(1e3 * limits.first)} ms and its tokens every {shown(1e3 * limits.token)} ms, {SLACK:g} times AGG alone"
+        f"{shown(1e3 * limits.first)} ms and its tokens every {shown(1e3 * limits.token)} ms, {SLACK:g} times AGG "
+        f"alone; after {shown(limits.too_late)} s a request is given up"
     )
     fill(row, measured, limits)
     return row
@@ -132,49 +143,44 @@ def _draw_ahead(rate: float, repeat: int) -> None:
         _pictures(200_000 + 1_000 * repeat + number)
 
 
-async def _within(seconds: float, asked: Awaitable[Told]) -> Told:
-    """What was told, or nothing where that took longer."""
-    try:
-        return await asyncio.wait_for(asked, seconds)
-    except TimeoutError:
-        return Told("", 0.0, 0.0)
-
-
-async def _window(client: aiohttp.ClientSession, arm: Arm, rate: float, repeat: int, of: Measured) -> None:
+async def _window(
+    client: aiohttp.ClientSession, arm: Arm, rate: float, limits: Limits, repeat: int, of: Measured
+) -> None:
     """Every arm sees the same arrivals and pictures."""
 
     def one(number: int) -> Awaitable[Told]:
-        return _within(TOO_LATE, _about(client, arm, 80_000 + 1_000 * repeat + number))
+        return within(limits.too_late, _about(client, arm, 80_000 + 1_000 * repeat + number))
 
-    told = await at_rate(rate, WINDOW, repeat, one)
-    of.windows.append(told)
-    of.failed += [one.failed for one in told if one.failed]
+    of.windows.append(await at_rate(rate, WINDOW, repeat, one))
 
 
 async def _burst(client: aiohttp.ClientSession, arm: Arm, repeat: int, of: Measured) -> None:
     began = time.perf_counter()
     told = await asyncio.gather(*(_about(client, arm, 200_000 + 1_000 * repeat + number) for number in range(BURST)))
-    of.bursts.append(BURST / (time.perf_counter() - began))
-    of.failed += [one.failed for one in told if one.failed]
+    of.rates.append(BURST / (time.perf_counter() - began))
+    of.bursts.append(told)
 
 
 def fill(row: Row, measured: Mapping[str, Measured], limits: Limits) -> None:
     """A request that fails under load is not good, and makes a throughput that counts it worthless: void if it is
-    ours or AGG's."""
+    ours or AGG's, and so is one that says more or less than was asked for."""
     for name, of in measured.items():
         row.samples.append(Samples(f"{name}, goodput", of.goodput(limits), "requests/s"))
     for name, of in measured.items():
-        if of.bursts:
-            row.samples.append(Samples(f"{name}, {BURST} at once", of.bursts, "requests/s"))
-        if of.failed:
-            row.notes.append(f"{name}: {len(of.failed)} requests failed under load: {of.failed[0]}")
+        if of.rates:
+            row.samples.append(Samples(f"{name}, {BURST} at once", of.rates, "requests/s"))
+        failed = [one.failed for one in of.loaded if one.failed]
+        if failed:
+            row.notes.append(f"{name}: {len(failed)} requests failed under load: {failed[0]}")
             if not name.startswith("STOCK"):
                 row.void = row.void or f"requests to {name} failed"
+    as_long(row, {name: of.loaded for name, of in measured.items()}, TOKENS)
+    right = measured["AGG"]
     for name, of in measured.items():
         # Noted alone: in batches of other sizes the last bits differ.
-        other = sum(map(_differing, of.windows, measured["AGG"].windows))
+        other = sum(map(_differing, of.windows, right.windows)) + sum(map(_differing, of.bursts, right.bursts))
         if other:
-            row.notes.append(f"{name}: {other} of {sum(map(len, of.windows))} answers under load are not AGG's")
+            row.notes.append(f"{name}: {other} of {len(of.loaded)} answers under load are not AGG's")
     ours = measured["OURS-disagg"]
     for name, limit in (("AGG", 2.0), ("STOCK", 1.3), ("AGG-tuned", None), ("STOCK-tuned", None)):
         if name in measured:
@@ -187,7 +193,7 @@ def fill(row: Row, measured: Mapping[str, Measured], limits: Limits) -> None:
             row.goals.append(Goal(f"OURS-disagg against {name}", [], "≥", limit))
     for name, least in (("AGG", 0.95), ("AGG-tuned", None)):
         if name in measured:
-            faster = ratios(ours.bursts, measured[name].bursts)
+            faster = ratios(ours.rates, measured[name].rates)
             row.goals.append(Goal(f"raw throughput against {name}", faster, "≥", least))
     asked, kept = (
         sum(map(len, measured["AGG"].windows)) / len(measured["AGG"].windows) / WINDOW,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import Told, ask, chat, session
-from benchmarks.standing import WITHOUT_STOCK, Standing, agree, turn
+from benchmarks.standing import WITHOUT_STOCK, Standing, agree, rotated, turn
 
 NUMBER = 9
 TITLE = "prefill to decode, time to first token of a text"
@@ -28,7 +28,7 @@ async def measure(standing: Standing, repeats: int) -> Row:
     async with session() as client:
         for repeat in range(WARM_UP + repeats):
             text = "".join(random.Random(f"kv {repeat}").choices(string.ascii_lowercase, k=CHARACTERS))
-            for name, arm in arms.items():
+            for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
                     answer = await ask(client, arm.url, chat(text, tokens=TOKENS))
                 if repeat >= WARM_UP:

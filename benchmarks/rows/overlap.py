@@ -98,6 +98,13 @@ def least(prefill: float, pictures: int) -> float:
     return (max(1.0, prefill) * pictures + min(1.0, prefill)) / (pictures * (1.0 + prefill))
 
 
+def decode_steps(encodes: Sequence[Span], told: Told) -> float:
+    """How many take as long as the encode of a picture. Those of a request are encoded one after the other, and the
+    span of each has its waiting in it: all of them together are shared out."""
+    seconds = max(span.ended for span in encodes) - min(span.began for span in encodes)
+    return seconds / len(encodes) / median(told.gaps)
+
+
 def fill(row: Row, whole: Sequence[Told], pieces: Sequence[Told], traces: Sequence[Sequence[Span]]) -> None:
     """The graph's own figure is its time to first token against the same with what overlaps laid end to end."""
     first = [one.first for one in whole]
@@ -116,6 +123,8 @@ def fill(row: Row, whole: Sequence[Told], pieces: Sequence[Told], traces: Sequen
         ("from the first embedding to the prefill", waits),
     ):
         row.samples.append(Samples(name, [1e3 * one for one in seconds], "ms"))
+    steps = [decode_steps(of, one) for of, one in zip(encodes, whole, strict=True) if one.gaps]
+    row.samples.append(Samples("encode of a picture", steps, "decode steps"))
     serial = [one + more for one, more in zip(first, saved, strict=True)]
     row.goals.append(Goal("against the same graph with a barrier", ratios(first, serial), "≤", 0.70))
     floor = least(checkpoints.SIZES[SERVED].prefill_of_encode, PICTURES)

@@ -17,7 +17,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import Told, ask, chat, picture, prompt_tokens, session
-from benchmarks.standing import Standing, agree, turn
+from benchmarks.standing import Standing, agree, rotated, turn
 
 NUMBER = 5
 TITLE = "time to first token, picture seen before"
@@ -58,7 +58,7 @@ async def by_turns(
     told: dict[str, dict[str, list[Told]]] = {name: {FIRST: [], SEEN: [], TEXT: []} for name in arms}
     for repeat in range(WARM_UP + repeats):
         bodies = {kind: asked(kind, repeat, length) for kind in (FIRST, SEEN, TEXT)}
-        for name, arm in arms.items():
+        for name, arm in rotated(arms, repeat):
             async with turn(client, arm, row):
                 for kind in (FIRST, *((SEEN, TEXT) if repeat % 2 else (TEXT, SEEN))):
                     answer = await ask(client, arm.url, bodies[kind])

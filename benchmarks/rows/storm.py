@@ -15,13 +15,14 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, percentile, ratios, shown
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.standing import Standing, agree, turn
+from benchmarks.standing import Standing, agree, as_long, rotated, turn
 
 NUMBER = 6
 TITLE = "a text stream during an image storm"
 TOKENS = 512
 RATE = 3.0
-"""Questions about a new picture, a second; they wait for nobody, and want one token."""
+"""Questions about a new picture, a second; they wait for nobody."""
+QUESTION_TOKENS = 1
 SHARE = 0.99
 ARMS = ("AGG", "OURS-disagg")
 DRAWN = 96
@@ -38,7 +39,7 @@ class Pace:
 
 
 async def measure(standing: Standing, repeats: int) -> Row:
-    """Each turn streams the same text twice, without and with the storm."""
+    """Each turn streams the same text twice, without and with the storm, which changes places."""
     load = f"{SERVED}, a stream of {TOKENS} tokens, {RATE:g} questions a second about new pictures, {repeats} repeats"
     row = Row(NUMBER, f"{TITLE}, p{100 * SHARE:g} inter-token latency", load, open_loop=True)
     arms = standing.arms(row, SERVED, ARMS)
@@ -47,7 +48,7 @@ async def measure(standing: Standing, repeats: int) -> Row:
         for repeat in range(1 + repeats):
             for number in range(DRAWN):  # ahead: it takes the client milliseconds a picture
                 picture(_picture(repeat, number))
-            for name, arm in arms.items():
+            for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
                     pace = await _one(client, arm, repeat)
                 if repeat:
@@ -60,15 +61,21 @@ async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int) -> Pace:
     body = chat(f"Tell me story number {repeat}.", tokens=TOKENS)
 
     async def about(number: int) -> Told:
-        question = chat("What is in it?", [picture(_picture(repeat, number))], tokens=1)
+        question = chat("What is in it?", [picture(_picture(repeat, number))], tokens=QUESTION_TOKENS)
         return await ask(client, arm.url, question)
 
+    async def in_storm() -> tuple[Told, list[Told]]:
+        over = asyncio.Event()
+        storm = asyncio.ensure_future(until(over, RATE, repeat, about))
+        told = await ask(client, arm.url, body)
+        over.set()
+        return told, await storm
+
+    if repeat % 2:
+        stormy, storm = await in_storm()
+        return Pace(await ask(client, arm.url, body), stormy, storm)
     quiet = await ask(client, arm.url, body)
-    over = asyncio.Event()
-    storm = asyncio.ensure_future(until(over, RATE, repeat, about))
-    stormy = await ask(client, arm.url, body)
-    over.set()
-    return Pace(quiet, stormy, await storm)
+    return Pace(quiet, *await in_storm())
 
 
 def _picture(repeat: int, number: int) -> int:
@@ -87,8 +94,11 @@ async def until(over: asyncio.Event, rate: float, seed: int, one: Callable[[int]
 
 
 def fill(row: Row, paces: Mapping[str, Sequence[Pace]]) -> None:
-    """Void where a stream failed or quiet ones differ. In a storm batches differ, and with them the last bits."""
+    """Void where a question failed, quiet streams differ, or an answer in a storm is too long or too short. Other words
+    are noted: in a storm batches differ, and with them the last bits."""
     agree(row, {name: [pace.quiet for pace in of] for name, of in paces.items()})
+    as_long(row, {name: [pace.stormy for pace in of] for name, of in paces.items()}, TOKENS)
+    as_long(row, {name: [one for pace in of for one in pace.storm] for name, of in paces.items()}, QUESTION_TOKENS)
     for name, of in paces.items():
         failed = [one.failed for pace in of for one in (pace.stormy, *pace.storm) if one.failed]
         if failed:

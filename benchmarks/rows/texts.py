@@ -3,7 +3,8 @@
 
 All of it in one process, as the goal says: tokenizing, the forward and the pooled vector, without a message. *One by
 one* is a call of the model for each text; *fixed batches* are sorted by length and padded to their longest, 32 at a
-time, as sentence-transformers does by default. The embed worker's own way is its `Batcher` with its own defaults.
+time, as sentence-transformers does by default. The embed worker's own way is that of its endpoint, with its own
+defaults: tokenized in a thread, then all texts of a request handed to its `Batcher`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import checkpoints
 from benchmarks.arms import ROOT, WORK
 from benchmarks.figures import Goal, Row, Samples, ratios
 
@@ -43,22 +45,18 @@ def short_texts(count: int, seed: int = 10) -> list[str]:
 
 def base() -> Path:
     """T5 base's encoder with random weights and the tiny model's tokenizer, written once."""
-    directory = WORK / "t5-base"
-    if not (directory / "model.safetensors").exists():
-        write_encoder(directory, BASE)
-    return directory
+    return checkpoints.made(WORK / "t5-base", write)
 
 
-def write_encoder(directory: Path, size: dict[str, int]) -> None:
-    """A T5 encoder of ``size`` with seeded random weights."""
+def write(directory: Path) -> None:
     import torch
     from transformers import T5Config, T5EncoderModel
 
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / file, directory)
     torch.manual_seed(10)
-    T5EncoderModel(T5Config(**size)).save_pretrained(directory)
+    T5EncoderModel(T5Config(**BASE)).save_pretrained(directory)
 
 
 async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
@@ -79,19 +77,20 @@ async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
 async def _one_model(row: Row, name: str, model: Path, repeats: int) -> None:
     import torch
 
-    from components.embed_worker import EmbedConfig
+    from components.embed_worker import EmbedConfig, tokenized
     from dynamo_epd.batching import Batcher
     from dynamo_epd.text.t5 import TextEncoder
 
     config = EmbedConfig(model=str(model))
-    encoder = TextEncoder(config.model, dtype="float32", max_tokens=config.max_tokens)
+    encoder = TextEncoder(config.model, dtype="float32", max_tokens=config.max_tokens, batch_tokens=config.batch_tokens)
     batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len)
     direct = Direct(model)
     texts = short_texts(TEXTS)
 
     async def ours(those: Sequence[str]) -> list[torch.Tensor]:
-        items = [encoder.tokenize(text, "input") for text in those]
-        return [one.result.vector for one in await asyncio.gather(*(batcher.submit(ids) for ids in items))]
+        """As `EmbedWorker.embed` does it."""
+        items = await tokenized(encoder.tokenize, those, config.max_tokens)
+        return [one.result.vector for one in await batcher.submit_all(items)]
 
     ways: dict[str, Callable[[], Any]] = {
         "embed worker": lambda: ours(texts),

@@ -31,11 +31,8 @@ BOUND = 600.0
 
 def large() -> Path:
     """A checkpoint in `SIZE`, written once."""
-    directory = (WORK / f"llava-weights-{checkpoints.hash_of(SIZE):08x}").absolute()
-    if not (directory / "processor_config.json").exists():  # which is written last
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(SIZE, directory)
-    return directory
+    name = f"llava-weights-{checkpoints.hash_of(SIZE):08x}"
+    return checkpoints.made(WORK / name, lambda path: checkpoints.write(SIZE, path))
 
 
 async def measure(repeats: int, model: Path | None = None) -> Row:
