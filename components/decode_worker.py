@@ -94,6 +94,8 @@ class DecodeWorker(ArenaOwner):
 
         Raises Preempted where it is not ours any more: another worker was asked, or the caller has left.
         """
+        if dynamo_context["stopping"].is_set():  # who has seen this worker leave asks another
+            raise Preempted("this decode worker leaves")
         if (late := time.time() - request.kv_until) > 0:
             log.warning("%s: its KV cache came %.1f s late (stood still, or clocks disagree)", request.request_id, late)
             raise Preempted("the KV cache was not taken over in time")

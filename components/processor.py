@@ -355,7 +355,7 @@ class Conversation:
         finally:
             self._release(unread)
             if kv is not None:
-                afterwards(self._reject(request_id, kv, asked and asked.instance))
+                afterwards(self._reject(request_id, kv, None if asked is None else asked.instance))
 
     async def _images(self, prompt: Prompt) -> list[Leased]:
         """The prompt's embeddings, in its order; those encoded ahead go to the first prompt that asks."""

@@ -164,3 +164,31 @@ def test_a_call_that_ends_who_takes_it_does_not_end_all() -> None:
     with pytest.raises(WorkerLost):
         asyncio.run(one.endpoints["answer"]({"number": 1}).only())
     assert len(set(remote.died)) == len(remote.died) == 3 < len(KNOWN)
+
+
+class RemoteThatSaysNothing(RemoteWhoseWorkersDie):
+    """A double: what is sent to it is never taken. ``gone``: because it is dead, and was taken out of discovery."""
+
+    def __init__(self, *, gone: bool):
+        super().__init__()
+        self.gone = gone
+
+    def instance_ids(self) -> list[int]:
+        return [one for one in KNOWN if not (self.gone and one in self.died)]
+
+    async def direct(self, payload: bytes, instance: int, **_: object) -> None:
+        self.died.append(instance)
+        await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_who_dies_with_a_request_on_its_way_is_waited_for_until_discovery_says_so(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "GONE_SECONDS", 0.02)
+    one = client()
+    one._met.update(KNOWN)
+    remote = one.endpoints["answer"].remote = RemoteThatSaysNothing(gone=gone)
+    with pytest.raises(WorkerLost if gone else TimeoutError):
+        asyncio.run(asyncio.wait_for(one.endpoints["answer"]({"number": 1}).only(), 0.5))
+    assert len(remote.died) == (3 if gone else 1)

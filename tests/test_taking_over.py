@@ -16,6 +16,7 @@ from components.processor import Conversation
 from components.protocol import DecodeRequest, Delta, PrefillReply, RejectRequest
 from dynamo_epd.errors import EpdError, Preempted, WorkerLost
 from dynamo_epd.given import Given
+from dynamo_epd.sdk import dynamo_context
 
 KV = {"remote_host": "x"}
 
@@ -65,6 +66,7 @@ async def _reject(worker: WorkerDouble, name: str) -> None:
 @pytest.fixture(autouse=True)
 def _no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerDouble, "config", SimpleNamespace(transfer_timeout=1.0), raising=False)
+    monkeypatch.setitem(dynamo_context, "stopping", asyncio.Event())
 
 
 def test_who_took_it_gives_it_back_itself() -> None:
@@ -96,6 +98,17 @@ def test_a_worker_that_stood_still_neither_pulls_nor_gives_back_what_another_may
         assert worker.engine.seen == []
         await _reject(worker, "r")  # but whoever asked no other can tell it to
         assert worker.engine.seen == [("reject", "r")]
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_leaves_takes_over_nothing() -> None:
+    async def main() -> None:
+        dynamo_context["stopping"].set()
+        worker = WorkerDouble()
+        with pytest.raises(Preempted):
+            await _ask(worker, "r", time.time() + 60)
+        assert worker.engine.seen == []
 
     asyncio.run(main())
 

@@ -43,6 +43,9 @@ FIRST_CONTACT_PAUSE = 0.05
 answered is asked again for that long, after such pauses. Nobody had received the request."""
 PASSED_ON = 2
 """How often one call goes on to another instance: what ends those that take it must not go round them all."""
+GONE_SECONDS = 0.25
+"""From one look for an instance that has yet to take a request to the next. A supervisor takes the dead out of
+discovery at once; one that leaves takes what it was sent before within that."""
 FIRST_LOOK = 1.0
 """Seconds that the first call of an endpoint waits for discovery to tell its instances."""
 LATE_SECONDS = 0.25
@@ -356,7 +359,7 @@ class Call:
         begun = time.monotonic()
         while True:
             try:
-                async with _listening(self._endpoint.service.name):
+                async with _listening(self._endpoint.service.name), self._while_known(instance):
                     self._stream = await self._endpoint.remote.direct(
                         payload, instance, annotated=False, context=self._context
                     )
@@ -366,6 +369,28 @@ class Call:
                 if instance in self._endpoint.service._met or time.monotonic() - begun > FIRST_CONTACT_SECONDS:
                     raise
             await asyncio.sleep(FIRST_CONTACT_PAUSE)
+
+    @contextlib.asynccontextmanager
+    async def _while_known(self, instance: int) -> AsyncIterator[None]:
+        """Raises TimeoutError where ``instance`` leaves discovery and does not take the request either: it died with it
+        in its hands, and NATS would have nobody to tell that for its whole time."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as bound:
+            timer: asyncio.TimerHandle
+
+            def look(was_known: bool) -> None:
+                nonlocal timer
+                known = instance in self._endpoint.known()
+                if known or was_known:
+                    timer = loop.call_later(GONE_SECONDS, look, known)
+                else:
+                    bound.reschedule(loop.time())
+
+            timer = loop.call_later(GONE_SECONDS, look, True)
+            try:
+                yield
+            finally:
+                timer.cancel()
 
     async def _receive(self) -> Any:
         frame: Any = wire.BEAT
