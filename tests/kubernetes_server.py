@@ -58,6 +58,10 @@ PLANNER_MAY = {
     *((verb, "dynamoworkermetadatas", None) for verb in ("GET", "POST", "PUT", "PATCH", "DELETE")),
 }
 """Verb, resource, part of it: the Role that the operator's chart gives planners (its templates/planner.yaml)."""
+OPERATORS_OWN = "DYN_DEPLOYMENT_CONFIG"
+"""The operator reads this variable of a deployment into types of its own, where a number of GPUs is a string, and
+writes ``port`` into the frontend's section (internal/dynamo/graph.go). It reconciles nothing where it cannot.
+"""
 _SEMANTIC_TAG = re.compile(r":v?\d+\.\d+\.\d+")
 WATCH_SECONDS = 30.0
 
@@ -492,6 +496,8 @@ def check(plural: str, found: dict[str, Any]) -> None:
     if wrong is not None:
         where = ".".join(map(str, wrong.absolute_path))
         raise Refused(422, "Invalid", f'{found["kind"]}.{GROUP} "{name}" is invalid: {where}: {wrong.message}')
+    if f'"name": "{OPERATORS_OWN}"' in json.dumps(spec):
+        raise Refused(422, "Invalid", f"{name}: {OPERATORS_OWN} is the operator's own, which writes into it")
     for component in spec.get("components", []):
         containers = component.get("podTemplate", {}).get("spec", {}).get("containers", [])
         main = next((one for one in containers if one["name"] == "main"), None)

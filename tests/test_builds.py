@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import dynamo_epd
+from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.deployment import builds
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.toys.running import ROOT, clean_environment
@@ -70,6 +71,83 @@ def test_a_checkout_may_lie_below_a_hidden_directory(tmp_path: Path, monkeypatch
     monkeypatch.setattr(dynamo_epd, "__file__", str(root / "dynamo_epd" / "__init__.py"))
     found = {name for name in builds.library_files() if name.startswith("dynamo_epd/")}
     assert found == {"dynamo_epd/__init__.py", "dynamo_epd/sdk/cli.py"}
+
+
+def test_directories_of_a_package_that_are_no_packages_are_its_data(desk: Desk) -> None:
+    goods = desk.shop / "goods"
+    wanted = ["goods/deep/er/x.txt", "goods/linked/x.txt", "goods/templates/label.html"]
+    others = [".hidden/x", "__pycache__/x.txt", "templates/.x", "templates/__pycache__/x.txt", "templates/x.pyc"]
+    for name in ("deep/er/x.txt", "templates/label.html", "package/__init__.py", "package/x.txt", *others):
+        (goods / name).parent.mkdir(parents=True, exist_ok=True)
+        (goods / name).write_text("")
+    (goods / "linked").symlink_to("deep/er")
+    # neither ends: a directory in itself, and two in each other
+    (goods / "deep" / "up").symlink_to("..")
+    (goods / "deep" / "er" / "over").symlink_to("../../templates")
+    (goods / "templates" / "over").symlink_to("../deep/er")
+    found = files_of(builds.find(desk.build()).code)
+    assert [path for path in found if "/over/" not in path] == sorted(
+        ["goods/__init__.py", "goods/label.txt", "goods/words.py", "shop.py", *wanted]
+    )
+
+
+def test_what_lies_below_the_working_directory_is_no_package_of_it(desk: Desk) -> None:
+    (desk.shop / "__init__.py").write_text("")
+    (desk.shop / "secrets").mkdir()
+    (desk.shop / "secrets" / "keys.yaml").write_text("")
+    assert "secrets/keys.yaml" not in files_of(builds.find(desk.build()).code)
+
+
+@pytest.mark.parametrize("link", ["goods/secret.txt", "goods/data", "goods/data/secret.txt", "goods/more.py", "extra"])
+def test_a_link_that_leads_out_of_the_source_is_refused(desk: Desk, link: str) -> None:
+    outside = desk.directory / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("SECRET = 1\n")
+    if link == "extra":
+        (outside / "__init__.py").touch()
+    target = outside if link in ("goods/data", "extra") else outside / "secret.txt"
+    (desk.shop / link).parent.mkdir(exist_ok=True)
+    (desk.shop / link).symlink_to(target)
+    with (desk.shop / "shop.py").open("a") as file:
+        file.write({"goods/more.py": "import goods.more\n", "extra": "import extra\n"}.get(link, ""))
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop)) == 2
+    found = "extra/__init__.py" if link == "extra" else link
+    assert desk.noted.startswith(f"error: {found}: a link to {outside}"), desk.noted
+    assert "Successfully built" not in desk.said
+
+
+def test_a_link_within_the_source_is_what_it_leads_to(desk: Desk) -> None:
+    (desk.shop / "shared.txt").write_text("shared")
+    (desk.shop / "goods" / "shared.txt").symlink_to("../shared.txt")
+    code = builds.find(desk.build()).code
+    assert (code / "goods" / "shared.txt").read_text() == "shared"
+    assert not (code / "goods" / "shared.txt").is_symlink()
+
+
+def test_the_library_takes_no_link_along_that_leads_out_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "checkout"
+    (root / "dynamo_epd").mkdir(parents=True)
+    for name in ("build_hook.py", "dynamo_epd/__init__.py", "../secret"):
+        (root / name).touch()
+    (root / "dynamo_epd" / "note.txt").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(dynamo_epd, "__file__", str(root / "dynamo_epd" / "__init__.py"))
+    with pytest.raises(ConfigError, match=r"dynamo_epd/note\.txt: a link to"):
+        builds.library_files()
+
+
+def test_a_build_that_was_loaded_is_still_the_same(desk: Desk) -> None:
+    """Whoever deploys it reads it meanwhile: it is not to be written again."""
+    desk.patch.setattr(sys, "dont_write_bytecode", False)
+    build, out = builds.find(desk.build()), desk.directory / "out"
+    for name in [one for one in sys.modules if one.partition(".")[0] in ("shop", "goods")]:
+        del sys.modules[name]
+    assert Path(sys.modules[build.graph().root.__module__].__file__ or "").is_relative_to(build.code)
+    assert list(build.code.rglob("*.pyc"))
+    facts = build.directory / "build.json"
+    with facts.open() as held:  # or its inode would be given to the next file
+        assert desk.build("-o", str(out)) == build.tag
+        assert os.path.samestat(os.fstat(held.fileno()), facts.stat())
+    assert not [path for path in files_of(out) if path.endswith(".pyc")]
 
 
 def test_get_shows_a_build(desk: Desk) -> None:

@@ -27,6 +27,7 @@ import yaml
 from dynamo_epd.sdk.deployment import builds, commands
 from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED
 from dynamo_epd.sdk.deployment.merging import change, three_way
+from dynamo_epd.sdk.deployment.status import state
 from dynamo_epd.sdk.operator import SYSTEM_PORT
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, KubernetesServer, Refused, make_ready, merged
@@ -115,7 +116,7 @@ def test_an_update_keeps_what_others_changed(desk: Desk, cluster: KubernetesServ
     assert changed["metadata"]["labels"]["theirs"] == "yes"
     assert changed["spec"]["priorityClassName"] == "high"
     env = {one["name"]: one for one in changed["spec"]["env"]}
-    assert '"shelves":8' in env["DYN_DEPLOYMENT_CONFIG"]["value"]
+    assert '"shelves":8' in env["DYNAMO_GRAPH_CONFIG"]["value"]
     assert (env["A"]["value"], env["B"]["value"]) == ("1", "2")
     assert env["KEY"]["valueFrom"]["secretKeyRef"]["key"] == "key"
     patched = [kind for verb, _, kind in cluster.requests if verb == "PATCH"]
@@ -281,6 +282,54 @@ def test_waiting(desk: Desk, cluster: KubernetesServer) -> None:
     cluster.operator = lambda deployment: None
     assert desk.run("deploy", tag, "-n", "unseen", "--timeout", "0.1") == 1
     assert "the operator has not seen it yet" in desk.noted
+
+
+def test_scaling_is_waited_for_although_the_status_is_of_before(desk: Desk, cluster: KubernetesServer) -> None:
+    """The operator follows an adapter in its own time: the third time that anybody looks."""
+    deploy(desk)
+    follow, told, looked = cluster._follow, list[Any](), 0
+
+    def look(verb: str, _: str) -> None:
+        nonlocal looked
+        looked += bool(told) and verb == "GET"
+        if looked == 3 and told:
+            with cluster._changed:
+                follow(*told.pop())
+
+    desk.patch.setattr(cluster, "_follow", lambda *adapter: told.append(adapter))
+    cluster.before = look
+    assert desk.run("deployment", "update", "corner", "--Store.ServiceArgs.workers=4") == 0, desk.noted
+    assert looked == 3
+    assert "  scaling (Store 1/4)\n" in desk.noted
+    assert "Store (worker): 4 of 4 ready" in desk.said
+
+
+def test_a_deployment_is_ready_with_the_replicas_that_were_asked_for(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk)
+    live = copy.deepcopy(cluster.deployment("corner"))
+    store = next(one for one in live["spec"]["components"] if one["name"] == "Store")
+    assert state(live) == state(live, {"Store": 1}) == "ready"
+    store["replicas"] = 2
+    assert state(live, {"Store": 2}) == "scaling (Store 1/2)"
+    live["status"]["components"]["Store"]["readyReplicas"] = 2
+    assert state(live, {"Store": 2}) == "ready"
+    assert state(live, {"Store": 1}) == "scaling (Store 2/1)", "of those that leave some are still there"
+
+
+def test_a_variable_comes_from_one_place(desk: Desk, cluster: KubernetesServer) -> None:
+    deploy(desk, "--env", "HF_TOKEN=hf_plain", "--env", "A=1")
+
+    def stored() -> dict[str, Any]:
+        return {one["name"]: one for one in cluster.deployment("corner")["spec"]["env"]}
+
+    assert desk.run("deployment", "update", "corner", "--env-from-secret", "HF_TOKEN=token") == 0, desk.noted
+    reference = {"secretKeyRef": {"name": "dynamo-env-secrets", "key": "token"}}
+    assert stored()["HF_TOKEN"] == {"name": "HF_TOKEN", "valueFrom": reference}
+    assert "hf_plain" not in json.dumps(cluster.deployment("corner"))
+    assert desk.run("deployment", "update", "corner", "--env", "HF_TOKEN=again") == 0, desk.noted
+    assert stored()["HF_TOKEN"] == {"name": "HF_TOKEN", "value": "again"}
+    assert desk.run("deployment", "update", "corner", "--env", "B=2") == 0, desk.noted
+    assert (stored()["HF_TOKEN"]["value"], stored()["A"]["value"], stored()["B"]["value"]) == ("again", "1", "2")
 
 
 def test_an_ingress_shows_where_it_answers(desk: Desk, cluster: KubernetesServer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dynamo_epd.metrics import LABELS, Metrics
 from tests.manifests import GRAPH, Object, kustomized, of_kind
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
 STAGES = ("EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker")
 TRIGGER = {"serverAddress", "query", "threshold"}
 """Of the keys of KEDA's Prometheus scaler (pkg/scalers/prometheus_scaler.go) those that are used."""
@@ -79,10 +80,29 @@ def test_the_metric_is_ours() -> None:
         visit.waited = 1.5
     labels = dict(zip(LABELS, ("dynamo-epd-epd", "EncodeWorker", "m"), strict=True))
     assert REGISTRY.get_sample_value("epd_stage_queue_seconds_sum", labels) == 1.5
-    assert REGISTRY.get_sample_value("epd_stage_queue_seconds_count", labels) == 1
+    with stage.visit():
+        assert REGISTRY.get_sample_value("epd_stage_queue_depth", labels) == 1
+        assert REGISTRY.get_sample_value("epd_stage_queue_seconds_count", labels) == 1  # a wait counts when it ended
+    assert REGISTRY.get_sample_value("epd_stage_queue_seconds_count", labels) == 2
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
+def answers(tmp_path: Path, series: list[dict[str, str]], asked: Sequence[tuple[str, str, float]]) -> None:
+    """Has promtool compare: query, moment, and what it says then."""
+    tests = [
+        {"expr": query, "eval_time": moment, "exp_samples": [{"labels": "{}", "value": value}]}
+        for query, moment, value in asked
+    ]
+    test = {
+        "evaluation_interval": "15s",
+        "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}],
+    }
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump(test))
+    ran = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_promtool
 def test_queries_say_the_mean_wait_and_never_nothing(objects: list[Object], tmp_path: Path) -> None:
     """Per stage: two workers with 2 requests a second together that wait 3 s each; then idle; then gone."""
     series, asked = [], []
@@ -93,20 +113,32 @@ def test_queries_say_the_mean_wait_and_never_nothing(objects: list[Object], tmp_
             series += [
                 {"series": f"epd_stage_queue_seconds_sum{{{labels}}}", "values": "0+45x20 900x20 stale"},
                 {"series": f"epd_stage_queue_seconds_count{{{labels}}}", "values": "0+15x20 300x20 stale"},
+                {"series": f"epd_stage_queue_depth{{{labels}}}", "values": "4x20 0x20 stale"},
             ]
         other = f'namespace="other",graph="epd",dynamo_component="{stage}",worker="a"'
         series += [
             {"series": f"epd_stage_queue_seconds_sum{{{other}}}", "values": "0+900x60"},
             {"series": f"epd_stage_queue_seconds_count{{{other}}}", "values": "0+15x60"},
+            {"series": f"epd_stage_queue_depth{{{other}}}", "values": "90x60"},
         ]
         query = trigger(objects, stage)["metadata"]["query"]
-        for moment, value in (("4m", 3), ("9m", 0), ("14m", 0)):
-            asked.append({"expr": query, "eval_time": moment, "exp_samples": [{"labels": "{}", "value": value}]})
-    test = {
-        "evaluation_interval": "15s",
-        "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": asked}],
-    }
-    file = tmp_path / "queries.yaml"
-    file.write_text(yaml.safe_dump(test))
-    ran = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+        asked += [(query, "4m", 3), (query, "9m", 0), (query, "14m", 0)]
+    answers(tmp_path, series, asked)
+
+
+@needs_promtool
+def test_a_stage_in_which_nothing_ends_is_left_as_it_is(objects: list[Object], tmp_path: Path) -> None:
+    """Five requests are there and none ends; then all of them have, after three minutes each; then nobody is left."""
+    series, asked = [], []
+    for stage in STAGES:
+        labels = f'namespace="dynamo-epd",graph="epd",dynamo_component="{stage}",worker="a"'
+        series += [
+            {"series": f"epd_stage_queue_seconds_sum{{{labels}}}", "values": "60x20 960x40"},
+            {"series": f"epd_stage_queue_seconds_count{{{labels}}}", "values": "20x20 25x40"},
+            {"series": f"epd_stage_queue_depth{{{labels}}}", "values": "5x20 0x40"},
+        ]
+        found = trigger(objects, stage)["metadata"]
+        query = found["query"]
+        # what the autoscaler multiplies by is then 1
+        asked += [(query, "4m", float(found["threshold"])), (query, "5m30s", 180), (query, "9m", 0)]
+    answers(tmp_path, series, asked)

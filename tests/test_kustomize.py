@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -64,6 +65,38 @@ NOT_PUBLIC = (
     "2001::/32",
 )
 BIN = ROOT / ".venv" / "bin"
+RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules"
+DASHBOARDS = ROOT / "deploy" / "observability" / "grafana" / "dashboards"
+
+# More of the Prometheus operator's schemas, beside PodMonitor's in tests/schemas/kinds.json.
+_ENDPOINT = KINDS["monitoring.coreos.com/v1 PodMonitor"]["properties"]["spec"]["properties"]["podMetricsEndpoints"]
+_ENDPOINT["items"]["properties"]["relabelings"]["items"]["properties"]["regex"] = {"type": "string"}
+_TEXT = {"type": "string"}
+_TEXTS = {"type": "object", "additionalProperties": _TEXT}
+_RULE = {
+    "type": "object",
+    "required": ["expr"],
+    "properties": {
+        "record": _TEXT,
+        "alert": _TEXT,
+        "expr": _TEXT,
+        "for": _ENDPOINT["items"]["properties"]["interval"],
+        "labels": _TEXTS,
+        "annotations": _TEXTS,
+    },
+}
+_GROUP = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {**_TEXT, "minLength": 1}, "rules": {"type": "array", "items": _RULE}},
+}
+KINDS["monitoring.coreos.com/v1 PrometheusRule"] = {
+    "type": "object",
+    "required": ["spec"],
+    "properties": {
+        "spec": {"type": "object", "properties": {"groups": {"type": "array", "items": _GROUP}}},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +130,8 @@ def test_every_object_passes_its_schema(made: dict[str, list[Object]], place: st
         ("Ingress", ("spec", "tls", 0, "hosts"), "one", "is not of type 'array'"),
         ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "portNumber"), "9090", "is not of type 'integer'"),
         ("PodMonitor", ("spec", "endpoints"), [], r"spec\.endpoints"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "for"), "soon", "does not match"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "severity"), "high", r"rules\[0\]\.severity"),
         ("DynamoGraphDeployment", ("spec", "components", 0, "podTemplate", "spec", "volumez"), [], "volumez"),
     ],
 )
@@ -170,7 +205,7 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
     assert secrets["graph-keys"] == {"keys.yaml", "signing.key"}
     told = {one["name"]: one.get("value") for one in graph["spec"]["env"]}
     assert told["NATS_SERVER"] == "nats://nats:4222" and "nats" in of_kind(objects, "Service")
-    assert '"keys-file":"/etc/graph/keys.yaml"' in str(told["DYN_DEPLOYMENT_CONFIG"])
+    assert '"keys-file":"/etc/graph/keys.yaml"' in str(told["DYNAMO_GRAPH_CONFIG"])
     claims = of_kind(objects, "PersistentVolumeClaim")
     for component in graph["spec"]["components"]:
         spec = component["podTemplate"]["spec"]
@@ -193,9 +228,46 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
     (scraped,) = of_kind(objects, "PodMonitor")["epd"]["spec"]["podMetricsEndpoints"]
     assert str(scraped["portNumber"]) == told["DYN_SYSTEM_PORT"]
     # as rules and panels want it: deploy/observability/README.md
-    assert {one["targetLabel"] for one in scraped["relabelings"]} == {"graph", "dynamo_component", "worker"}
+    labelled = [one["targetLabel"] for one in scraped["relabelings"] if one["action"] == "replace"]
+    assert labelled == ["graph", "dynamo_component", "worker"]
     assert not scraped.get("honorLabels")
     assert {"action": "labeldrop", "regex": "exported_dynamo_component"} in scraped["metricRelabelings"]
+
+
+@pytest.mark.parametrize("place", OVERLAYS)
+def test_only_pods_that_are_ready_are_scraped(made: dict[str, list[Object]], place: str) -> None:
+    """As targets.py does it on one machine: DynamoWorkerDown is no word for a pod that pulls its image or loads."""
+    (scraped,) = of_kind(made[place], "PodMonitor")["epd"]["spec"]["podMetricsEndpoints"]
+    kept = [one for one in scraped["relabelings"] if one["action"] == "keep"]
+    assert kept == [{"action": "keep", "sourceLabels": ["__meta_kubernetes_pod_ready"], "regex": "true"}]
+
+
+@pytest.mark.parametrize("place", OVERLAYS)
+def test_prometheus_gets_the_rules_and_grafana_the_dashboards(made: dict[str, list[Object]], place: str) -> None:
+    rules = of_kind(made[place], "PrometheusRule")
+    groups = [group for file in sorted(RULES.glob("*.yaml")) for group in yaml.safe_load(file.read_text())["groups"]]
+    found = rules["epd"]["spec"]["groups"]
+    for group in [*groups, *found]:
+        for rule in group["rules"]:
+            rule["expr"] = " ".join(rule["expr"].split())  # kubectl breaks lines anew
+    assert found == groups, "run deploy/kubernetes/render monitoring"
+    names = [group["name"] for one in rules.values() for group in one["spec"]["groups"]]
+    assert len(names) == len(set(names))
+    held = of_kind(made[place], "ConfigMap")["epd-dashboards"]
+    assert held["metadata"]["labels"]["grafana_dashboard"] == "1"
+    files = {f"dynamo-{file.name}": file.read_text() for file in DASHBOARDS.glob("*.json")}
+    assert held["data"] == files, "run deploy/kubernetes/render monitoring; base/kustomization.yaml names them"
+    # kubectl keeps what it applied in an annotation
+    assert len(json.dumps(held)) < 256 << 10
+
+
+def test_rules_and_dashboards_are_what_the_command_writes(tmp_path: Path) -> None:
+    command = ["deploy/kubernetes/render", "monitoring", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    written = {file.relative_to(tmp_path): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    base = DEPLOY / "base"
+    kept = [base / "rules.yaml", *(base / "dashboards").iterdir()]
+    assert written == {file.relative_to(base): file.read_text() for file in kept}
 
 
 def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[Object]], tmp_path: Path) -> None:
@@ -367,6 +439,16 @@ def test_clients_come_in_through_the_proxies_alone(made: dict[str, list[Object]]
                     namespace == "monitoring" and port == 9090 and "nvidia.com/dynamo-component" in labels
                 )
                 assert allowed(policies, "ingress", labels, (namespace, {}), port, "TCP") == wanted, (name, namespace)
+
+
+def test_clients_of_kserve_come_in_through_its_proxies_or_an_overlays(made: dict[str, list[Object]]) -> None:
+    for place in OVERLAYS:
+        policies = list(of_kind([*made[place], *made["kserve"]], "NetworkPolicy").values())
+        (labels,) = _pods(made["kserve"]).values()
+        for namespace in ("kserve", "ingress-nginx", "envoy-gateway-system", "default", "monitoring", "dynamo-epd"):
+            opened = namespace in ("kserve", "ingress-nginx", "envoy-gateway-system")
+            assert allowed(policies, "ingress", labels, (namespace, {}), 8080, "TCP") == opened, namespace
+            assert not allowed(policies, "ingress", labels, (namespace, {}), 9090, "TCP"), namespace
 
 
 def test_routes_lead_to_services(made: dict[str, list[Object]]) -> None:

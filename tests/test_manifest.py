@@ -23,9 +23,9 @@ from dynamo_epd.sdk.operator import CONFIG, VERSIONS, configuration, outer_names
 from dynamo_epd.sdk.serve import DEFAULT_DRAIN
 from dynamo_epd.sdk.service import info_of
 from dynamo_epd.sdk.supervisor import KILL_GRACE
-from dynamo_epd.sdk.worker import Worker
+from dynamo_epd.sdk.worker import DRAIN, Worker
 from tests.deploying import Desk, desk  # noqa: F401
-from tests.kubernetes_server import CRDS, Refused, check, schema_of
+from tests.kubernetes_server import CRDS, OPERATORS_OWN, Refused, check, schema_of
 from tests.manifests import unrestricted
 from tests.toys.running import ROOT
 
@@ -93,7 +93,7 @@ def test_every_pod_is_restricted_and_writes_to_one_volume_alone(config: str, ver
         assert main["securityContext"]["readOnlyRootFilesystem"] is True
         assert main["volumeMounts"] == [{"name": "temporary", "mountPath": "/tmp"}]
         assert pod["volumes"] == [{"name": "temporary", "emptyDir": {}}]
-        assert pod["terminationGracePeriodSeconds"] == manifest.GRACE_SECONDS
+        assert pod["terminationGracePeriodSeconds"] == 60
 
 
 def test_the_images_are_of_the_user_whom_pods_run_as() -> None:
@@ -112,6 +112,14 @@ def test_the_check_refuses_what_the_schemas_do_not_know(place: tuple[Any, ...]) 
         target = target[key]
     target["nodeSelektor"] = {}
     with pytest.raises(Refused, match=r'unknown field "spec.*nodeSelektor"'):
+        check("dynamographdeployments", made)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_check_refuses_the_variable_that_the_operator_writes_into(version: str) -> None:
+    made = rendered("disagg.yaml", version)
+    made["spec"]["env" if version == "v1beta1" else "envs"][0]["name"] = OPERATORS_OWN
+    with pytest.raises(Refused, match="DYN_DEPLOYMENT_CONFIG is the operator's own"):
         check("dynamographdeployments", made)
 
 
@@ -189,7 +197,22 @@ def test_a_frontend_still_answers_while_proxies_learn_that_it_leaves() -> None:
     for name, one in components(rendered("disagg.yaml")).items():
         stop = main_of(one).get("lifecycle", {}).get("preStop")
         assert stop == ({"exec": {"command": ["sleep", "5"]}} if name == "Frontend" else None)
-    assert manifest.LEAVING_SECONDS + DEFAULT_DRAIN + KILL_GRACE < manifest.GRACE_SECONDS
+
+
+def test_a_pod_is_not_killed_before_it_has_drained(desk: Desk) -> None:
+    assert (manifest.DRAIN, manifest.DRAIN_SECONDS, manifest.KILL_SECONDS) == (DRAIN, DEFAULT_DRAIN, KILL_GRACE)
+
+    def graces(*arguments: str) -> set[int]:
+        found = pods(made_of(desk, *arguments))
+        return {found[name]["terminationGracePeriodSeconds"] for name in ("Door", "Store")}
+
+    of_all, of_one = f"{DRAIN}=300", f"--Store.ServiceArgs.envs.{DRAIN}=600.5"
+    assert graces() == {60}
+    assert graces("--env", of_all) == {330}
+    assert graces(of_one) == {60, 631}
+    assert graces("--env", of_all, of_one) == {330, 631}
+    alpha = made_of(desk, "--api-version", "v1alpha1", "--env", of_all)
+    assert {one["terminationGracePeriodSeconds"] for one in pods(alpha).values()} == {330}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -270,14 +293,16 @@ def test_variables_and_secrets_reach_every_pod(desk: Desk) -> None:
 
 
 def test_dollars_are_left_alone_by_kubernetes(desk: Desk) -> None:
-    made = made_of(desk, "--Store.gate=$(HOME)/$x", "--Store.ServiceArgs.envs.PAINT=$(HOME)")
+    arguments = ["--Store.gate=$(HOME)/$x", "--Store.ServiceArgs.envs.PAINT=$(HOME)", "--env", "P=a$$b$(HOME)"]
+    made = made_of(desk, *arguments)
     assert made["spec"]["env"][0]["value"] == '{"Store":{"gate":"$$(HOME)/$$x"}}'
     assert main_of(components(made)["Store"])["env"][-1] == {"name": "PAINT", "value": "$$(HOME)"}
+    assert made["spec"]["env"][-1] == {"name": "P", "value": "a$$$$b$$(HOME)"}
 
 
 def test_a_variable_is_there_once(desk: Desk) -> None:
     made = made_of(desk, "--env", "A=1", "--env", "A=2", "--env", "DYN_SYSTEM_HOST=::", "--env-from-secret", "B=b")
-    names = ["DYN_DEPLOYMENT_CONFIG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "A", "B"]
+    names = ["DYNAMO_GRAPH_CONFIG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "A", "B"]
     assert [one["name"] for one in made["spec"]["env"]] == names
     assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "9090", "2", None]
 
@@ -307,6 +332,9 @@ def test_the_image_is_the_environments_or_the_builds(desk: Desk) -> None:
         (["--env", "A"], "--env A: must be NAME=VALUE"),
         (["--env", "A-B=1"], "'A-B' is not the name of an environment variable"),
         (["--env-from-secret", "A"], "--env-from-secret A: must be NAME=KEY"),
+        (["--env", "A=1", "--env-from-secret", "A=a"], "--env A: --env-from-secret says it too"),
+        (["--env", "DYNAMO_DRAIN_SECONDS=5m"], "DYNAMO_DRAIN_SECONDS '5m' is no number of seconds"),
+        (["--env", "DYNAMO_DRAIN_SECONDS=inf"], "DYNAMO_DRAIN_SECONDS 'inf' is no number of seconds"),
         (["--Store.shelfs=1"], "--Store.shelfs: unknown key of Store 'shelfs'; did you mean shelves?"),
         (["--Shop.shelves=1"], "unknown service 'Shop'"),
         (["--Store.ServiceArgs.resources.gpu=many"], "Store: resources.gpu 'many' is not a number"),

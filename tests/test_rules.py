@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from tests.prometheus_server import DIRECTORY, needs_prometheus
+from tests.toys.running import ROOT
 
 RULES = sorted((DIRECTORY / "prometheus" / "rules").glob("*.yaml"))
 UNIT_TESTS = DIRECTORY / "prometheus" / "tests" / "alerts.yaml"
+MONITOR = ROOT / "deploy" / "kubernetes" / "base" / "monitor.yaml"
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -74,3 +76,45 @@ def test_each_recording_rule_says_level_metric_and_operation() -> None:
     assert len(set(names)) == len(names)
     for name in names:
         assert re.fullmatch(r"(stage|graph):\w+:\w+", name)
+
+
+@needs_prometheus
+def test_on_a_cluster_a_stage_without_ready_pods_and_a_container_that_died_are_alerts(tmp_path: Path) -> None:
+    """There a pod that is not ready is no target: its series end, and no scrape fails."""
+    objects = list(yaml.safe_load_all(MONITOR.read_text()))
+    (pods,) = [one["spec"] for one in objects if one["kind"] == "PrometheusRule"]
+    (tmp_path / "pods.yaml").write_text(yaml.safe_dump(pods))
+    series = {
+        # one of two pods leaves for good at 5m; the only one of its stage at 10m; a container dies and is back
+        'up{graph="g", dynamo_component="Left", worker="a"}': "1x20 stale",
+        'up{graph="g", dynamo_component="Left", worker="b"}': "1x400",
+        'up{graph="g", dynamo_component="Lost", worker="c"}': "1x40 stale",
+        'up{graph="g", dynamo_component="Died", worker="d"}': "1x39 stale 1x400",
+        'process_start_time_seconds{graph="g", dynamo_component="Left", worker="b"}': "7x400",
+        'process_start_time_seconds{graph="g", dynamo_component="Died", worker="d"}': "7x39 stale 900x400",
+        # what `dynamo serve` has started again and counted is another alert's
+        'process_start_time_seconds{graph="g", dynamo_component="Left", worker="e"}': "7x40 900x400",
+        'epd_worker_restarts_total{graph="g", dynamo_component="Left", worker="e"}': "0x40 1x400",
+    }
+    at = {
+        "DynamoStageNotReady": {"9m": [], "10m30s": [], "12m": ["Lost"], "60m": ["Lost"], "75m": []},
+        "DynamoContainerDied": {"9m": [], "12m": ["Died"], "30m": []},
+    }
+    alerts = [rule for group in pods["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in alerts} == at.keys()
+    runbooks = {rule["annotations"]["runbook_url"] for rule in rules("alert")}
+    assert {rule["annotations"]["runbook_url"] for rule in alerts} < runbooks
+    tests = [
+        {"expr": f'sum by (dynamo_component) (ALERTS{{alertname="{name}",alertstate="firing"}})', "eval_time": moment}
+        | {"exp_samples": [{"labels": f'{{dynamo_component="{stage}"}}', "value": 1} for stage in stages]}
+        for name, moments in at.items()
+        for moment, stages in moments.items()
+    ]
+    inputs = [{"series": one, "values": values} for one, values in series.items()]
+    test = {
+        "rule_files": ["pods.yaml", *map(str, RULES)],
+        "evaluation_interval": "15s",
+        "tests": [{"interval": "15s", "input_series": inputs, "promql_expr_test": tests}],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    assert "SUCCESS" in promtool("test", "rules", tmp_path / "test.yaml")

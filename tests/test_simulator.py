@@ -97,14 +97,29 @@ def test_a_worker_takes_its_time_to_start_and_leaves_when_its_requests_have_ende
     assert any(done.samples[one.time + 1]["Only"][0] > one.after for one in shrunk)
 
 
+def test_the_recorded_trace_is_two_hours_with_a_five_fold_burst_and_workers_that_take_40_s_to_start(
+    recorded: Trace,
+) -> None:
+    assert (recorded.seconds, recorded.replica_start_seconds) == (2 * 60 * 60, 40)
+    assert (recorded.burst.factor, recorded.burst.seconds) == (5, 300)
+    assert recorded.burst.from_seconds + recorded.burst.seconds < recorded.seconds
+
+
 def test_the_planner_holds_the_attainment_of_static_peak_with_far_fewer_workers(
     recorded: Trace, replayed: tuple[Replay, Replay]
 ) -> None:
+    """99 % of it over all requests, most of which are chats. Of the kinds whose burst it is 98 %, and no more: what is
+    missed came before a worker could start."""
     planned, static = replayed
     assert static.attainment() > 0.999
     assert planned.attainment() >= 0.99 * static.attainment()
-    for kind in recorded.kinds.keys() - set(recorded.burst.kinds):  # the burst of others is not theirs to suffer
-        assert planned.attainment(kind) >= 0.999 * static.attainment(kind), kind
+    assert set(recorded.burst.kinds) == {"picture", "validation"}
+    for kind in recorded.kinds:
+        # the burst of others is not theirs to suffer
+        share = 0.98 if kind in recorded.burst.kinds else 0.999
+        assert planned.attainment(kind) >= share * static.attainment(kind), kind
+    missed = [arrived - recorded.burst.from_seconds for arrived, well in planned.ends if not well]
+    assert all(0 <= after < recorded.replica_start_seconds for after in missed)
     assert planned.replica_seconds.total() <= 0.6 * static.replica_seconds.total()
 
 
@@ -147,6 +162,16 @@ def test_it_does_not_flap(replayed: tuple[Replay, Replay]) -> None:
 def test_what_is_published_is_what_the_replay_gives(recorded: Trace, replayed: tuple[Replay, Replay]) -> None:
     published = json.loads((HERE / "results.json").read_text())
     assert published == json.loads(json.dumps(summary(recorded, *replayed)))
+
+
+def test_the_readme_says_of_each_kind_what_is_published() -> None:
+    published = json.loads((HERE / "results.json").read_text())
+    readme = (HERE / "README.md").read_text()
+    arms = [published[arm] for arm in ("planned", "static")]
+    rows = {"all": [arm["attainment"] for arm in arms]}
+    rows |= {kind: [arm["kinds"][kind]["attainment"] for arm in arms] for kind in arms[0]["kinds"]}
+    for kind, (planned, static) in rows.items():
+        assert f"| {kind} | {planned:.4f} | {static:.4f} | {planned / static:.4f} |" in readme
 
 
 def test_static_peak_is_enough_for_the_highest_load(recorded: Trace) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 from dynamo_epd.sdk.config import ConfigError, ServiceSettings
 
-CONFIG = "DYN_DEPLOYMENT_CONFIG"
-"""The configuration as JSON, where there is no file for it."""
+CONFIG = "DYNAMO_GRAPH_CONFIG"
+"""The configuration as JSON, where there is no file for it. A name of our own: ``DYN_DEPLOYMENT_CONFIG`` the operator
+reads into types of its own, and writes the frontend's port into it (internal/dynamo/graph.go).
+"""
 DEPLOYMENT = "DYN_PARENT_DGD_K8S_NAME"
 """Set in every pod of the operator's, and nowhere else."""
 NAMESPACE = "DYN_NAMESPACE"

@@ -80,11 +80,13 @@ def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
     graph = load_graph(spec, str(root))
     spec, module = _below(spec, root)
     code = modules_of(module, root)
-    content = {f"{CODE}/{path}": (root / path).read_bytes() for path in code}
-    content |= {f"{LIBRARY}/{path}": file.read_bytes() for path, file in library_files().items()}
-    if sum(map(len, content.values())) > MAX_BYTES:
-        large = max(content, key=lambda path: len(content[path]))
+    files = {f"{CODE}/{path}": root / path for path in code}
+    files |= {f"{LIBRARY}/{path}": file for path, file in library_files().items()}
+    sizes = {path: file.stat().st_size for path, file in files.items()}
+    if sum(sizes.values()) > MAX_BYTES:
+        large = max(sizes, key=lambda path: sizes[path])
         raise ConfigError(f"the code of {spec} has more than {MAX_BYTES >> 20} MiB; the largest file is {large}")
+    content = {path: file.read_bytes() for path, file in files.items()}
     facts = describe(graph, spec)
     content[BUILD_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     with_library = any(path.startswith(f"{LIBRARY}/") for path in content)
@@ -124,7 +126,7 @@ def copy(build: Build, to: Path, *, force: bool) -> None:
         if not force:
             raise ConfigError(f"{to}: holds a build already; --force replaces it")
         shutil.rmtree(to)
-    shutil.copytree(build.directory, to, dirs_exist_ok=True)
+    shutil.copytree(build.directory, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def store() -> Path:
@@ -186,9 +188,11 @@ def _below(spec: str, root: Path) -> tuple[str, Path]:
 
 def modules_of(start: Path, root: Path) -> list[str]:
     """The files that ``start`` needs of those below ``root``: the modules that it imports, also inside functions, the
-    packages that they are in, and the data that lies in these. This library is left out. In order of their paths.
+    packages that they are in, and the data that lies in these, also in directories. This library is left out. In order
+    of their paths.
 
-    Modules whose names are put together while running are not found. Raises ConfigError for what is no Python.
+    Modules whose names are put together while running are not found. Raises ConfigError for what is no Python, and for
+    a link that leads out of ``root``.
     """
     roots = [root] if start.parent == root else [root, start.parent]
     found: set[Path] = set()
@@ -197,7 +201,7 @@ def modules_of(start: Path, root: Path) -> list[str]:
         file = todo.pop()
         if file in found:
             continue
-        found.add(file)
+        found.add(_within(file, root))
         for name in _imports(file, root):
             if name.partition(".")[0] in _LIBRARY_PACKAGES:
                 continue
@@ -208,7 +212,8 @@ def modules_of(start: Path, root: Path) -> list[str]:
         package = file.parent / "__init__.py"
         if package.is_file():
             todo.append(package)
-    found |= {data for file in found if (file.parent / "__init__.py").is_file() for data in _beside(file.parent)}
+    packages = {file.parent for file in found if (file.parent / "__init__.py").is_file()}
+    found |= {data for package in packages for data in _beside(package, root)}
     return sorted(str(file.relative_to(root)) for file in found)
 
 
@@ -232,10 +237,26 @@ def _imports(file: Path, root: Path) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" if origin else alias.name for alias in node.names)
 
 
-def _beside(directory: Path) -> Iterator[Path]:
+def _beside(directory: Path, root: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The data of a package: files of its directory, and of the directories in it that are no packages themselves. What
+    lies below ``root`` is in no package, whatever ``root`` has itself."""
+    above |= {directory.resolve(), *directory.resolve().parents}  # a link back up would never end
     for path in directory.iterdir():
-        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith("."):
-            yield path
+        if path.name.startswith(".") or path.name == "__pycache__" or path.suffix in (".py", ".pyc"):
+            continue
+        if path.is_file():
+            yield _within(path, root)
+        elif path.is_dir() and directory != root and not (path / "__init__.py").is_file():
+            real = _within(path, root).resolve()
+            if real not in above:
+                yield from _beside(path, root, above)
+
+
+def _within(path: Path, root: Path) -> Path:
+    """The path, unless it is a link to what lies elsewhere on the machine: no build may take that along."""
+    if not path.resolve().is_relative_to(root):
+        raise ConfigError(f"{path.relative_to(root)}: a link to {path.resolve()}, which lies outside of {root}")
+    return path
 
 
 def library_files() -> dict[str, Path]:
@@ -248,12 +269,18 @@ def library_files() -> dict[str, Path]:
         for file in (root / package).rglob("*"):
             place = file.relative_to(root)
             if file.is_file() and file.suffix != ".pyc" and not any(part.startswith(".") for part in place.parts):
-                files[str(place)] = file
+                files[str(place)] = _within(file, root)
     return files
 
 
 def _read(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    """All but what Python leaves where a graph was loaded from its build."""
+    found = {file.relative_to(directory): file for file in directory.rglob("*") if file.suffix != ".pyc"}
+    return {
+        str(path): file.read_bytes()
+        for path, file in found.items()
+        if "__pycache__" not in path.parts and file.is_file()
+    }
 
 
 def _write(directory: Path, content: dict[str, bytes]) -> None:

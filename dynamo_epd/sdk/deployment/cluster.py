@@ -82,13 +82,15 @@ class Cluster:
                 GROUP, VERSIONS[0], self.namespace, DEPLOYMENTS, name, _request_timeout=SECONDS
             )
 
-    def update(self, manifest: dict[str, Any]) -> bool:
-        """Brings the deployment from what was rendered last to ``manifest``; says whether there was anything to change.
+    def update(self, manifest: dict[str, Any]) -> dict[str, int] | None:
+        """Brings the deployment from what was rendered last to ``manifest``. Returns the replicas that scaling adapters
+        were told of, which the operator brings about later; None where there was nothing to change.
 
         A field that differs in the cluster from what was rendered last, and does not change between the two, is left
         as it is: an annotation, an image set by hand. Replicas are changed in the scaling adapter that holds them.
         """
         name, version = manifest["metadata"]["name"], _version(manifest)
+        scaled: dict[str, int] = {}
         for attempt in range(ATTEMPTS):
             live = self.get(name, version)
             last = rendered(live)
@@ -96,15 +98,16 @@ class Cluster:
             _check_components(live, wanted)
             for component, replicas in _scaled(last, manifest, live).items():
                 self._scale(name, component, replicas)  # first: what the annotation says once is not asked for again
+                scaled[component] = replicas
             _keep_replicas(live, wanted)
             patch = change(live, wanted)
             if not patch:
-                return False
+                return scaled or None
             # The server refuses the patch where somebody was quicker: lists travel whole.
             patch.setdefault("metadata", {})["resourceVersion"] = live["metadata"]["resourceVersion"]
             try:
                 self._patch(name, version, patch)
-                return True
+                return scaled
             except ApiException as error:
                 if error.status != 409 or attempt == ATTEMPTS - 1:
                     raise DeploymentError(self._words(error, name)) from error

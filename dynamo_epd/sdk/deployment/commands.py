@@ -166,12 +166,13 @@ def _create(arguments: argparse.Namespace, overrides: Overrides) -> int:
     build = builds.find(arguments.tag)
     _say_endpoint(arguments.endpoint)
     document = _document(arguments.file, {}, overrides)
+    envs, secrets = _variables(arguments, {}, {})
     order = manifest.Order(
         build=build.tag,
         image=_image(build),
         configuration=document.values,
-        envs=_pairs("--env", arguments.envs),
-        secrets=_secrets(arguments),
+        envs=envs,
+        secrets=secrets,
     )
     name = arguments.name or build.name
     # What is wrong with the order is said before any cluster is asked.
@@ -197,24 +198,26 @@ def _update(arguments: argparse.Namespace, overrides: Overrides) -> int:
     before = manifest.Order.of(last)
     build = builds.find(arguments.tag or before.build)
     document = _document(arguments.file, before.configuration, overrides)
+    envs, secrets = _variables(arguments, before.envs, before.secrets)
     kept = build.tag == before.build and not (os.environ.get(images.IMAGE) or os.environ.get(images.REGISTRY))
     order = manifest.Order(
         build=build.tag,
         image=before.image if kept else _image(build),
         configuration=document.values,
-        envs=before.envs | _pairs("--env", arguments.envs),
-        secrets=before.secrets | _secrets(arguments),
+        envs=envs,
+        secrets=secrets,
     )
     version = str(last["apiVersion"]).rpartition("/")[2]
     made = _render(order, build, document, arguments.name, cluster.namespace, version)
     if arguments.dry_run:
         print(yaml.safe_dump(manifest.remembering(made), sort_keys=False), end="")
         return 0
-    if not cluster.update(made):
+    scaled = cluster.update(made)
+    if scaled is None:
         print(f"{arguments.name} is as it should be.")
         return 0
     print(f"Updated {arguments.name} in namespace {cluster.namespace}.", flush=True)
-    return _wait(cluster, arguments.name, arguments)
+    return _wait(cluster, arguments.name, arguments, scaled)
 
 
 def _show(arguments: argparse.Namespace, overrides: Overrides) -> int:
@@ -255,8 +258,10 @@ def _delete(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-def _wait(cluster: Any, name: str, arguments: argparse.Namespace) -> int:
-    """Until the operator calls it ready. Raises DeploymentError when it fails, or the time is over."""
+def _wait(cluster: Any, name: str, arguments: argparse.Namespace, scaled: dict[str, int] | None = None) -> int:
+    """Until the operator calls it ready, and has as many replicas as were asked of it (``scaled``). Raises
+    DeploymentError when it fails, or the time is over.
+    """
     if not arguments.wait:
         return 0
     end = time.monotonic() + arguments.timeout
@@ -264,7 +269,7 @@ def _wait(cluster: Any, name: str, arguments: argparse.Namespace) -> int:
     try:
         while True:
             live = cluster.get(name)
-            state = status.state(live)
+            state = status.state(live, scaled)
             if state == status.READY:
                 print(status.describe(live, cluster.addresses(status.frontend_service(live))))
                 return 0
@@ -328,9 +333,19 @@ def _pairs(option: str, given: list[str]) -> dict[str, str]:
     return found
 
 
-def _secrets(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    pairs = _pairs("--env-from-secret", arguments.secrets)
-    return {name: [arguments.env_secrets_name, key] for name, key in pairs.items()}
+def _variables(
+    arguments: argparse.Namespace, envs: dict[str, str], secrets: dict[str, list[str]]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """``envs`` and ``secrets`` with what the options say. A variable is in one of them: a token that comes from a
+    Secret from now on must not stay in the annotations.
+    """
+    plain = _pairs("--env", arguments.envs)
+    keys = _pairs("--env-from-secret", arguments.secrets)
+    if both := sorted(plain.keys() & keys.keys()):
+        raise ConfigError(f"--env {both[0]}: --env-from-secret says it too")
+    secret = {name: value for name, value in secrets.items() if name not in plain}
+    secret |= {name: [arguments.env_secrets_name, key] for name, key in keys.items()}
+    return {name: value for name, value in (envs | plain).items() if name not in secret}, secret
 
 
 def _say_endpoint(endpoint: str | None) -> None:

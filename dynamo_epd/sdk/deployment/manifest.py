@@ -6,7 +6,7 @@ One component per service that runs. Ports, probes' paths and the environment th
 (deploy/operator/internal/dynamo/component_*.go and internal/consts/consts.go of ai-dynamo/dynamo): 8000 with /live and
 /health for the frontend, the runtime's own 9090 with the same two for the rest, ``DYN_NAMESPACE``,
 ``DYN_NAMESPACE_WORKER_SUFFIX``, ``DYN_DISCOVERY_BACKEND=kubernetes``, ``NATS_SERVER``. The configuration goes along in
-``DYN_DEPLOYMENT_CONFIG``, which ``dynamo serve`` reads.
+``DYNAMO_GRAPH_CONFIG``, which ``dynamo serve`` reads.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ MAX_COMPONENTS = 25
 MAX_LABEL = 63
 LEAVING_SECONDS = 5
 """In which a frontend that must go answers as before: Services and proxies learn of it only by and by."""
-GRACE_SECONDS = 60
-"""For a pod to end: those, 30 s in which `dynamo serve` lets running requests finish, 20 s for what is left."""
+DRAIN, DRAIN_SECONDS = "DYNAMO_DRAIN_SECONDS", 30
+"""In which `dynamo serve` lets running requests finish: the variable that says it, and what counts without it."""
+KILL_SECONDS = 20
+"""For what is left then."""
+MARGIN_SECONDS = 5
 SHARED_MEMORY, SHARED_MEMORY_WITH_GPU = "1Gi", "8Gi"
 TEMPORARY = "/tmp"
 """All that a pod of an image of ours may write to, its home included: a volume of its own that goes with the pod."""
@@ -94,14 +97,14 @@ def render(
     check_name(name, [one.name for one in running])
     if len(running) > MAX_COMPONENTS:
         raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
-    components = [_component(build, graph, one, order.image) for one in running]
+    components = [_component(build, graph, one, order) for one in running]
     env: dict[str, dict[str, Any]] = {
         CONFIG: {"value": _literal(_json(carried(order.configuration)))},
         "DYN_SYSTEM_HOST": {"value": "0.0.0.0"},
         # The operator sets it for workers alone; the frontend has metrics too.
         "DYN_SYSTEM_PORT": {"value": str(SYSTEM_PORT)},
     }
-    env |= {key: {"value": value} for key, value in order.envs.items()}
+    env |= {key: {"value": _literal(value)} for key, value in order.envs.items()}
     for key, (secret, inner) in order.secrets.items():
         env[key] = {"valueFrom": {"secretKeyRef": {"name": secret, "key": inner}}}
     variables = [{"name": key} | value for key, value in env.items()]
@@ -172,12 +175,12 @@ def has_http(graph: Graph, name: str) -> bool:
     return info.app is not None or bool(info.marked("api"))
 
 
-def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> dict[str, Any]:
+def _component(build: Build, graph: Graph, one: ServiceSettings, order: Order) -> dict[str, Any]:
     kind = component_type(graph, one)
     info = info_of(graph.services[one.name])
     gpus = _gpus(one)
     named = build.facts["services"][one.name].get("image")
-    main: dict[str, Any] = {"name": "main", "image": named or image, **_command(build, graph, one)}
+    main: dict[str, Any] = {"name": "main", "image": named or order.image, **_command(build, graph, one)}
     envs = one.envs if named else {"HOME": TEMPORARY} | one.envs
     if envs:
         main["env"] = [{"name": key, "value": _literal(value)} for key, value in envs.items()]
@@ -198,7 +201,7 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, image: str) -> 
     template: dict[str, Any] = {
         "spec": {
             "containers": [main],
-            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "terminationGracePeriodSeconds": _grace(one, order),
             **_fence_of_pod(ours=not named),
         },
     }
@@ -268,6 +271,18 @@ def _resources(one: ServiceSettings, gpus: int) -> dict[str, Any]:
     if gpus:
         requests["nvidia.com/gpu"] = limits["nvidia.com/gpu"] = str(gpus)
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
+
+
+def _grace(one: ServiceSettings, order: Order) -> int:
+    """Seconds for a pod to end: a kubelet kills what is not gone by then, finished or not."""
+    text = (order.envs | one.envs).get(DRAIN, str(DRAIN_SECONDS))
+    try:
+        drain = float(text)
+    except ValueError:
+        drain = math.nan
+    if not 0 <= drain < math.inf:
+        raise ConfigError(f"{one.name}: {DRAIN} {text!r} is no number of seconds")
+    return LEAVING_SECONDS + math.ceil(drain) + KILL_SECONDS + MARGIN_SECONDS
 
 
 def _probes(port: int, scheme: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 """Changing an object that others change too: as ``kubectl apply``, by what was wanted last and what is wanted now.
 
 A list whose items all have a ``name`` is merged by it, as Kubernetes does with components, containers and variables
-(``x-kubernetes-list-map-keys: [name]``). Any other list is one value.
+(``x-kubernetes-list-map-keys: [name]``); mounts by their path, since a volume may have several. An item that is dropped
+goes as a whole: what others put into it is of no use, or invalid, without the rest. Any other list is one value, and so
+is a variable: it has a ``value`` or a ``valueFrom``, never both.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ def three_way(last: Any, wanted: Any, live: Any) -> Any:
     """``live`` with the changes from ``last`` to ``wanted``, and nothing else of the two."""
     if last == wanted:
         return copy.deepcopy(live)
-    if isinstance(wanted, dict) and isinstance(live, dict):
+    if isinstance(wanted, dict) and isinstance(live, dict) and not _variable(wanted):
         return _dicts(last if isinstance(last, dict) else {}, wanted, live)
     if _named(wanted) and _named(live):
-        before, now, there = (
-            {item["name"]: item for item in one} for one in (last if _named(last) else [], wanted, live)
-        )
-        return list(_dicts(before, now, there).values())
+        before, now, there = (_by_name(one) for one in (last if _named(last) else [], wanted, live))
+        kept = {key: item for key, item in there.items() if key in now or key not in before}
+        return list(_dicts(before, now, kept).values())
     return copy.deepcopy(wanted)
 
 
@@ -42,6 +43,9 @@ def _dicts(last: dict[str, Any], wanted: dict[str, Any], live: dict[str, Any]) -
 
 def _without(last: Any, live: Any) -> Any:
     """What others have put beside what was wanted last, or None where that is nothing."""
+    if _named(last) and _named(live):
+        ours = _by_name(last)
+        return [item for key, item in _by_name(live).items() if key not in ours] or None
     if not (isinstance(last, dict) and isinstance(live, dict)):
         return None
     found = {key: value for key, value in live.items() if key not in last}
@@ -51,6 +55,14 @@ def _without(last: Any, live: Any) -> Any:
 
 def _named(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "name" in one for one in value)
+
+
+def _by_name(items: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {item.get("mountPath", item["name"]): item for item in items}
+
+
+def _variable(value: dict[str, Any]) -> bool:
+    return "name" in value and ("value" in value or "valueFrom" in value)
 
 
 def change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

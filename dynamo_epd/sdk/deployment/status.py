@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
-from dynamo_epd.sdk.deployment.manifest import BUILD
+from dynamo_epd.sdk.deployment.manifest import BUILD, components_of
 from dynamo_epd.sdk.operator import HTTP_PORT
 
 READY = "ready"
 
 
-def state(live: dict[str, Any]) -> str:
-    """``ready``, or what is missing."""
+def state(live: dict[str, Any], asked: Mapping[str, int] | None = None) -> str:
+    """``ready``, or what is missing. ``asked``: replicas that scaling adapters were just told of. Until the operator
+    follows them the deployment is as before, generation and all, and the old status calls it ready.
+    """
     status = live.get("status") or {}
     if not _seen(live):
         return "the operator has not seen it yet"
     condition = next((one for one in status.get("conditions") or [] if one["type"] == "Ready"), None)
     if condition is not None and condition["status"] == "True":
-        return READY
+        behind = _behind(live, asked or {})
+        return f"scaling ({', '.join(behind)})" if behind else READY
     missing = [
         f"{name} {_up(one)}/{one['replicas']}"
         for name, one in (status.get("components") or {}).items()
@@ -27,6 +31,16 @@ def state(live: dict[str, Any]) -> str:
     ]
     said = (condition or {}).get("message") or status.get("state") or "pending"
     return f"{said} ({', '.join(missing)})" if missing else str(said)
+
+
+def _behind(live: dict[str, Any], asked: Mapping[str, int]) -> list[str]:
+    components, counts = components_of(live), live["status"].get("components") or {}
+    found = []
+    for name, replicas in asked.items():
+        up = _up(counts.get(name, {}))
+        if not components.get(name, {}).get("replicas", 1) == replicas == up:
+            found.append(f"{name} {up}/{replicas}")
+    return found
 
 
 def failed(live: dict[str, Any]) -> bool:
