@@ -45,6 +45,10 @@ SPIN_SECONDS = 0.002
 CONNECT_SECONDS = 3.0
 """How long a handshake may take."""
 
+NOTICES_SECONDS = 0.1
+"""For the notices of reads that have just ended to leave this process, which many turns of NIXL's progress thread do.
+Without them the owners would keep what was read until its lease ends."""
+
 FENCE_SECONDS = 5.0
 """A READ given up and still in flight after this long has its peer disconnected, which ends it."""
 
@@ -399,6 +403,7 @@ class Arena:
             if not self._quarantine:
                 break
             await asyncio.sleep(0.01)
+        await asyncio.sleep(NOTICES_SECONDS)
         self._peers.drop_all()
         self._agent.close()
         self._memory.close()
