@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NATS behind a network that swallows everything for a while: chat comes back by itself, and accepted jobs are done.
+"""NATS out of reach for a while: what is asked meanwhile is refused, chat comes back by itself, and accepted jobs are
+done, all by the same processes.
 
-A server that is killed or stands still: `tests/hardening/test_faults.py`. Here it runs on, and nobody is told that what
-was sent to it is lost.
+A server that is killed or stands still: `tests/hardening/test_faults.py`. Here it runs on. A network that swallows
+everything tells nobody that what was sent is lost; one that refuses lets clients try again as often as they will.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
 from dynamo_epd.sdk.nats_server import MAX_PAYLOAD, nats_binary
@@ -26,7 +29,12 @@ from tests.hardening.report import Report
 from tests.serving import Graph, at_rest, eventually, serve
 from tests.toys.running import free_port
 
-AWAY = 10.0
+OUTAGES = {"late": 10.0, "lost": 10.0, "refused": 150.0}
+"""Seconds by kind. Clients of NATS give up after 60 tries, two seconds apart, unless they are told not to. The long
+outage is the kind in which a try takes no longer than that: where everything is swallowed each waits for its time."""
+PATIENCE = 30.0
+"""Seconds within which a refusal must be there while NATS is away: two workers' silences, and a machine that is busy.
+The deadline of a request, five minutes, is longer than any outage here, and would tell nothing."""
 RECOVERED = 5.0
 """Seconds within which chat must be answered again once the network is back."""
 JOBS = 8
@@ -44,6 +52,7 @@ class Network:
         self._passes = threading.Event()
         self._passes.set()
         self._loses = False
+        self._refuses = False
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -54,18 +63,26 @@ class Network:
         self._loses = not late
         self._passes.clear()
 
+    def refuse(self) -> None:
+        """Ends every connection, and from now on each new one at once."""
+        self._refuses = True
+        self._end_all()
+
     def mend(self) -> None:
         """Connections that have lost something are ended, new ones come through."""
         if self._loses:
-            with self._lock:
-                for one in self._open:
-                    with suppress(OSError):
-                        one.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it too
-        self._loses = False
+            self._end_all()
+        self._loses = self._refuses = False
         self._passes.set()
 
     def close(self) -> None:
         self._listener.close()
+
+    def _end_all(self) -> None:
+        with self._lock:
+            for one in self._open:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it too
 
     def _accept(self) -> None:
         with suppress(OSError):  # closed
@@ -75,6 +92,9 @@ class Network:
 
     def _connect(self, here: socket.socket) -> None:
         self._passes.wait()  # what opens a connection is sent again until it arrives
+        if self._refuses:
+            here.close()
+            return
         with suppress(OSError):
             there = socket.create_connection(("127.0.0.1", self._to), 10)
             there.settimeout(None)
@@ -147,8 +167,14 @@ def graph(network: Network, directory: Path) -> Iterator[Graph]:
         network.mend()  # a drain would wait for it
 
 
-@pytest.mark.parametrize("how", ["late", "lost"])
-def test_chat_and_jobs_outlive_a_network_that_swallows_everything(graph: Graph, network: Network, how: str) -> None:
+def status(graph: Graph) -> int:
+    """Of a chat's reply. Fails where none comes: nothing hangs until NATS is back."""
+    body = {"model": "tiny-llava", "messages": [{"role": "user", "content": "Who is there?"}], "max_tokens": 4}
+    return httpx.post(f"{graph.url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code
+
+
+@pytest.mark.parametrize("how", OUTAGES)
+def test_chat_and_jobs_outlive_a_nats_that_is_out_of_reach(graph: Graph, network: Network, how: str) -> None:
     with Report(f"nats-away-{how}") as report:
         body = {"prompt": "a large red star on a blue background", "num_inference_steps": 40}
         ids = []
@@ -157,18 +183,31 @@ def test_chat_and_jobs_outlive_a_network_that_swallows_everything(graph: Graph, 
             assert reply.status_code == 202, reply.text
             ids.append(str(reply.json()["id"]))
         eventually(lambda: answered(graph), "chat is answered before")
-        network.swallow(late=how == "late")
-        eventually(lambda: not answered(graph), "NATS is missed")
-        time.sleep(AWAY)
-        assert not answered(graph), "something came through"
-        network.mend()
+        processes = graph.all_workers()
+        replies = Counter[int]()
+        try:
+            if how == "refused":
+                network.refuse()
+            else:
+                network.swallow(late=how == "late")
+            eventually(lambda: not answered(graph), "NATS is missed")
+            end = time.monotonic() + OUTAGES[how]
+            while time.monotonic() < end:
+                replies[status(graph)] += 1
+                time.sleep(1)
+        finally:
+            network.mend()  # the next kind of outage begins in peace, whatever became of this one
         begun = time.monotonic()
         eventually(lambda: answered(graph), "chat is answered", RECOVERED, pause=0.1)
         report.goal("chat is answered again within 5 s", True, f"{time.monotonic() - begun:.1f} s")
+        report.goal("every chat was refused meanwhile", set(replies) == {503}, dict(replies))
+        assert set(replies) == {503}, replies
         states = [ended(graph, id) for id in ids]
         done = [state["status"] for state in states]
         report.goal("accepted jobs are all done", done == ["completed"] * JOBS, done)
         assert done == ["completed"] * JOBS, states
+        report.goal("the same processes answer", graph.all_workers() == processes, processes)
+        assert graph.all_workers() == processes, graph.text[-3000:]
         assert (network.lost > 0) == (how == "lost")
         network.lost = 0
         at_rest(graph, 60)

@@ -4,15 +4,20 @@
     make chaos MINUTES=30 SEED=7
 
 Each question's answer is first had in peace; greedy tokens and seeded pictures must be the same afterwards, whatever is
-killed meanwhile. Patient clients are OpenAI's with their two retries, the others never ask twice; a prober asks small
-questions of the stage of which a worker was killed last, so that a recovery is the stage's and not the length of what
-happens to be asked. A cut is a NATS that stands still: its connections stay open, and nothing comes through.
+killed meanwhile. Patient clients are OpenAI's with their two retries, which end where a stream begins: of a stream that
+broke off and said so, by an error event or with its frontend, their user asks again. That is counted beside what came
+of it. The others never ask for what has failed. One of them asks only what nobody has asked before, twice, so that no
+cache spares an encode or a hand-off. A prober asks small questions of the stage of which a worker was killed last, so
+that a recovery is the stage's and not the length of what happens to be asked. A cut is a NATS that stands still: its
+connections stay open, and nothing comes through.
 
-Prints what each kind of client saw, how long a stage took from a fault to its next success, and what is still held at
-the end; ``build/hardening/chaos.json`` has it all. Exit status 0 when no answer was wrong, no patient request failed,
-at least 99 % of the others came, no stream ended in silence, the second worker of a stage answers within 2 s of the
-first one's kill, nothing stays held, and enough was killed: in 30 minutes 100 workers, spread over every stage, and
-NATS 10 times. A machine that brings workers back too slowly for that gets half as long again.
+Prints what each kind of client saw, how long a stage took from a fault to its next success, what is still held at the
+end, and what leaked: descriptors and threads of the processes that nobody killed, and files in /dev/shm, where nobody
+else should put anything meanwhile. ``build/hardening/chaos.json`` has it all. Exit status 0 when no answer was wrong,
+no patient request failed, at least 99 % of the others came, no stream ended in silence, the second worker of a stage
+answers within 2 s of the first one's kill, nothing stays held or leaks, and enough was killed: in 30 minutes 100
+workers, spread over every stage, and NATS 10 times. A machine that brings workers back too slowly for that gets half as
+long again.
 """
 
 from __future__ import annotations
@@ -26,7 +31,11 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
@@ -39,14 +48,17 @@ from tests.hardening.load import (
     STAGES,
     Answers,
     Fault,
+    Fresh,
     Load,
     Seen,
     client_of,
     held_at_the_end,
     in_peace,
     kinds,
+    name_of,
     numbers_of,
     outcome_of,
+    worker_names,
 )
 from tests.hardening.report import Report, free_inotify_instances
 from tests.serving import Graph, eventually, serve
@@ -77,11 +89,24 @@ BACK = 300.0
 """Bound of a worker's return: its engine is loaded anew beside the load."""
 LEAST_PAUSE = 4.0
 """Seconds between two faults, also where one had to be waited for."""
+SHARED_MEMORY = Path("/dev/shm")
+WARM_UP = 0.1
+"""Share of the run while pools fill and peers meet. What a process has at the end is compared with the most of it."""
+MORE_DESCRIPTORS = 32
+"""That a process may have gained at the end: two for each of its peers (fourteen workers, NATS, the supervisor), which
+it may first meet after the warm-up. One that is lost with every kill would be a hundred."""
+MORE_THREADS = 16
+"""Likewise: two pools of the size that asyncio gives them on two cores, and some."""
+MORE_FILES = 10
+"""That may lie in /dev/shm at the end: semaphores of 32 bytes, of processes that were killed while they started. One
+that every kill of a worker leaves would be a hundred."""
 
 KINDS = kinds(16, 2)
 """Short, so that there are many: a kill costs those requests that are under way."""
 IDLE = 1.0
 """Beside a machine at its limit an engine takes minutes to come back, and is not killed again meanwhile."""
+FRESH_IDLE = 4.0
+"""Its client comes beside the others, so that it takes none of their share: with four of them a tenth is added."""
 SMALL = kinds(4, 1)
 PROBES = {stage: SMALL[0] for stage in CHAT} | {"Frontend": SMALL[4], "EmbedWorker": SMALL[4], "ImageWorker": SMALL[2]}
 """The smallest question that crosses a stage."""
@@ -144,18 +169,83 @@ class Faults:
         return stage, standing[stage]
 
     def _kill(self, pid: int, stage: str) -> None:
-        with self._seen.lock:
-            self._seen.faults.append(Fault("kill", stage, time.monotonic()))
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        self._signalled(pid, stage, "kill", signal.SIGKILL)
 
     def _stop(self, pid: int, stage: str, what: str, seconds: float) -> None:
-        with self._seen.lock:
-            self._seen.faults.append(Fault(what, stage, time.monotonic()))
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
+        if self._signalled(pid, stage, what, signal.SIGSTOP):
             time.sleep(seconds)
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _signalled(self, pid: int, stage: str, what: str, number: signal.Signals) -> bool:
+        """Whether there was somebody to do it to: only then it is a fault. Nobody who sees what comes of it finds it
+        missing, for the lock is held meanwhile."""
+        with self._seen.lock, suppress(ProcessLookupError):
+            os.kill(pid, number)
+            self._seen.faults.append(Fault(what, stage, time.monotonic()))
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the machine keeps for one process."""
+
+    descriptors: int
+    threads: int
+
+
+class Keeping:
+    """What each process of a graph keeps at most in its first ``seconds``, and what lay in /dev/shm."""
+
+    def __init__(self, graph: Graph, seconds: float):
+        self._graph = graph
+        self._seconds = seconds
+        self._first: dict[psutil.Process, float] = {}
+        self._before: dict[psutil.Process, Kept] = {}
+        self.files = shared_files()
+        self.look()
+
+    def look(self) -> None:
+        now = time.monotonic()
+        for process, kept in self._now().items():
+            if now - self._first.setdefault(process, now) <= self._seconds:
+                most = self._before.get(process, kept)
+                kept = Kept(max(most.descriptors, kept.descriptors), max(most.threads, kept.threads))
+                self._before[process] = kept
+
+    def throughout(self) -> dict[str, tuple[Kept, Kept]]:
+        """Of each process that has lived for longer: what it kept then, and what it keeps now."""
+        workers, found, end = worker_names(self._graph), {}, time.monotonic() - self._seconds
+        for process, kept in self._now().items():
+            with suppress(psutil.Error):  # it has just ended
+                if self._first.get(process, math.inf) < end:
+                    name = f"{name_of(process, workers, self._graph)} ({process.pid})"
+                    found[name] = self._before[process], kept
+        return found
+
+    def _now(self) -> dict[psutil.Process, Kept]:
+        found = {}
+        for process in self._graph.tree():
+            with suppress(psutil.Error, OSError):
+                found[process] = Kept(process.num_fds(), process.num_threads())
+        return found
+
+
+def shared_files() -> set[str]:
+    """Whosever."""
+    return {path.name for path in SHARED_MEMORY.iterdir()}
+
+
+def leaked(throughout: dict[str, tuple[Kept, Kept]], more_files: int) -> list[str]:
+    """What is more than its allowance."""
+    found = [f"{more_files} more files in {SHARED_MEMORY}"] if more_files > MORE_FILES else []
+    for name, (was, now) in throughout.items():
+        if now.descriptors - was.descriptors > MORE_DESCRIPTORS:
+            found.append(f"{name}: {was.descriptors} → {now.descriptors} descriptors")
+        if now.threads - was.threads > MORE_THREADS:
+            found.append(f"{name}: {was.threads} → {now.threads} threads")
+    return found
 
 
 class Prober(threading.Thread):
@@ -185,10 +275,11 @@ class Prober(threading.Thread):
 def run(graph: Graph, report: Report, minutes: float, seed: int, clients: int, pause: float) -> None:
     """The whole run, with its goals in ``report``."""
     expected, small, seen = in_peace(graph, KINDS), in_peace(graph, SMALL), Seen()
-    load: list[Load | Prober] = [
+    load: list[Load | Fresh | Prober] = [
         Load(graph, expected, seen, index % 2 == 0, f"{seed} {index}", KINDS, IDLE) for index in range(clients)
     ]
-    load.append(Prober(graph, small, seen))
+    load += [Fresh(graph, seen, seed, KINDS, FRESH_IDLE), Prober(graph, small, seen)]
+    keeping = Keeping(graph, WARM_UP * minutes * 60)
     faults = Faults(graph, seen, seed)
     report.say("the answers are known, the load begins")
     for one in load:
@@ -200,6 +291,7 @@ def run(graph: Graph, report: Report, minutes: float, seed: int, clients: int, p
             due += pause
             time.sleep(max(LEAST_PAUSE, due - now))
             faults.one()
+            keeping.look()
             report.say(_progress(graph, seen, end))
     finally:
         ended = time.monotonic()
@@ -207,16 +299,17 @@ def run(graph: Graph, report: Report, minutes: float, seed: int, clients: int, p
             one.stop.set()
         for one in load:
             one.join()
-        judge(graph, report, seen, minutes, ended)
+        judge(report, seen, minutes, ended)
+        judge_rest(graph, report, keeping)
 
 
 def _progress(graph: Graph, seen: Seen, end: float) -> str:
     standing = len(whole(graph))
     with seen.lock:
         right = sum(count for (_, outcome), count in seen.outcomes.items() if outcome == "right")
-        other, last = sum(seen.outcomes.values()) - right, seen.faults[-1]
+        other, count = sum(seen.outcomes.values()) - right, len(seen.faults)
+        last = seen.faults[-1] if seen.faults else Fault("none", "yet", 0.0)
         before = next((one for one in seen.faults[-2::-1] if one.stage == last.stage), None)
-        count = len(seen.faults)
     took = "" if before is None or before.recovered is None else f" ({before.recovered - before.at:.2f} s last time)"
     left = max(0, end - time.monotonic()) / 60
     return (
@@ -232,6 +325,11 @@ def killed(seen: Seen) -> dict[str, int]:
     return {stage: kills.count(stage) for stage in (*STAGES, NATS)}
 
 
+def restarts_wanted(minutes: float) -> int:
+    """Of NATS."""
+    return int(RESTARTS_A_MINUTE * minutes)
+
+
 def enough(seen: Seen, minutes: float) -> bool:
     """Whether enough was killed for a run of so many minutes."""
     kills = killed(seen)
@@ -239,24 +337,27 @@ def enough(seen: Seen, minutes: float) -> bool:
     wanted = int(KILLS_A_MINUTE * minutes)
     return (
         sum(kills.values()) >= wanted
-        and restarts >= int(RESTARTS_A_MINUTE * minutes)
+        and restarts >= restarts_wanted(minutes)
         and min(kills.values()) >= max(1, int(SHARE * wanted / len(STAGES)))
     )
 
 
-def judge(graph: Graph, report: Report, seen: Seen, minutes: float, ended: float) -> None:
-    """Says what was seen up to ``ended``, and whether each goal is met."""
+def judge(report: Report, seen: Seen, minutes: float, ended: float) -> None:
+    """Says what was seen up to ``ended``, and whether each goal of it is met."""
     with seen.lock:
-        outcomes, faults, said = dict(seen.outcomes), list(seen.faults), list(seen.said)
+        outcomes, faults, said = Counter(seen.outcomes), list(seen.faults), list(seen.said)
         report.note(
             minutes=round((ended - seen.began) / 60, 1),
             outcomes=dict(sorted(seen.by_kind.items())),
             faults=[{**vars(one), "at": round(one.at - seen.began, 2), "recovered": after(one)} for one in faults],
             failures=said,
             wrong=seen.wrong,
+            asked_again=dict(seen.again),
         )
     for who, count in sorted(seen.by_kind.items()):
         report.say(f"{who}: {count}")
+    for why, count in sorted(seen.again.items()):
+        report.say(f"asked again by a patient client, {why}: {count}")
     for what, stage in sorted({(fault.what, fault.stage) for fault in faults}):
         those = [fault for fault in faults if (fault.what, fault.stage) == (what, stage)]
         times = sorted(found for fault in those if (found := after(fault)) is not None)
@@ -265,18 +366,14 @@ def judge(graph: Graph, report: Report, seen: Seen, minutes: float, ended: float
     for line in said[:40]:
         report.say(line)
 
-    def share(who: str) -> tuple[int, int]:
-        whole = sum(count for (one, _), count in outcomes.items() if one == who)
-        return outcomes.get((who, "right"), 0), whole
+    def share(*whos: str) -> tuple[int, int]:
+        whole = sum(count for (one, _), count in outcomes.items() if one in whos)
+        return sum(outcomes[one, "right"] for one in whos), whole
 
     wrong = sum(count for (_, outcome), count in outcomes.items() if outcome == "wrong")
     silent = sum(count for (_, outcome), count in outcomes.items() if outcome == "silent end")
-    patient, impatient = share("patient"), share("impatient")
-    waits = sorted(
-        math.inf if (found := after(fault)) is None else found
-        for fault in faults
-        if fault.what == "kill" and fault.stage != NATS and (fault.recovered or fault.at < ended - TOO_LATE)
-    )
+    patient, impatient = share("patient"), share("impatient", "fresh")
+    waits = waited([fault for fault in faults if fault.what == "kill" and fault.stage != NATS], ended)
     p50, p99 = (waits[math.ceil(q * len(waits)) - 1] if waits else math.inf for q in (0.5, 0.99))
     report.goal("enough was killed, of every stage", enough(seen, minutes), killed(seen))
     report.goal("no answer is wrong", not wrong and sum(outcomes.values()) > 0, f"{sum(outcomes.values())} answers")
@@ -292,12 +389,18 @@ def judge(graph: Graph, report: Report, seen: Seen, minutes: float, ended: float
         p99 <= RECOVERED_WITHIN,
         f"p50 {p50:.2f} s, p99 {p99:.2f} s of {len(waits)} kills",
     )
-    returns = [found for fault in faults if (fault.what, fault.stage) == ("kill", NATS) and (found := after(fault))]
+    returns = waited([fault for fault in faults if (fault.what, fault.stage) == ("kill", NATS)], ended)
+    # A run so short that NATS need not be killed shows nothing of it, and is not blamed for that.
+    longest = max(returns, default=math.inf if restarts_wanted(minutes) else 0.0)
     report.goal(
         f"NATS is started again and a request answered within {NATS_RECOVERED:g} s",
-        max(returns, default=0.0) <= NATS_RECOVERED,
-        f"longest {max(returns, default=0.0):.2f} s of {len(returns)} kills",
+        longest <= NATS_RECOVERED,
+        f"longest {longest:.2f} s of {len(returns)} kills",
     )
+
+
+def judge_rest(graph: Graph, report: Report, keeping: Keeping) -> None:
+    """Says what is left once nobody asks any more, and whether each goal of that is met."""
     with suppress(AssertionError):  # else the goal after it says what is missing
         eventually(lambda: whole(graph) == set(STAGES), "every stage is whole", BACK, pause=0.5)
     back = whole(graph)
@@ -306,6 +409,31 @@ def judge(graph: Graph, report: Report, seen: Seen, minutes: float, ended: float
     held = held_at_the_end(graph, LEASES_END)
     took = f"{time.monotonic() - began:.0f} s after every stage was whole"
     report.goal("nothing is held once the leases of the killed have ended", not held, held or took)
+    throughout, new = keeping.throughout(), sorted(shared_files() - keeping.files)
+    for name, (was, now) in sorted(throughout.items()):
+        report.say(
+            f"{name} was never killed: {was.descriptors} → {now.descriptors} descriptors, "
+            f"{was.threads} → {now.threads} threads"
+        )
+    more = len(shared_files()) - len(keeping.files)
+    report.say(f"{SHARED_MEMORY}: {len(keeping.files)} files, {more:+d} since; new ones: {', '.join(new) or 'none'}")
+    report.note(throughout=throughout, shared_files=new)
+    leaks = leaked(throughout, more)
+    report.goal(
+        f"nothing leaks beyond {MORE_DESCRIPTORS} descriptors and {MORE_THREADS} threads of a process, and {MORE_FILES}"
+        f" files in {SHARED_MEMORY}",
+        bool(throughout) and not leaks,
+        "; ".join(leaks) or f"{len(throughout)} processes were never killed, {more:+d} files",
+    )
+
+
+def waited(faults: Sequence[Fault], ended: float) -> list[float]:
+    """Seconds from each to the next success, in order; infinite where there was none, unless nobody may have asked."""
+    return sorted(
+        math.inf if (found := after(fault)) is None else found
+        for fault in faults
+        if fault.recovered is not None or fault.at < ended - TOO_LATE
+    )
 
 
 def after(fault: Fault) -> float | None:

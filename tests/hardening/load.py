@@ -12,13 +12,13 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import httpx
+import httpx2  # what the OpenAI client raises where its lines are read
 import openai
 import psutil
 
@@ -33,6 +33,10 @@ STAGES = (*CHAT, "ImageWorker", "EmbedWorker")
 NATS = "nats"
 QUESTIONS = 6
 """Of each kind."""
+CANDIDATES = 10 * QUESTIONS
+"""Numbers that are looked at for them, at most."""
+RETRIES = openai.DEFAULT_MAX_RETRIES
+"""How often a patient client asks again."""
 TOKENS, STEPS = 48, 8
 """Of an answer, and of a picture."""
 PATIENCE = 120.0
@@ -61,6 +65,10 @@ class CutOff(Exception):
     """The connection of a stream that had begun broke off, or fell silent."""
 
 
+class ErrorEvent(Exception):
+    """A stream that had begun said that it cannot go on, and why."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of request. ``ask(client, number)`` returns the answer as text."""
@@ -69,7 +77,7 @@ class Kind:
     stages: tuple[str, ...]
     ask: Callable[[openai.OpenAI, int], str]
     retried: bool = True
-    """Whether a client may ask again for itself: nobody can for a stream that has begun."""
+    """Whether the graph, or the OpenAI client, may ask all of it again: neither does for a stream that has begun."""
     tokens: int = 0
     """That a chat is asked for; 0 for what is no chat."""
 
@@ -90,31 +98,28 @@ def chat(client: openai.OpenAI, number: int, tokens: int = TOKENS) -> str:
 
 
 def _chat(client: openai.OpenAI, number: int, tokens: int, **more: Any) -> Any:
-    fields: dict[str, Any] = {
+    return client.chat.completions.create(**chat_fields(number, tokens), **more)
+
+
+def chat_fields(number: int, tokens: int) -> dict[str, Any]:
+    return {
         "model": "tiny-llava",
         "messages": messages(number),
         "max_tokens": tokens,
         "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }
-    return client.chat.completions.create(**fields, **more)
 
 
 def streamed_chat(client: openai.OpenAI, number: int, tokens: int = TOKENS) -> str:
-    """The text of a stream. Raises SilentEnd, CutOff, or APIError for an error event."""
-    body = {
-        "model": "tiny-llava",
-        "messages": messages(number),
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
+    """The text of a stream. Raises SilentEnd, CutOff or ErrorEvent of one that had begun.
+
+    Until it begins the client asks again as often as it may. Its lines are read here: the client takes a stream
+    without ``[DONE]`` for a whole one.
+    """
     text, ended = "", False
-    with httpx.stream("POST", f"{client.base_url}chat/completions", json=body, timeout=PATIENCE) as reply:
-        if reply.status_code != 200:
-            reply.read()
-            raise openai.OpenAIError(f"status {reply.status_code}")
+    streamed = client.chat.completions.with_streaming_response
+    with streamed.create(**chat_fields(number, tokens), stream=True) as reply:
         try:
             for line in reply.iter_lines():
                 if line == "data: [DONE]":
@@ -122,9 +127,9 @@ def streamed_chat(client: openai.OpenAI, number: int, tokens: int = TOKENS) -> s
                 elif line.startswith("data: "):
                     event = json.loads(line[6:])
                     if "error" in event:
-                        raise openai.OpenAIError("error event")
+                        raise ErrorEvent(str(event["error"].get("message")))
                     text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
-        except (httpx.TransportError, ValueError) as error:  # ValueError: half an event
+        except (httpx2.TransportError, ValueError) as error:  # ValueError: half an event
             raise CutOff from error
     if not ended:
         raise SilentEnd
@@ -182,10 +187,39 @@ def in_peace(graph: Graph, of: Sequence[Kind] = KINDS) -> Answers:
     """
     with client_of(graph, retries=0) as client:
         tokens = max(kind.tokens for kind in of)
-        asked = (number for number in range(10 * QUESTIONS) if decided(client, number, tokens))
-        numbers = list(itertools.islice(asked, QUESTIONS))
-        assert len(numbers) == QUESTIONS, "the model is undecided in most of its answers"
-        return {(kind.name, number): kind.ask(client, number) for kind in of for number in numbers}
+        return told_apart(client, (number for number in range(CANDIDATES) if decided(client, number, tokens)), of)
+
+
+def told_apart(client: openai.OpenAI, numbers: Iterable[int], of: Sequence[Kind]) -> Answers:
+    """The answers to the first `QUESTIONS` of these, each unlike the others of its kind: of two that are alike, either
+    would pass for the other, and nobody could tell a picture that was swapped.
+
+    A model may say the same of two pictures, and two numbers may have one prompt: the second one is passed over. Fails
+    where anything else is alike, or too few are left.
+    """
+    answers: Answers = {}
+    passed: list[str] = []
+    for number in numbers:
+        kept = numbers_of(answers)
+        if len(kept) == QUESTIONS:
+            break
+        if prompt(number) in map(prompt, kept):
+            passed.append(f"{number} has the prompt of another")
+            continue
+        new = {(kind.name, number): kind.ask(client, number) for kind in of}
+        twins = [
+            (kind, f"{kind.name} {other} and {number} have the same answer, {new[kind.name, number][:80]!r}")
+            for kind in of
+            for other in kept
+            if alike(answers[kind.name, other], new[kind.name, number])
+        ]
+        made = [said for kind, said in twins if not kind.tokens]
+        assert not made, "; ".join(made)
+        passed += [said for _, said in twins]
+        answers |= {} if twins else new
+    found = len(numbers_of(answers))
+    assert found == QUESTIONS, f"{found} of {QUESTIONS} questions: the model is undecided in most, or {passed}"
+    return answers
 
 
 def decided(client: openai.OpenAI, number: int, tokens: int) -> bool:
@@ -271,6 +305,8 @@ class Seen:
     said: list[str] = field(default_factory=list)
     wrong: list[dict[str, Any]] = field(default_factory=list)
     """Answers that were not the expected ones, with these."""
+    again: Counter[str] = field(default_factory=Counter)
+    """Why a patient client asked again for a stream that had begun. What came of it in the end is an outcome."""
     began: float = field(default_factory=time.monotonic)
 
     def note(self, who: str, kind: Kind, outcome: str, began: float) -> None:
@@ -296,6 +332,12 @@ STANDS_STILL = 15.0
 """Seconds within which a frontend that stands still is ended, with what goes through it."""
 
 
+ERROR_EVENT = "failed (error event"
+CUT_OFF = "failed (cut off with its frontend"
+BROKEN_OFF = (ERROR_EVENT, CUT_OFF)
+"""How the outcome begins of a stream that broke off and told its client so."""
+
+
 def outcome_of(kind: Kind, client: openai.OpenAI, number: int, expected: str, seen: Seen) -> str:
     """Asks once, and says what came of it: ``right``, ``wrong``, ``silent end`` or ``failed (…)``."""
     began = time.monotonic()
@@ -306,19 +348,30 @@ def outcome_of(kind: Kind, client: openai.OpenAI, number: int, expected: str, se
         with suppress(openai.OpenAIError):
             if kind.name == "validation" and rounded_caption(client, answer, expected):
                 return "right"
-        with seen.lock:
-            seen.wrong.append({"kind": kind.name, "number": number, "got": answer, "expected": expected})
-        return "wrong"
-    except SilentEnd:
+    except Exception as error:  # whatever a client may see: a thread that ended of it would ask nothing any more
+        return failure(error, seen, began)
+    with seen.lock:
+        seen.wrong.append({"kind": kind.name, "number": number, "got": answer, "expected": expected})
+    return "wrong"
+
+
+def failure(error: Exception, seen: Seen, began: float) -> str:
+    """The outcome of a request that ``began`` then and raised this."""
+    if isinstance(error, CutOff) and seen.frontend_lost(began - STANDS_STILL):
+        return f"{CUT_OFF})"
+    if isinstance(error, SilentEnd | CutOff):
         return "silent end"
-    except CutOff:
-        return "failed (cut off with its frontend)" if seen.frontend_lost(began - STANDS_STILL) else "silent end"
-    except Exception as error:  # whatever else a client may see: a thread that ended of it would ask nothing any more
-        return f"failed ({getattr(error, 'status_code', None) or type(error).__name__}: {error})"[:160]
+    if isinstance(error, ErrorEvent):
+        return f"{ERROR_EVENT}: {error})"[:160]
+    return f"failed ({getattr(error, 'status_code', None) or type(error).__name__}: {error})"[:160]
 
 
 class Load(threading.Thread):
-    """One client that asks until it is told to stop. After each answer it rests ``idle`` times as long as that took."""
+    """One client that asks until it is told to stop. After each answer it rests ``idle`` times as long as that took.
+
+    A patient one is the OpenAI client with its retries. Those end where a stream begins: of one that then breaks off,
+    by an error event or with its frontend, its user asks again, as often as the client would.
+    """
 
     def __init__(
         self,
@@ -333,9 +386,10 @@ class Load(threading.Thread):
         super().__init__(name=seed)
         self.stop = threading.Event()
         self._who = "patient" if patient else "impatient"
-        self._kinds = [kind for kind in of if kind.retried or not patient]
+        self._retries = RETRIES if patient else 0
+        self._kinds = of
         self._numbers = numbers_of(expected)
-        self._client = client_of(graph, retries=2 if patient else 0)
+        self._client = client_of(graph, self._retries)
         self._expected = expected
         self._seen = seen
         self._chance = random.Random(seed)
@@ -344,7 +398,70 @@ class Load(threading.Thread):
     def run(self) -> None:
         while not self.stop.is_set():
             kind, number = self._chance.choice(self._kinds), self._chance.choice(self._numbers)
-            began = time.monotonic()
-            outcome = outcome_of(kind, self._client, number, self._expected[kind.name, number], self._seen)
+            outcome, began = self.asked(kind, number)
             self._seen.note(self._who, kind, outcome, began)
             self.stop.wait(REST if outcome != "right" else self._idle * (time.monotonic() - began))
+
+    def asked(self, kind: Kind, number: int) -> tuple[str, float]:
+        """What came of it in the end, and when that was asked for."""
+        left = self._retries
+        while True:
+            began = time.monotonic()
+            outcome = outcome_of(kind, self._client, number, self._expected[kind.name, number], self._seen)
+            if not left or not outcome.startswith(BROKEN_OFF):
+                return outcome, began
+            left -= 1
+            with self._seen.lock:
+                self._seen.again[f"{kind.name}: {outcome}"] += 1
+
+
+class Fresh(threading.Thread):
+    """One client that asks every question twice, and none that was asked before: no cache spares its first answer, and
+    the second must be the same. It never asks for what has failed. Rests as `Load` does."""
+
+    def __init__(self, graph: Graph, seen: Seen, seed: int, of: Sequence[Kind] = KINDS, idle: float = 0.0):
+        super().__init__(name="fresh")
+        self.stop = threading.Event()
+        self._client = client_of(graph, retries=0)
+        self._seen = seen
+        self._kinds = of
+        self._chance = random.Random(f"{seed} fresh")
+        self._numbers = itertools.count(1_000_000)
+        self._idle = idle
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            kind, began = self._chance.choice(self._kinds), time.monotonic()
+            outcome = self.asked(kind, next(self._numbers))
+            self._seen.note("fresh", kind, outcome, began)
+            self.stop.wait(REST if outcome != "right" else self._idle * (time.monotonic() - began))
+
+    def asked(self, kind: Kind, number: int) -> str:
+        """What came of both."""
+        began = time.monotonic()
+        try:
+            first = kind.ask(self._client, number)
+        except Exception as error:  # a thread that ended of it would ask nothing any more
+            return failure(error, self._seen, began)
+        outcome = outcome_of(kind, self._client, number, first, self._seen)
+        with suppress(Exception):  # nobody says that it may differ, so it stays wrong, and the thread goes on
+            patient = self._client.with_options(max_retries=RETRIES)
+            if outcome == "wrong" and kind.tokens and not decided(patient, number, kind.tokens):
+                return "right"  # rounding may decide where the model has not
+        return outcome
+
+
+def worker_names(graph: Graph) -> dict[int, str]:
+    """Names by pid."""
+    return {pid: f"{stage}-{index}" for stage in STAGES for index, pid in graph.workers(stage).items()}
+
+
+def name_of(process: psutil.Process, workers: dict[int, str], graph: Graph) -> str:
+    """The stage of a worker; of a process below one, the stage and what the process is called."""
+    if process.pid in workers:
+        return workers[process.pid]
+    if process.pid == graph.process.pid:
+        return "supervisor"
+    parent = process.parent()
+    above = name_of(parent, workers, graph) if parent and graph.process.pid != parent.pid else ""
+    return f"{above} {process.name()}".strip()
