@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,7 +23,7 @@ from PIL import Image, PngImagePlugin
 from models import world
 from tests.picture_server import Canary
 from tests.questions import data_url, picture, post, user
-from tests.serving import Graph
+from tests.serving import Graph, eventually
 from tests.toys.running import ROOT
 
 MARK = "zq7mark"
@@ -126,6 +127,17 @@ def send(
         connection.close()
 
 
+def job_ended(graph: Graph, id: str) -> dict[str, Any]:
+    """A job's state once it is done or has failed."""
+
+    def state() -> dict[str, Any] | None:
+        found: dict[str, Any] = json.loads(send(graph, "GET", f"/v1/images/jobs/{id}", headers=()).body)
+        return found if found.get("status") in ("completed", "failed") else None
+
+    found: dict[str, Any] = eventually(state, f"{id} ends", BOUND)
+    return found
+
+
 def send_raw(graph: Graph, *pieces: bytes, pause: float = 0.0) -> Reply:
     """The first reply to these bytes, which need be no HTTP."""
     began = time.monotonic()
@@ -198,6 +210,23 @@ class Door:
     def close(self) -> None:
         for one in self.canaries:
             one.__exit__(None, None, None)
+
+
+class Peaks:
+    """How far each process' resident memory has risen since this was made, at its highest (Linux counts it)."""
+
+    def __init__(self, door: Door):
+        self._pids = [one.pid for one in door.graph.tree() if one.is_running()]
+        for pid in self._pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+        self._before = {pid: psutil.Process(pid).memory_info().rss for pid in self._pids}
+
+    def grown(self) -> dict[int, int]:
+        found = {}
+        for pid in self._pids:
+            line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
+            found[pid] = int(line.split()[1]) * 1024 - self._before[pid]
+        return found
 
 
 def _well_known() -> list[Canary]:

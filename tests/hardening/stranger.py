@@ -3,7 +3,8 @@
 
 ``python -m tests.hardening.stranger`` in a worker's environment: JSON from standard input, ``[[address, payload], …]``,
 where an address is ``namespace/component/endpoint`` and a payload ``{"bytes": base64}`` or ``{"value": anything}``. Out
-come as many answers: every frame that came back, at most `MOST`, bytes as base64, and a last word where it broke off.
+come as many answers: every frame that came back, at most `MOST`, bytes as base64, and where it broke off, or nothing
+came for `SECONDS`, ``{"stranger": what was raised}``, which no worker has said.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ def send(graph: Graph, messages: Sequence[tuple[str, Any]]) -> list[list[Any]]:
     return found
 
 
+def ended(frames: Sequence[Any]) -> bool:
+    """Whether a worker has said all of this answer, or as much as is taken of it: it did not hang, nor break off."""
+    if any(isinstance(frame, dict) and "stranger" in frame for frame in frames):
+        return False
+    return len(frames) == MOST or (bool(frames) and (frames[-1] is True or isinstance(frames[-1], dict)))
+
+
 def credentials(graph: Graph) -> dict[str, str]:
     """How the graph's workers reach each other."""
     import psutil
@@ -79,7 +87,7 @@ async def _main() -> None:
                     if len(frames) == MOST or isinstance(frame, dict) or frame is True:
                         break
         except Exception as error:  # the runtime's: whatever came is the answer
-            frames.append(f"{type(error).__name__}: {error}"[:300])
+            frames.append({"stranger": f"{type(error).__name__}: {error}"[:300]})
         answers.append(frames)
     print(json.dumps(answers), flush=True)
     runtime.shutdown()

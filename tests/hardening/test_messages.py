@@ -44,7 +44,7 @@ from dynamo_epd.exchange import CardQuery
 from dynamo_epd.sdk.nats import connect_options
 from dynamo_epd.transfer.peers import Card
 from tests.hardening import stranger
-from tests.hardening.edge import EMBEDDINGS, IMAGES, STAR, VALIDATIONS, Door
+from tests.hardening.edge import EMBEDDINGS, IMAGES, JOBS, STAR, VALIDATIONS, Door, job_ended
 from tests.serving import Graph, Metrics, eventually
 
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -183,6 +183,10 @@ class TestNats:
                 return left
 
         assert asyncio.run(publish()) == 0
+        accepted = door.post(JOBS, JOBS.body)
+        assert accepted.status == 202, accepted.body
+        ended = job_ended(door.graph, json.loads(accepted.body)["id"])
+        assert ended["status"] == "completed", ended
 
 
 def typed(value: Any) -> bytes:
@@ -354,7 +358,7 @@ class TestEndpoints:
         answers = stranger.send(door.graph, [(f"dynamo/{place}", typed(message)) for place, message in messages])
         for (place, message), frames in zip(messages, answers, strict=True):
             print(place, str(message)[:60], str(frames)[:150])
-            assert frames, message
+            assert stranger.ended(frames), f"{place} {str(message)[:200]}: {frames}"
         door.unharmed()
         door.neighbour.asks()
         assert door.post(EMBEDDINGS, EMBEDDINGS.body).status == 200
