@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 
+from dynamo_epd.job import JobState
+from dynamo_epd.jobs import JobsConfig
+from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.hardening.edge import (
     EVERY,
     GETS,
@@ -22,10 +27,14 @@ from tests.hardening.edge import (
     Entry,
     Reply,
     answered_or_refused,
+    job_ended,
     refused,
     send,
     send_raw,
 )
+from tests.hardening.test_messages import connected
+from tests.questions import picture
+from tests.serving import eventually
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
@@ -340,6 +349,63 @@ class TestIds:
         """What only the model's tokenizer can tell."""
         refused(door.post(JOBS, JOBS.with_(prompt="star " * 6000)), 400, "text_too_long")
 
+
+PICTURE_SECONDS = 2.0
+"""How long a picture of this test is kept; the graph keeps its own for a day."""
+
+
+@pytest.mark.usefixtures("neighbour")
+class TestExpired:
+    def test_a_picture_whose_time_is_over_is_410(self, door: Door) -> None:
+        """Put into the graph's own store by another process, as an image worker does."""
+        store = Store(StoreConfig(url=str(door.graph.state / "dynamo" / "store")))
+        ids = [new_id() for _ in range(2)]
+
+        async def put() -> None:
+            for id in ids:
+                await store.put("", id, picture(1), "image/png", {}, ttl=PICTURE_SECONDS)
+
+        asyncio.run(put())
+        assert send(door.graph, "GET", f"/v1/images/{ids[0]}", headers=()).status == 200
+        last = f"/v1/images/{ids[-1]}"
+        eventually(lambda: send(door.graph, "GET", last, headers=()).status != 200, "its time is over")
+        for method in ("GET", "HEAD", "DELETE"):
+            replies = [send(door.graph, method, f"/v1/images/{id}", headers=()) for id in ids]
+            assert [reply.status for reply in replies] == [410, 410]
+            assert len({reply.body for reply in replies}) == 1
+            if method != "HEAD":
+                refused(replies[0], 410, "expired")
+
+    def test_a_job_whose_time_is_over_is_410_and_once_forgotten_the_usual_404(self, door: Door) -> None:
+        """The days until then are taken off its end, and then NATS is told to forget it, as it does by itself."""
+        accepted = door.post(JOBS, JOBS.body)
+        assert accepted.status == 202, accepted.body
+        id = json.loads(accepted.body)["id"]
+        assert job_ended(door.graph, id)["status"] == "completed"
+
+        async def changed(*, forget: bool) -> None:
+            async with await connected(door.graph) as connection:
+                states = await connection.jetstream().key_value(JOB_STATES)
+                if forget:
+                    await states.purge(id)
+                    return
+                entry = await states.get(id)
+                state = msgspec.json.decode(entry.value, type=JobState)
+                earlier = msgspec.structs.replace(state, ended=(state.ended or 0.0) - JobsConfig.keep_seconds)
+                await states.update(id, msgspec.json.encode(earlier), entry.revision)
+
+        asyncio.run(changed(forget=False))
+        for place in JOB_PLACES:
+            refused(send(door.graph, "GET", place + id, headers=()), 410, "expired")
+        asyncio.run(changed(forget=True))
+        for place in JOB_PLACES:
+            gone = send(door.graph, "GET", place + id, headers=())
+            refused(gone, 404, "not_found")
+            assert gone.body == send(door.graph, "GET", place + IDS["guessed job"], headers=()).body
+
+
+JOB_PLACES = ("/v1/images/jobs/", "/results/")
+JOB_STATES = "dynamo_image_jobs"
 
 MODELS = {
     "up": "../x",
