@@ -175,6 +175,16 @@ def refused(reply: Reply, status: int | tuple[int, ...], code: str | None = None
         assert error["param"] == param, said
 
 
+def refused_as_unavailable(reply: Reply) -> None:
+    """Fails unless this is the 503 of a graph that cannot answer now, as short and silent as any refusal."""
+    said = reply.body[:LONGEST_REFUSAL].decode("utf-8", "replace")
+    assert reply.status == 503, f"{reply.status}: {said}"
+    assert len(reply.body) <= LONGEST_REFUSAL
+    assert reply.error["type"] == "service_unavailable" and reply.error["code"], said
+    assert int(reply.headers["retry-after"]) >= 1, said
+    assert not _SECRETS.search(reply.error["message"]), said
+
+
 def answered_or_refused(reply: Reply) -> None:
     """200 or 202, or a refusal with 400: a row that leaves it open."""
     if reply.status not in (200, 202):
