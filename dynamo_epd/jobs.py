@@ -33,7 +33,7 @@ from nats.js.errors import (
     NoStreamResponseError,
 )
 
-from dynamo_epd import tracing
+from dynamo_epd import dropped, tracing
 from dynamo_epd.errors import (
     EpdError,
     Gone,
@@ -265,6 +265,7 @@ class JobQueue:
 
     def work(self, run: Run) -> None:
         """Takes jobs, one after the other, until `close`."""
+        dropped.watch(dropped.JOBS)
         self._working = asyncio.create_task(self._work(run))
 
     async def _work(self, run: Run) -> None:
@@ -304,7 +305,8 @@ class JobQueue:
         """One delivery: it ends acknowledged, or given back."""
         try:
             job = msgspec.json.decode(message.data, type=Job)
-        except msgspec.MsgspecError:  # none of ours
+        except (msgspec.MsgspecError, RecursionError):  # none of ours
+            dropped.count(dropped.JOBS)
             await message.term()
             return
         try:

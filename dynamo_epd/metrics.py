@@ -7,7 +7,7 @@ registry where its runtime serves its own (``DYN_SYSTEM_PORT``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -33,6 +33,10 @@ class Metrics:
         """For any worker: its supervisor counts and its process says so, lest a death fall between two scrapes."""
         restarts = Counter("epd_worker_restarts", "Times that this worker was started again after a death", LABELS)
         restarts.labels(*self._labels).inc(count)
+
+    def watch_dropped(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """For any worker: reports, whenever they are scraped, the messages that were dropped because they are none."""
+        REGISTRY.register(_DroppedCollector(counts, self._labels))
 
     def requests(self) -> RequestMetrics:
         """For the stage that sees whole requests."""
@@ -169,6 +173,24 @@ class StageMetrics:
             waited = seconds if visit.waited is None else visit.waited
             self._queue.observe(waited)
             self._run.observe(max(0.0, seconds - waited))
+
+
+class _DroppedCollector:
+    """Turns `dynamo_epd.dropped`'s plain numbers into a metric family at scrape time."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]], labels: tuple[str, ...]):
+        self._counts = counts
+        self._labels = labels
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Messages dropped because they are none: not to be decoded, or of no known shape"
+        family = CounterMetricFamily("epd_messages_dropped", text, labels=(*LABELS, "place"))
+        for place, count in self._counts().items():
+            family.add_metric((*self._labels, place), count)
+        yield family
 
 
 class _ArenaCollector:

@@ -44,6 +44,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         assert re.search(r"(?m)^epd_stage_queue_depth\{.*\} 1\.0$", generate_latest().decode())
     metrics.batch_size().observe(4)
     metrics.restarts(3)
+    metrics.watch_dropped(lambda: {"encode": 9})
     text = generate_latest().decode()
     labels = 'dynamo_component="Stage",dynamo_namespace="space",model="model"'
     for name, value in {
@@ -72,6 +73,10 @@ def test_every_metric_is_there_under_its_name_and_labels():
         found, said = lines[0].rsplit(" ", 1)
         assert ",".join(sorted(found[len(name) + 1 : -1].split(","))) == labels
         assert float(said) == value, name
+    assert (
+        'epd_messages_dropped_total{dynamo_component="Stage",dynamo_namespace="space",model="model",place="encode"} 9.0'
+        in text
+    )
     assert (
         'epd_requests_total{dynamo_component="Stage",dynamo_namespace="space",model="model",status="200"} 1.0' in text
     )

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import zmq
 
+from dynamo_epd import dropped
 from dynamo_epd.engine.side_channel import QUESTION_BYTES, answer_questions
 from tests.serving import eventually
 
@@ -23,7 +24,8 @@ QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setenv(dropped.SIDE_CHANNEL_FILE, dropped.share(dropped.SIDE_CHANNEL))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -89,6 +91,7 @@ def test_what_is_no_question_is_dropped(port: int, message: list[bytes], caplog:
     thrown(port, message, message)
     # Another connection's messages have no order beside these.
     eventually(lambda: asked(port)[0] == b"first" and "2 messages dropped" in caplog.text, "both are dropped")
+    assert dropped.counts()[dropped.SIDE_CHANNEL] == 2
 
 
 def test_a_large_message_is_not_received(port: int) -> None:

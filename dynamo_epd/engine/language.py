@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import msgspec
 import psutil
 
-from dynamo_epd import tracing
+from dynamo_epd import dropped, tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.lease import KV_LEASE_SECONDS, STILL_SECONDS, TAKE_OVER_SECONDS
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
@@ -127,6 +127,7 @@ class LanguageEngine:
             arguments["kv_transfer_config"] = kv_transfer_config(_KV_ROLE[role], current_platform.device_type)
             os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", routable_host())
             os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(listening_port())
+            os.environ[dropped.SIDE_CHANNEL_FILE] = dropped.share(dropped.SIDE_CHANNEL)
         fraction = os.environ.get("DYNAMO_GPU_FRACTION")
         if fraction is not None:
             # `dynamo serve` put several workers on this card: each takes its share of what one would take alone.

@@ -8,6 +8,7 @@ vLLM 0.31's own thread ends at the first message that is not one of its decode e
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -15,12 +16,22 @@ from collections.abc import Mapping
 import msgspec
 import zmq
 
+from dynamo_epd import dropped
+
 QUESTION_BYTES = 4096
 """Of one frame. A decode engine's question has 20; who sends more is disconnected."""
 TURN_MILLISECONDS = 200
 """How often it is looked whether the engine ends."""
 
 log = logging.getLogger(__name__)
+
+
+def _file() -> int | None:
+    """Where the worker that started this engine looks for the number of dropped messages; None where nobody does."""
+    try:
+        return os.open(os.environ[dropped.SIDE_CHANNEL_FILE], os.O_WRONLY)
+    except (KeyError, OSError):
+        return None
 
 
 class Question(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -40,7 +51,8 @@ def answer_questions(
 
     Raises zmq.ZMQError where ``host`` and ``port`` cannot be had.
     """
-    dropped = 0
+    number = 0
+    shown = _file()
     decoder = msgspec.msgpack.Decoder(Question)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as channel:
         channel.setsockopt(zmq.LINGER, 0)
@@ -57,9 +69,11 @@ def answer_questions(
                 question = decoder.decode(raw)
                 reply = known[question.stage, question.rank]
             except (ValueError, msgspec.MsgspecError, KeyError):
-                dropped += 1
-                if dropped & (dropped - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood of them does not flood the log
-                    log.warning("%d messages dropped that are no decode engine's", dropped)
+                number += 1
+                if shown is not None:
+                    dropped.write(shown, number)
+                if number & (number - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood of them does not flood the log
+                    log.warning("%d messages dropped that are no decode engine's", number)
                 continue
             # The clock of this process, by which the engine's leases end.
             channel.send_multipart((sender, b"", reply, msgspec.msgpack.encode(time.perf_counter())))

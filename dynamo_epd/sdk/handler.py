@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from dynamo_epd import tracing
+from dynamo_epd import dropped, tracing
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, Overloaded, WorkerLost
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.context import dynamo_context, request_context
@@ -63,6 +63,7 @@ class EndpointHandler:
         parameters = inspect.signature(function).parameters
         self._takes_request = any(name != "context" for name in parameters)
         self._takes_context = "context" in parameters
+        dropped.watch(self.name)
 
     async def handle(self, raw: Any, context: Any) -> AsyncIterator[Any]:
         typed = isinstance(raw, bytes)
@@ -72,9 +73,11 @@ class EndpointHandler:
         try:
             request = self._decode(raw)
         except msgspec.ValidationError as error:
+            dropped.count(self.name)
             yield InvalidRequest(f"{self.name}: {error}").to_wire()
             return
         except (ValueError, TypeError, msgspec.DecodeError, RecursionError):
+            dropped.count(self.name)
             yield InvalidRequest(f"{self.name}: the request cannot be read").to_wire()
             return
         frames: asyncio.Queue[Any] = asyncio.Queue(FRAMES_AHEAD)

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from dynamo_epd import dropped
 from dynamo_epd.sdk.client import client_for
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.context import dynamo_context
@@ -293,7 +294,9 @@ class Worker:
 
         from dynamo_epd.metrics import Metrics
 
-        Metrics(self.settings.namespace, self.settings.name, "").restarts(int(os.environ.get(RESTARTS) or 0))
+        metrics = Metrics(self.settings.namespace, self.settings.name, "")
+        metrics.restarts(int(os.environ.get(RESTARTS) or 0))
+        metrics.watch_dropped(dropped.counts)
         self._endpoints[0].metrics.register_prometheus_expfmt_callback(lambda: generate_latest().decode())
 
     async def _wait(self) -> None:

@@ -3,7 +3,7 @@
 
 Greedy tokens and seeded pictures are the same every time, so each answer is first had in peace and then compared. What
 is not here has its own place: decode workers killed in mid-stream, clients that leave and a NATS that is out of reach
-(`tests/acceptance`), jobs (`tests/acceptance/test_jobs.py`), corrupt hand-offs (`tests/test_transfer.py`), stores
+(`tests/acceptance`), jobs (`tests/acceptance/test_jobs.py`), corrupt hand-offs (`test_handoffs.py`), stores
 (`tests/test_store.py`).
 """
 
