@@ -40,14 +40,21 @@ from dynamo_epd.http.body import (
     ChatBody,
     CompletionBody,
     ImageRef,
+    chat_fields,
     check_chat,
     check_completion,
+    completion_fields,
 )
+from dynamo_epd.http.embeddings import EMBEDDINGS
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.held import HeldStream
+from dynamo_epd.http.images import IMAGES, JOB
 from dynamo_epd.http.limits import RequestBounds, guard
+from dynamo_epd.http.openapi import describe
+from dynamo_epd.http.predict import PREDICT
 from dynamo_epd.http.rates import Rates
 from dynamo_epd.http.strict_json import LARGE_BODY, parsed
+from dynamo_epd.http.validations import VALIDATIONS
 from dynamo_epd.images.addresses import check_url
 from dynamo_epd.images.config import MediaConfig
 from dynamo_epd.images.data_url import parse_data_url
@@ -152,6 +159,17 @@ request_log.setLevel(logging.INFO)
 
 app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 
+BODIES = {
+    "/v1/chat/completions": chat_fields(BodyLimits()).schema,
+    "/v1/completions": completion_fields(BodyLimits()).schema,
+    "/v1/embeddings": EMBEDDINGS.schema,
+    "/v1/images/generations": IMAGES.schema,
+    "/v1/images/jobs": JOB.schema,
+    "/v1/models/{model}:predict": PREDICT.schema,
+    "/v1/validations": VALIDATIONS.schema,
+}
+"""Of the routes that read one, as ``/openapi.json`` has them."""
+
 
 @service(dynamo={"namespace": "dynamo"}, config=FrontendConfig, app=app)
 class Frontend(BesideChat):
@@ -191,6 +209,7 @@ class Frontend(BesideChat):
             ("/metrics", self.scrape, "GET"),
         ):
             app.add_api_route(path, route, methods=[method], response_model=None)
+        describe(app, BODIES)
         self.page = Page()
         if self.config.ui:
             app.mount(PATH, self.page)

@@ -11,9 +11,9 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Request
+from fastapi import Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from components.image_worker import generate_request
@@ -21,7 +21,7 @@ from dynamo_epd.errors import EpdError, InvalidRequest, NotFound, Overloaded, St
 from dynamo_epd.http.auth import Signer
 from dynamo_epd.http.files import plan
 from dynamo_epd.http.held import HeldStream
-from dynamo_epd.http.images import ImagesBody, check_job
+from dynamo_epd.http.images import PICTURE, ImagesBody, check_job
 from dynamo_epd.http.strict_json import parsed
 from dynamo_epd.job import JobState
 from dynamo_epd.jobs import JobQueue
@@ -37,6 +37,8 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 MOST_LISTED = 100
 CHECK_SECONDS = 2.0
 """For an image worker to look at a job before it is accepted. One that says nothing in time does not hold it up."""
+
+Prompt = Annotated[str, Query(json_schema_extra=PICTURE["prompt"].schema)]
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +205,7 @@ class Results:
             await self.store.delete(request.state.tenant, id)
         return JSONResponse({"id": id, "object": "image", "deleted": True})
 
-    async def text_to_image(self, request: Request, text: str = "") -> Response:
+    async def text_to_image(self, request: Request, text: Prompt = "") -> Response:
         """``POST /text-to-image?text=``: a job by another name."""
         self._need_images()
         with self.accounted(request.state.request_id) as account, self.admitted():

@@ -13,24 +13,25 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from dynamo_epd.errors import InvalidJson, InvalidRequest, UnsupportedParameter
 from dynamo_epd.http.fields import (
     Check,
+    Fields,
     boolean,
-    checked,
+    choice,
     entries,
     integer,
-    known,
     list_of,
     mapping,
     number,
+    object_of,
     one_of,
     only,
-    shown,
+    tagged,
     text,
-    unsupported,
 )
 from dynamo_epd.http.json_schema import check_schema
 from dynamo_epd.http.strict_json import parse_json
@@ -96,7 +97,6 @@ _NULLABLE = frozenset(
         "verbosity", "web_search_options",
     }
 )  # fmt: skip
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _NULLABLE_IN_MESSAGE = frozenset(
     {
         "annotations", "audio", "content", "function_call", "name", "reasoning", "refusal", "tool_call_id",
@@ -106,44 +106,56 @@ _NULLABLE_IN_MESSAGE = frozenset(
 _FUNCTION_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+@cache
+def chat_fields(limits: BodyLimits) -> Fields:
+    """Of a chat completion body."""
+    own = {
+        "messages": _messages(limits),
+        "max_completion_tokens": integer(1, MAX_TOKENS),
+        "logprobs": boolean,
+        "top_logprobs": integer(0, limits.max_top_logprobs),
+        "response_format": _RESPONSE_FORMAT,
+        "tools": _tools(limits),
+        "tool_choice": _TOOL_CHOICE,
+        "parallel_tool_calls": boolean,
+    }
+    needs = {"stream_options": "stream", "top_logprobs": "logprobs", "tool_choice": "tools"}
+    return Fields(_sampling(limits) | own, required=("messages",), nullable=_NULLABLE, needs=needs)
+
+
+@cache
+def completion_fields(limits: BodyLimits) -> Fields:
+    """Of a completion body; ``prompt`` is a text, a list of token ids, or a list of either."""
+    own = {
+        "prompt": _prompt(limits),
+        "logprobs": integer(0, limits.max_top_logprobs),
+        "echo": only(False),
+    }
+    needs = {"stream_options": "stream"}
+    return Fields(_sampling(limits) | own, required=("prompt",), nullable=_NULLABLE, needs=needs)
+
+
 def check_chat(body: Mapping[str, Any], limits: BodyLimits) -> ChatBody:
     """A chat completion body, checked and cleaned. Nothing is fetched.
 
     Raises `UnsupportedParameter` for a field that is not honoured and `InvalidRequest` for a value out of bounds, both
     with ``param``.
     """
-    images: list[ImageRef] = []
-    own: dict[str, Check] = {
-        "messages": lambda value, name: _messages(value, name, limits, images),
-        "max_completion_tokens": integer(1, MAX_TOKENS),
-        "logprobs": boolean,
-        "top_logprobs": integer(0, limits.max_top_logprobs),
-        "response_format": _response_format,
-        "tools": lambda value, name: _tools(value, name, limits),
-        "tool_choice": _tool_choice,
-        "parallel_tool_calls": boolean,
-    }
-    clean = _fields(body, _sampling(limits) | own)
-    if "messages" not in clean:
-        raise InvalidRequest("'messages' is required", param="messages")
-    if clean.get("top_logprobs") and not clean.get("logprobs"):
-        raise InvalidRequest("'top_logprobs' needs 'logprobs'", param="top_logprobs")
-    if "tool_choice" in clean and "tools" not in clean:
-        raise InvalidRequest("'tool_choice' needs 'tools'", param="tool_choice")
+    clean = chat_fields(limits).check(body)
     _check_named_tool(clean)
+    images = [
+        ImageRef(part, f"messages[{i}].content[{j}]")
+        for i, message in enumerate(clean["messages"])
+        for j, part in enumerate(_as_list(message.get("content")))
+        if part["type"] == "image_url"
+    ]
     return ChatBody(clean, tuple(images))
 
 
 def check_completion(body: Mapping[str, Any], limits: BodyLimits) -> CompletionBody:
-    """A completion body, checked and cleaned; ``prompt`` is a text, a list of token ids, or a list of either."""
-    own: dict[str, Check] = {
-        "prompt": lambda value, name: _prompt(value, name, limits),
-        "logprobs": integer(0, limits.max_top_logprobs),
-        "echo": only(False),
-    }
-    clean = _fields(body, _sampling(limits) | own)
-    if "prompt" not in clean:
-        raise InvalidRequest("'prompt' is required", param="prompt")
+    """A completion body, checked and cleaned. Raises what `check_chat` raises."""
+    clean = completion_fields(limits).check(body)
+    clean.pop("echo", None)
     prompt = clean["prompt"]
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     if prompts * clean.get("n", 1) > limits.max_n:
@@ -153,10 +165,11 @@ def check_completion(body: Mapping[str, Any], limits: BodyLimits) -> CompletionB
 
 def _sampling(limits: BodyLimits) -> dict[str, Check]:
     """Fields that both kinds of body share, with OpenAI's ranges where it has the field and vLLM's elsewhere."""
+    stop = text(1, MAX_TEXT)
     return {
         "model": text(1, MAX_TEXT),
         "stream": boolean,
-        "stream_options": _stream_options,
+        "stream_options": _STREAM_OPTIONS,
         "max_tokens": integer(1, MAX_TOKENS),
         "n": integer(1, limits.max_n),
         "temperature": number(0, 2),
@@ -164,8 +177,8 @@ def _sampling(limits: BodyLimits) -> dict[str, Check]:
         "frequency_penalty": number(-2, 2),
         "presence_penalty": number(-2, 2),
         "seed": integer(-(2**63), 2**63 - 1),
-        "stop": lambda value, name: _stop(value, name, limits),
-        "logit_bias": lambda value, name: _logit_bias(value, name, limits),
+        "stop": choice("a text or a list of texts", {str: stop, list: list_of(stop, 0, limits.max_stop)}),
+        "logit_bias": _logit_bias(limits),
         # vLLM's, which benchmarks and clients of plain `vllm serve` send.
         "top_k": integer(-1, MAX_TOKENS),
         "min_p": number(0, 1),
@@ -178,215 +191,207 @@ def _sampling(limits: BodyLimits) -> dict[str, Check]:
     }
 
 
-def _fields(body: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
-    clean = checked(body, checks, _NULLABLE)
-    clean.pop("echo", None)
-    if "stream_options" in clean and not clean.get("stream"):
-        raise InvalidRequest("'stream_options' needs 'stream'", param="stream_options")
-    return clean
+def _function_name(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not _FUNCTION_NAME.fullmatch(value):
+        raise InvalidRequest(f"'{name}' must have 1 to 64 letters, digits, underscores or dashes", param=name)
+    return value
+
+
+_NAME = Check(_function_name, {"type": "string", "pattern": f"^{_FUNCTION_NAME.pattern}$"})
 
 
 # --- messages
 
 
-def _messages(value: Any, name: str, limits: BodyLimits, images: list[ImageRef]) -> list[dict[str, Any]]:
-    messages = entries(value, name, 1, limits.max_messages)
-    # Counted before anything else is looked at, so that too many pictures cost nothing.
-    parts = (part for message in messages if isinstance(message, dict) for part in _as_list(message.get("content")))
-    if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > limits.max_images:
-        raise InvalidRequest(f"'{name}' holds more than {limits.max_images} images", param=name, code="too_many_images")
-    return [_message(message, f"{name}[{i}]", images) for i, message in enumerate(messages)]
-
-
-def _message(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
-    message = mapping(value, name)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRequest(f"'{name}.role' must be one of {', '.join(sorted(_ROLES))}", param=f"{name}.role")
-    own: dict[str, Check] = {"content": lambda item, param: _content(item, param, images), "name": text(1, MAX_TEXT)}
-    if role == "tool":
-        own["tool_call_id"] = text(1, MAX_TEXT)
-    if role == "assistant":
-        own |= {"tool_calls": list_of(_tool_call, 0, 128), "reasoning": text(0, None)}
-    clean: dict[str, Any] = {"role": role}
-    for key, item in message.items():
-        # What a reply carries with nothing in it comes back as history.
-        if key == "role" or (key in _NULLABLE_IN_MESSAGE and item is None) or (key == "annotations" and item == []):
-            continue
-        if key not in own:
-            raise unsupported(f"{name}.{shown(key)}")
-        clean[key] = own[key](item, f"{name}.{key}")
-    if role == "tool" and "tool_call_id" not in clean:
-        raise InvalidRequest(f"'{name}.tool_call_id' is required", param=f"{name}.tool_call_id")
-    if "content" not in clean and not clean.get("tool_calls"):
-        raise InvalidRequest(f"'{name}.content' is required", param=f"{name}.content")
-    return clean
-
-
-def _content(value: Any, name: str, images: list[ImageRef]) -> str | list[dict[str, Any]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise InvalidRequest(f"'{name}' must be a text or a list of parts", param=name)
-    return [_part(part, f"{name}[{j}]", images) for j, part in enumerate(entries(value, name, 1, 4096))]
-
-
-def _part(value: Any, name: str, images: list[ImageRef]) -> dict[str, Any]:
-    part = mapping(value, name)
-    kind = part.get("type")
-    if kind not in ("text", "image_url"):
-        if not isinstance(kind, str):
-            raise InvalidRequest(f"'{name}.type' is required", param=f"{name}.type")
+def _served(value: Any, name: str) -> dict[str, Any]:
+    kind = mapping(value, name).get("type")
+    if isinstance(kind, str) and kind not in ("text", "image_url"):
         raise UnsupportedParameter(f"'{name}' has a type that is not supported: text and image_url are", param=name)
-    for key in part:
-        if key not in ("type", kind):
-            raise unsupported(f"{name}.{shown(key)}")
-    if kind == "text":
-        return {"type": "text", "text": text(0, None)(part.get("text"), f"{name}.text")}
-    param = f"{name}.image_url"
-    image = part.get("image_url")
-    if isinstance(image, dict):
-        for key in image:
-            if key not in ("url", "detail"):
-                raise unsupported(f"{param}.{shown(key)}")
-        # Taken and dropped: resolution is the model's own here, as in a plain `vllm serve`.
-        if image.get("detail") not in (None, "auto", "low", "high"):
-            raise InvalidRequest(f"'{param}.detail' must be auto, low or high", param=f"{param}.detail")
-        image, param = image.get("url"), f"{param}.url"
-    clean = {"type": "image_url", "image_url": {"url": text(1, None)(image, param)}}
-    images.append(ImageRef(clean, name))
-    return clean
+    return dict(_KNOWN_PART(value, name))
 
 
-def _tool_call(value: Any, name: str) -> dict[str, Any]:
-    call = known(value, name, "id", "type", "function")
-    one_of(call.get("type", "function"), f"{name}.type", "function")
-    function = known(call.get("function"), f"{name}.function", "name", "arguments")
-    arguments = text(0, None)(function.get("arguments", ""), f"{name}.function.arguments")
-    if arguments:
+# The detail is taken and dropped: resolution is the model's own here, as in a plain `vllm serve`.
+_ADDRESS = text(1, None).then(lambda url, _: {"url": url})
+_ADDRESS_WITH_DETAIL = object_of({"url": text(1, None), "detail": one_of("auto", "low", "high")}, required=("url",))
+_IMAGE_URL = choice(
+    "a text or an object",
+    {str: _ADDRESS, dict: _ADDRESS_WITH_DETAIL.then(lambda clean, _: {"url": clean["url"]})},
+)
+_KNOWN_PART = tagged(
+    "type",
+    {
+        "text": object_of({"type": one_of("text"), "text": text(0, None)}, required=("type", "text")),
+        "image_url": object_of({"type": one_of("image_url"), "image_url": _IMAGE_URL}, required=("type", "image_url")),
+    },
+)
+_PART = Check(_served, _KNOWN_PART.schema)
+_CONTENT = choice("a text or a list of parts", {str: text(0, None), list: list_of(_PART, 1, 4096)})
+
+
+def _arguments(value: str, name: str) -> str:
+    if value:
         try:  # templates get them parsed, by a parser without bounds
-            parse_json(arguments.encode())
+            parse_json(value.encode())
         except InvalidJson as error:
-            param = f"{name}.function.arguments"
-            raise InvalidRequest(f"'{param}' must be a JSON object within bounds", param=param) from error
-    return {
-        "id": text(1, MAX_TEXT)(call.get("id"), f"{name}.id"),
-        "type": "function",
-        "function": {"name": _function_name(function.get("name"), f"{name}.function.name"), "arguments": arguments},
+            raise InvalidRequest(f"'{name}' must be a JSON object within bounds", param=name) from error
+    return value
+
+
+_ARGUMENTS = Check(
+    lambda value, name: _arguments(text(0, None)(value, name), name),
+    {"type": "string", "contentMediaType": "application/json"},
+)
+_CALLED = object_of({"name": _NAME, "arguments": _ARGUMENTS}, required=("name",))
+_TOOL_CALL = object_of(
+    {
+        "id": text(1, MAX_TEXT),
+        "type": one_of("function"),
+        "function": _CALLED.then(lambda clean, _: {"arguments": "", **clean}),
+    },
+    required=("id", "function"),
+).then(lambda clean, _: {"type": "function", **clean})
+
+
+def _message(*roles: str, required: tuple[str, ...], **own: Check) -> Check:
+    checks = {
+        "role": one_of(*roles),
+        "content": _CONTENT,
+        "name": text(1, MAX_TEXT),
+        "annotations": list_of(Check(lambda value, _: value, {}), 0, 0),
+        **own,
     }
+    # What a reply carries with nothing in it comes back as history.
+    message = object_of(checks, ("role", *required), _NULLABLE_IN_MESSAGE)
+    return message.then(lambda clean, _: {key: item for key, item in clean.items() if key != "annotations"})
 
 
-def _prompt(value: Any, name: str, limits: BodyLimits) -> Any:
-    if isinstance(value, str):
-        return value
-    prompts = entries(value, name, 1, None)
+_SAID = _message("assistant", required=("content",), tool_calls=list_of(_TOOL_CALL, 0, 128), reasoning=text(0, None))
+_CALLING = _message(
+    "assistant", required=("tool_calls",), tool_calls=list_of(_TOOL_CALL, 1, 128), reasoning=text(0, None)
+)
+_ASSISTANT = Check(
+    lambda value, name: (_CALLING if value.get("tool_calls") else _SAID)(value, name),
+    {"anyOf": [_SAID.schema, _CALLING.schema]},
+)
+_PLAIN_ROLES = ("system", "developer", "user", "function")
+_PLAIN = _message(*_PLAIN_ROLES, required=("content",))
+_MESSAGE = tagged(
+    "role",
+    {
+        **dict.fromkeys(_PLAIN_ROLES, _PLAIN),
+        "assistant": _ASSISTANT,
+        "tool": _message("tool", required=("content", "tool_call_id"), tool_call_id=text(1, MAX_TEXT)),
+    },
+)
+
+
+def _messages(limits: BodyLimits) -> Check:
+    every = list_of(_MESSAGE, 1, limits.max_messages)
+
+    def check(value: Any, name: str) -> list[dict[str, Any]]:
+        messages = entries(value, name, 1, limits.max_messages)
+        # Counted before anything else is looked at, so that too many pictures cost nothing.
+        parts = (part for message in messages if isinstance(message, dict) for part in _as_list(message.get("content")))
+        if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > limits.max_images:
+            raise InvalidRequest(
+                f"'{name}' holds more than {limits.max_images} images", param=name, code="too_many_images"
+            )
+        return list(every(messages, name))
+
+    return Check(check, every.schema)
+
+
+def _prompt(limits: BodyLimits) -> Check:
     token = integer(0, MAX_TOKENS - 1)
-    if all(isinstance(item, int) for item in prompts):
-        return [token(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
-    if len(prompts) > limits.max_prompts:
-        raise InvalidRequest(f"'{name}' holds more than {limits.max_prompts} prompts", param=name)
-    if all(isinstance(item, str) for item in prompts):
-        return prompts
-    return [list_of(token, 1, None)(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
+    tokens = list_of(token, 1, None)
+
+    def check(value: Any, name: str) -> Any:
+        if isinstance(value, str):
+            return value
+        prompts = entries(value, name, 1, None)
+        if all(isinstance(item, int) for item in prompts):
+            return tokens(prompts, name)
+        if len(prompts) > limits.max_prompts:
+            raise InvalidRequest(f"'{name}' holds more than {limits.max_prompts} prompts", param=name)
+        if all(isinstance(item, str) for item in prompts):
+            return prompts
+        return [tokens(item, f"{name}[{i}]") for i, item in enumerate(prompts)]
+
+    several = [list_of(each, 1, limits.max_prompts).schema for each in (text(0, None), tokens)]
+    return Check(check, {"anyOf": [text(0, None).schema, tokens.schema, *several]})
 
 
 # --- fields with a structure
 
 
-def _stream_options(value: Any, name: str) -> dict[str, Any]:
-    options = known(value, name, "include_usage", "continuous_usage_stats", "include_obfuscation")
-    if options.get("include_obfuscation"):
-        raise unsupported(f"{name}.include_obfuscation")
-    return {
-        key: boolean(options[key], f"{name}.{key}")
-        for key in ("include_usage", "continuous_usage_stats")
-        if options.get(key) is not None
-    }
+_STREAM_OPTIONS = object_of(
+    {"include_usage": boolean, "continuous_usage_stats": boolean, "include_obfuscation": only(False)}
+).then(lambda clean, _: {key: item for key, item in clean.items() if key != "include_obfuscation"})
 
 
-def _stop(value: Any, name: str, limits: BodyLimits) -> str | list[str]:
-    one = text(1, MAX_TEXT)
-    result: str | list[str] = (
-        one(value, name) if isinstance(value, str) else list_of(one, 0, limits.max_stop)(value, name)
-    )
-    return result
+def _logit_bias(limits: BodyLimits) -> Check:
+    token_id, bias = r"[0-9]{1,9}", number(-100, 100)
+
+    def check(value: Any, name: str) -> dict[str, float]:
+        biases = mapping(value, name)
+        if len(biases) > limits.max_logit_bias:
+            raise InvalidRequest(f"'{name}' has more than {limits.max_logit_bias} entries", param=name)
+        for token in biases:
+            if not re.fullmatch(token_id, token):
+                raise InvalidRequest(f"a key of '{name}' is not a token id", param=name)
+        return {token: bias(one, name) for token, one in biases.items()}
+
+    names = {"propertyNames": {"pattern": f"^{token_id}$"}, "additionalProperties": bias.schema}
+    return Check(check, {"type": "object", "maxProperties": limits.max_logit_bias, **names})
 
 
-def _logit_bias(value: Any, name: str, limits: BodyLimits) -> dict[str, float]:
-    biases = mapping(value, name)
-    if len(biases) > limits.max_logit_bias:
-        raise InvalidRequest(f"'{name}' has more than {limits.max_logit_bias} entries", param=name)
-    for token in biases:
-        if not re.fullmatch(r"[0-9]{1,9}", token):
-            raise InvalidRequest(f"a key of '{name}' is not a token id", param=name)
-    return {token: number(-100, 100)(bias, name) for token, bias in biases.items()}
+_JSON_SCHEMA = Check(check_schema, {"type": "object", "description": "a JSON schema"})
+_NAMED_SCHEMA = object_of(
+    {"name": _NAME, "description": text(0, None), "schema": _JSON_SCHEMA, "strict": boolean},
+    required=("name", "schema"),
+)
+# An object with further keys is how vLLM would be handed a regular expression or a structural tag.
+_PLAIN_FORMAT = object_of({"type": one_of("text", "json_object"), "json_schema": only(None)}, required=("type",))
+_RESPONSE_FORMAT = tagged(
+    "type",
+    {
+        "text": _PLAIN_FORMAT,
+        "json_object": _PLAIN_FORMAT,
+        "json_schema": object_of(
+            {"type": one_of("json_schema"), "json_schema": _NAMED_SCHEMA}, required=("type", "json_schema")
+        ),
+    },
+)
+
+_FUNCTION = object_of(
+    {"name": _NAME, "description": text(0, None), "parameters": _JSON_SCHEMA, "strict": boolean}, required=("name",)
+)
+_TOOL = object_of({"type": one_of("function"), "function": _FUNCTION}, required=("type", "function"))
+_CHOSEN = object_of(
+    {"type": one_of("function"), "function": object_of({"name": _NAME}, required=("name",))},
+    required=("type", "function"),
+)
+_TOOL_CHOICE = choice("a text or an object", {str: one_of("none", "auto", "required"), dict: _CHOSEN})
 
 
-def _response_format(value: Any, name: str) -> dict[str, Any]:
-    # An object with further keys is how vLLM would be handed a regular expression or a structural tag.
-    wanted = known(value, name, "type", "json_schema")
-    kind = one_of(wanted.get("type"), f"{name}.type", "text", "json_object", "json_schema")
-    if kind != "json_schema":
-        if wanted.get("json_schema") is not None:
-            raise unsupported(f"{name}.json_schema")
-        return {"type": kind}
-    param = f"{name}.json_schema"
-    given = known(wanted.get("json_schema"), param, "name", "description", "schema", "strict")
-    clean: dict[str, Any] = {
-        "name": _function_name(given.get("name"), f"{param}.name"),
-        "schema": check_schema(given.get("schema"), f"{param}.schema"),
-    }
-    if given.get("description") is not None:
-        clean["description"] = text(0, None)(given["description"], f"{param}.description")
-    if given.get("strict") is not None:
-        clean["strict"] = boolean(given["strict"], f"{param}.strict")
-    return {"type": kind, "json_schema": clean}
+def _tools(limits: BodyLimits) -> Check:
+    every = list_of(_TOOL, 1, limits.max_tools)
 
+    def check(value: Any, name: str) -> list[dict[str, Any]]:
+        tools = entries(value, name, 1, limits.max_tools)
+        if len(json.dumps(tools)) > limits.max_tools_bytes:
+            raise InvalidRequest(f"'{name}' is longer than {limits.max_tools_bytes} bytes", param=name)
+        return list(every(tools, name))
 
-def _tools(value: Any, name: str, limits: BodyLimits) -> list[dict[str, Any]]:
-    tools = entries(value, name, 1, limits.max_tools)
-    if len(json.dumps(tools)) > limits.max_tools_bytes:
-        raise InvalidRequest(f"'{name}' is longer than {limits.max_tools_bytes} bytes", param=name)
-    return [_tool(tool, f"{name}[{i}]") for i, tool in enumerate(tools)]
-
-
-def _tool(value: Any, name: str) -> dict[str, Any]:
-    tool = known(value, name, "type", "function")
-    one_of(tool.get("type"), f"{name}.type", "function")
-    param = f"{name}.function"
-    given = known(tool.get("function"), param, "name", "description", "parameters", "strict")
-    function: dict[str, Any] = {"name": _function_name(given.get("name"), f"{param}.name")}
-    if given.get("description") is not None:
-        function["description"] = text(0, None)(given["description"], f"{param}.description")
-    if given.get("parameters") is not None:
-        function["parameters"] = check_schema(given["parameters"], f"{param}.parameters")
-    if given.get("strict") is not None:
-        function["strict"] = boolean(given["strict"], f"{param}.strict")
-    return {"type": "function", "function": function}
-
-
-def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
-    if isinstance(value, str):
-        return one_of(value, name, "none", "auto", "required")
-    choice = known(value, name, "type", "function")
-    one_of(choice.get("type"), f"{name}.type", "function")
-    function = known(choice.get("function"), f"{name}.function", "name")
-    chosen = _function_name(function.get("name"), f"{name}.function.name")
-    return {"type": "function", "function": {"name": chosen}}
+    return Check(check, every.schema)
 
 
 def _check_named_tool(clean: Mapping[str, Any]) -> None:
-    choice = clean.get("tool_choice")
-    if isinstance(choice, dict):
-        named = choice["function"]["name"]
+    wanted = clean.get("tool_choice")
+    if isinstance(wanted, dict):
+        named = wanted["function"]["name"]
         if named not in (tool["function"]["name"] for tool in clean["tools"]):
             raise InvalidRequest("'tool_choice' names none of 'tools'", param="tool_choice")
-
-
-def _function_name(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not _FUNCTION_NAME.fullmatch(value):
-        raise InvalidRequest(f"'{name}' must have 1 to 64 letters, digits, underscores or dashes", param=name)
-    return value
 
 
 def _as_list(value: Any) -> list[Any]:

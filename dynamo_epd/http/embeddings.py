@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
-from dynamo_epd.http.fields import checked, entries, one_of, text
+from dynamo_epd.errors import UnsupportedParameter
+from dynamo_epd.http.fields import Check, Fields, entries, list_of, one_of, text
 
 MAX_TEXTS = 2048
 """Texts of one body, as at OpenAI's."""
@@ -35,31 +35,34 @@ class EmbeddingsBody:
 
 def check_embeddings(body: Mapping[str, Any]) -> EmbeddingsBody:
     """Raises `InvalidRequest` with ``param`` for whatever is not a text or a list of texts."""
-    clean = checked(
-        body,
-        {
-            "input": _texts,
-            "model": text(1, 256),
-            "encoding_format": lambda value, name: one_of(value, name, "float", "base64"),
-        },
-        nullable=("dimensions",),
-    )
-    if "input" not in clean:
-        raise InvalidRequest("'input' is required", param="input")
+    clean = EMBEDDINGS.check(body)
     return EmbeddingsBody(clean["input"], clean.get("model"), clean.get("encoding_format") == "base64")
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
-    one = text(1, MAX_CHARACTERS)
     if isinstance(value, str):
-        return (one(value, name),)
+        return (_TEXT(value, name),)
     if any(isinstance(item, (int, list)) and not isinstance(item, bool) for item in entries(value, name, 1, None)):
         raise UnsupportedParameter(
             f"'{name}' holds token ids, which are another model's: send texts (OpenAIEmbeddings of langchain does with "
             "check_embedding_ctx_length=False)",
             param=name,
         )
-    return tuple(one(item, f"{name}[{index}]") for index, item in enumerate(entries(value, name, 1, MAX_TEXTS)))
+    return tuple(_LIST(value, name))
+
+
+_TEXT = text(1, MAX_CHARACTERS)
+_LIST = list_of(_TEXT, 1, MAX_TEXTS)
+EMBEDDINGS = Fields(
+    {
+        "input": Check(_texts, {"anyOf": [_TEXT.schema, _LIST.schema]}),
+        "model": text(1, 256),
+        "encoding_format": one_of("float", "base64"),
+    },
+    required=("input",),
+    nullable=("dimensions",),
+)
+"""Of an embeddings body."""
 
 
 def embeddings_reply(

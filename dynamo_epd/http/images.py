@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dynamo_epd.errors import InvalidRequest
-from dynamo_epd.http.fields import Check, boolean, checked, integer, known, number, one_of, text
+from dynamo_epd.http.fields import Check, Fields, boolean, integer, number, object_of, one_of, only, text
 
 MAX_PROMPT = 32_000
 """Characters, as at OpenAI's."""
@@ -64,22 +64,17 @@ _OWN: dict[str, Check] = {
 """What diffusion has and OpenAI's API lacks: at the top, or under ``nvext``."""
 
 
-def _nvext(value: Any, name: str) -> dict[str, Any]:
-    given = known(value, name, *_OWN)
-    return {key: check(given[key], f"{name}.{key}") for key, check in _OWN.items() if given.get(key) is not None}
-
-
 PICTURE: dict[str, Check] = {
     "prompt": text(1, MAX_PROMPT),
     "model": text(1, 256),
     "n": integer(1, MAX_IMAGES),
     "size": text(1, 32),
     "quality": text(1, 32),
-    "output_format": lambda value, name: one_of(value, name, "png", "webp", "jpeg"),
+    "output_format": one_of("png", "webp", "jpeg"),
     "output_compression": integer(0, 100),
     "stream": boolean,
-    "response_format": lambda value, name: one_of(value, name, "b64_json", "url"),
-    "nvext": _nvext,
+    "response_format": one_of("b64_json", "url"),
+    "nvext": object_of(_OWN),
     **_OWN,
 }
 """Fields of every body that asks for pictures."""
@@ -114,34 +109,55 @@ def wanted_picture(clean: dict[str, Any]) -> WantedPicture:
     )
 
 
+IMAGES = Fields(
+    PICTURE
+    | {
+        "partial_images": integer(0, MAX_PARTIAL),
+        "background": one_of("auto", "opaque"),
+        "moderation": one_of("auto", "low"),
+    },
+    required=("prompt",),
+    nullable=("style",),
+    needs={"partial_images": "stream"},
+)
+"""Of a body whose pictures are made at once."""
+
+JOB = Fields(
+    {
+        **IMAGES.checks,
+        "stream": only(
+            False,
+            lambda name: InvalidRequest("a job cannot be streamed: ask how it is at its own address", param=name),
+        ),
+        "response_format": only(
+            "url", lambda name: InvalidRequest(f"a job's pictures are fetched: '{name}' must be url", param=name)
+        ),
+        "partial_images": integer(0, 0),
+    },
+    required=IMAGES.required,
+    nullable=IMAGES.nullable,
+)
+"""Of a body whose pictures are made later, and fetched by their addresses."""
+
+
 def check_images(body: Mapping[str, Any]) -> ImagesBody:
     """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
-    own: dict[str, Check] = {
-        "partial_images": integer(0, MAX_PARTIAL),
-        "background": lambda value, name: one_of(value, name, "auto", "opaque"),
-        "moderation": lambda value, name: one_of(value, name, "auto", "low"),
-    }
-    clean = checked(body, PICTURE | own, nullable=("style",))
-    picture = wanted_picture(clean)
-    if clean.get("partial_images") and not clean.get("stream"):
-        raise InvalidRequest("'partial_images' needs 'stream'", param="partial_images")
+    return _images_body(IMAGES.check(body))
+
+
+def check_job(body: Mapping[str, Any]) -> ImagesBody:
+    """A job's body. Raises what `check_images` raises."""
+    return _images_body(JOB.check(body) | {"response_format": "url"})
+
+
+def _images_body(clean: dict[str, Any]) -> ImagesBody:
     return ImagesBody(
-        picture,
+        wanted_picture(clean),
         clean.get("n", 1),
         clean.get("stream", False),
         clean.get("partial_images", 0),
         clean.get("response_format") == "url",
     )
-
-
-def check_job(body: Mapping[str, Any]) -> ImagesBody:
-    """A body whose pictures are made later, and fetched by their addresses. Raises what `check_images` raises."""
-    if body.get("stream"):
-        raise InvalidRequest("a job cannot be streamed: ask how it is at its own address", param="stream")
-    found = check_images({"response_format": "url"} | dict(body))
-    if not found.as_url:
-        raise InvalidRequest("a job's pictures are fetched: 'response_format' must be url", param="response_format")
-    return found
 
 
 @dataclass(frozen=True)

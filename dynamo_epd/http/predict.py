@@ -7,10 +7,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynamo_epd.errors import InvalidRequest
-from dynamo_epd.http.fields import Check, checked, entries, mapping
-from dynamo_epd.http.images import WantedPicture, check_images
+from dynamo_epd.http.fields import Check, Fields, entries, mapping, only, text
+from dynamo_epd.http.images import IMAGES, WantedPicture, wanted_picture
 
 MAX_INSTANCES = 10
+
+
+def _one_picture(_: str) -> InvalidRequest:
+    return InvalidRequest("an instance is one picture, in the reply", param="instances")
+
+
+INSTANCE = Fields(
+    {
+        **IMAGES.checks,
+        "stream": only(False, _one_picture),
+        "n": only(1, _one_picture),
+        "partial_images": only(0, _one_picture),
+        "response_format": only("b64_json", _one_picture),
+    },
+    nullable=IMAGES.nullable,
+)
+"""Of one picture. Its prompt may stand in ``parameters``."""
 
 
 def _instances(value: Any, name: str) -> list[dict[str, Any]]:
@@ -18,23 +35,36 @@ def _instances(value: Any, name: str) -> list[dict[str, Any]]:
     return [{"prompt": one} if isinstance(one, str) else mapping(one, f"{name}[{i}]") for i, one in enumerate(found)]
 
 
+PREDICT = Fields(
+    {
+        "instances": Check(
+            _instances,
+            {
+                "type": "array",
+                "items": {"anyOf": [text(1, None).schema, INSTANCE.schema]},
+                "minItems": 1,
+                "maxItems": MAX_INSTANCES,
+            },
+        ),
+        "parameters": Check(mapping.run, INSTANCE.schema | {"description": "of every instance that does not say it"}),
+    },
+    required=("instances",),
+)
+"""Of the whole body. Which model it is for decides what an instance may say, so that is checked later."""
+
+
 def check_predict(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The instances, each with what ``parameters`` says of all; a text is an instance with a ``prompt`` only."""
-    fields: dict[str, Check] = {"instances": _instances, "parameters": mapping}
-    clean = checked(body, fields)
-    if "instances" not in clean:
-        raise InvalidRequest("'instances' is required", param="instances")
+    clean = PREDICT.check(body)
     return [clean.get("parameters", {}) | instance for instance in clean["instances"]]
 
 
 def predicted_pictures(instances: list[dict[str, Any]], model: str) -> list[WantedPicture]:
     """One picture an instance. Raises what `check_images` raises."""
-    found = [check_images(instance | {"model": model}) for instance in instances]
-    if any(one.stream or one.n > 1 or one.as_url for one in found):
-        raise InvalidRequest("an instance is one picture, in the reply", param="instances")
-    return [one.picture for one in found]
+    return [wanted_picture(INSTANCE.check(instance | {"model": model})) for instance in instances]
 
 
 def predicted_texts(instances: list[dict[str, Any]]) -> list[Any]:
     """The texts of instances that are to be embedded."""
-    return [checked(instance, {"prompt": lambda value, _: value}).get("prompt") for instance in instances]
+    texts = Fields({"prompt": Check(lambda value, _: value, {})})
+    return [texts.check(instance).get("prompt") for instance in instances]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dynamo_epd.http.fields import Check, boolean, checked, number
+from dynamo_epd.http.fields import Fields, boolean, number
 from dynamo_epd.http.images import PICTURE, WantedPicture, wanted_picture
 
 
@@ -24,10 +24,13 @@ class ValidationsBody:
     as_url: bool
 
 
+VALIDATIONS = Fields(PICTURE | {"threshold": number(-1, 1), "include_embeddings": boolean}, required=("prompt",))
+"""Of a validation's body."""
+
+
 def check_validations(body: Mapping[str, Any]) -> ValidationsBody:
     """Raises `UnsupportedParameter` for a field that is not honoured, `InvalidRequest` for a value out of bounds."""
-    own: dict[str, Check] = {"threshold": number(-1, 1), "include_embeddings": boolean}
-    clean = checked(body, PICTURE | own)
+    clean = VALIDATIONS.check(body)
     return ValidationsBody(
         wanted_picture(clean),
         clean.get("n", 1),
