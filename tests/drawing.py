@@ -12,8 +12,9 @@ Schema = Mapping[str, Any]
 WORDS = frozenset(
     {
         "$ref", "additionalProperties", "anyOf", "const", "contentEncoding", "contentMediaType", "default",
-        "dependentRequired", "description", "enum", "exclusiveMinimum", "items", "maxItems", "maxLength", "maxProperties", "maximum",
-        "minItems", "minLength", "minimum", "pattern", "properties", "propertyNames", "required", "title", "type",
+        "dependentRequired", "description", "enum", "exclusiveMinimum", "items", "maxItems", "maxLength",
+        "maxProperties", "maximum", "minItems", "minLength", "minimum", "pattern", "properties", "propertyNames",
+        "required", "title", "type",
     }
 )  # fmt: skip
 """All that are understood: another one must be taught here first, or what is drawn is not what it means."""

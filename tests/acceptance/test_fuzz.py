@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from tests.hardening.edge import Door, Neighbour
-from tests.hardening.fuzz import Fuzzer, shots
+from tests.hardening.fuzz import Fuzzer, document_of, shots
 from tests.hardening.report import Report
 from tests.serving import Graph, at_rest
 
@@ -19,7 +19,8 @@ def test_twenty_thousand_bodies_break_nothing(seeing: Graph) -> None:
         Report("fuzz", bodies=COUNT, seed=SEED) as report,
         closing(Door(seeing, Neighbour.of_trained(seeing))) as door,
     ):
-        found = Fuzzer(seeing.url, door.neighbour.asks).run(shots(COUNT, SEED), report.say)
+        drawn = shots(COUNT, SEED, document_of(seeing.url), door.canary.port)
+        found = Fuzzer(seeing.url, door.neighbour.asks).run(drawn, report.say)
         report.note(statuses={str(status): count for status, count in sorted(found.statuses.items())})
         report.note(faults=found.faults, slowest_seconds=found.slowest)
         report.goal("every body is answered or refused rightly, every neighbour too", not found.faults, str(found))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fuzzer of a graph's front door: bodies that were right, changed by a seed, for every route that takes one.
+"""A fuzzer of a graph's front door: bodies of its own OpenAPI document, changed by a seed, for every route with POST.
 
 ``python -m tests.hardening.fuzz --url http://127.0.0.1:8000 --count 20000 --seed 7`` against a graph of content
-validation. Hypothesis draws the changes: values of a field's own kind and of any other, its bounds and beyond, fields
-of other routes, of vLLM and of the inside, structure that is moved, doubled or lost, and at last the bytes. Exit status
+validation. Hypothesis draws fields as the document has them and then the changes: values of a field's own kind and of
+any other, its bounds and beyond, addresses of the inside, fields of other routes, of vLLM and of the inside, structure
+that is moved, doubled or lost, and at last the bytes. Exit status
 1 where a reply was a 5xx, broke off or was no OpenAI error body, or a neighbour was answered wrongly; each with the
 body that did it.
 """
@@ -23,15 +24,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Queue
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import Request, urlopen
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from dynamo_epd.http.body import BodyLimits, _sampling
-from dynamo_epd.http.images import PICTURE
-from tests.hardening.edge import CHAT, EMBEDDINGS, EVERY, PREDICT, Entry, Reply, refused
+from tests.drawing import objects, values
+from tests.hardening.edge import CHAT, EMBEDDINGS, EVERY, HOSTS, PREDICT, Entry, Reply, refused
 from tests.hardening.files import BOMBS, BROKEN, FOREIGN, ODD, blocks, saved
+from tests.picture_server import Canary
 from tests.questions import data_url, user
 
 CONNECTIONS = 16
@@ -44,19 +46,11 @@ MOST_TOKENS = 8
 """A body may be right after all: then its answer shall be short."""
 MOST_STEPS = 2
 
-FIELDS = sorted(
-    {*_sampling(BodyLimits()), *PICTURE}
-    | {
-        "messages", "max_completion_tokens", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice",
-        "parallel_tool_calls", "prompt", "echo", "input", "encoding_format", "dimensions", "threshold",
-        "include_embeddings", "partial_images", "background", "moderation", "style", "instances", "parameters", "user",
-        "metadata", "store", "service_tier", "functions", "best_of", "suffix", "image_embeds", "prompt_embeds",
-        "kv_transfer_params", "cache_salt", "mm_processor_kwargs", "chat_template", "priority", "request_id", "uuid",
-        "vllm_xargs", "role", "content", "name", "type", "image_url", "url", "detail", "text", "tool_calls", "function",
-        "arguments", "id", "schema", "json_schema", "include_usage",
-    }
+INSIDE = (
+    "image_embeds", "prompt_embeds", "kv_transfer_params", "ec_transfer_params", "cache_salt", "mm_processor_kwargs",
+    "media_io_kwargs", "chat_template", "chat_template_kwargs", "priority", "request_id", "uuid", "vllm_xargs",
 )  # fmt: skip
-"""Of every route, of vLLM, and of what stands inside a message."""
+"""vLLM takes them, and no document of ours names them: HARDENING.md."""
 
 NUMBERS = st.one_of(
     st.sampled_from(
@@ -76,13 +70,6 @@ WORDS = st.sampled_from(
 )  # fmt: skip
 TEXTS = st.one_of(WORDS, st.text(max_size=40))
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(FIELDS), TEXTS), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
 Make = Callable[[], bytes]
 FILES: tuple[Make, ...] = tuple([*BOMBS.values(), *BROKEN.values(), *FOREIGN.values(), *ODD.values()])
 _files: dict[int, str] = {}
@@ -127,6 +114,74 @@ class Shot:
     body: bytes
 
 
+class Drawn:
+    """What is drawn from one graph's document.
+
+    Args:
+        document: ``/openapi.json``.
+        port: of the canary. Addresses that lead to it, in every spelling, stand where pictures do and anywhere else.
+    """
+
+    def __init__(self, document: Mapping[str, Any], port: int):
+        posted = {path: one["post"] for path, one in document["paths"].items() if "post" in one}
+        self.schemas: dict[str, Mapping[str, Any]] = {
+            path: one["requestBody"]["content"]["application/json"]["schema"]
+            for path, one in posted.items()
+            if "requestBody" in one
+        }
+        self.queries = {
+            path: {one["name"]: one["schema"] for one in operation["parameters"]}
+            for path, operation in posted.items()
+            if path not in self.schemas
+        }
+        self.right = {path: [one for one in RIGHT if _is_of(path, one.path)] for path in self.schemas}
+        """Every path needs one: what the document cannot say, as a model's name, is in it."""
+        assert all(self.right.values()) and set(RIGHT) == {one for some in self.right.values() for one in some}
+        self.fields = sorted({name for _, one in objects(self.schemas) for name in one["properties"]} | set(INSIDE))
+        self.urls = st.sampled_from(addresses(port))
+        self.texts = st.one_of(TEXTS, self.urls)
+        self.values = st.recursive(
+            st.one_of(LEAVES, self.urls, self.urls.map(_part_of)),
+            lambda inner: st.one_of(
+                st.lists(inner, max_size=4),
+                st.dictionaries(st.one_of(st.sampled_from(self.fields), TEXTS), inner, max_size=4),
+            ),
+            max_leaves=8,
+        )
+        self.own = {
+            path: {name: values(one) for name, one in schema["properties"].items()}
+            for path, schema in self.schemas.items()
+        }
+
+    @property
+    def paths(self) -> set[str]:
+        """That are shot at, as the document spells them."""
+        return self.schemas.keys() | self.queries.keys()
+
+
+def _is_of(template: str, path: str) -> bool:
+    head, _, rest = template.partition("{")
+    return path.startswith(head) and path.endswith(rest.partition("}")[2]) if rest else path == template
+
+
+def addresses(port: int) -> list[str]:
+    """Where nobody may dial: this machine in every spelling, at ``port``."""
+    hosts = [f"http://{host}:{port}/x.png" for host in HOSTS.values()]
+    here = f"127.0.0.1:{port}"
+    ways = (
+        f"https://{here}/x.png", f"HTTP://{here}", f"http://user:word@{here}/", f"http://example.com@{here}/",
+        f"http://{here}#@example.com/", f"http://{here}\\@example.com/", f"http:/{here}/", f"http:{here}", f"//{here}/",
+        f"ftp://{here}/x", f"ws://{here}/", f"gopher://{here}/_GET", f" http://{here}/", f"http://{here}\r\nX: y",
+        f"http%3A%2F%2F127.0.0.1%3A{port}%2F", f"http://127.0.0.1%3A{port}/", f"http://127.0.0.1%2f:{port}/",
+        f"http://{here}/redirect?to=http://{here}/", f"http://{here}/%2e%2e/x.png", f"data:image/png,http://{here}/",
+    )  # fmt: skip
+    return [*hosts, *ways]
+
+
+def _part_of(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def _file(index: int) -> str:
     if index not in _files:
         made = FILES[index]()
@@ -149,44 +204,52 @@ def _reached(value: Any, place: tuple[Any, ...]) -> Any:
 
 
 @st.composite
-def bodies(draw: st.DrawFn) -> Shot:
-    """A right body with one to four changes, and at times its bytes changed after that."""
-    entry = draw(st.sampled_from(RIGHT))
+def bodies(draw: st.DrawFn, drawn: Drawn) -> Shot:
+    """A right body with fields of the document and none to four changes, and at times its bytes changed after that."""
+    template = draw(st.sampled_from(sorted(drawn.paths)))
+    if template in drawn.queries:
+        given_ = {name: draw(st.one_of(values(one), drawn.texts)) for name, one in drawn.queries[template].items()}
+        query = urlencode({name: str(value).encode("utf-8", "replace")[:2000] for name, value in given_.items()})
+        return Shot("POST", f"{template}?{query}", json.dumps(draw(LEAVES)).encode("utf-8", "surrogatepass"))
+    entry = draw(st.sampled_from(range(len(drawn.right[template]))).map(drawn.right[template].__getitem__))
     body: Any = copy.deepcopy(entry.body)
-    for _ in range(draw(st.integers(1, 4))):
-        body = _changed(draw, body)
+    own = drawn.own[template]
+    for name in draw(st.lists(st.sampled_from(sorted(own)), max_size=3)):
+        body[name] = draw(own[name])
+    if entry.path == CHAT.path and draw(st.integers(0, 9)) == 7:
+        body["messages"] = [user("What is it?", draw(drawn.urls))]
+    for _ in range(draw(st.integers(0, 4))):
+        body = _changed(draw, body, drawn)
     body = _bounded(body)
     raw = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     if draw(st.integers(0, 9)) == 7:
         raw = _spoilt(draw, raw)
     path = entry.path
-    if entry.path.endswith(":predict") and draw(st.integers(0, 9)) == 7:
-        path = f"/v1/models/{quote(draw(TEXTS).encode('utf-8', 'replace')[:100], safe='')}:predict"
-    if draw(st.integers(0, 39)) == 29:
-        return Shot("POST", f"/text-to-image?text={quote(draw(TEXTS).encode('utf-8', 'replace')[:2000])}", raw)
+    if "{model}" in template and draw(st.integers(0, 9)) == 7:
+        path = template.replace("{model}", quote(draw(drawn.texts).encode("utf-8", "replace")[:100], safe=""))
     return Shot("POST", path, raw)
 
 
-def _changed(draw: st.DrawFn, body: Any) -> Any:
+def _changed(draw: st.DrawFn, body: Any, drawn: Drawn) -> Any:
     if not isinstance(body, dict | list) or not body:
-        return draw(VALUES)
+        return draw(drawn.values)
     place = _chosen(draw, body)
     holder, step = _reached(body, place[:-1]), place[-1]
     old = holder[step]
     change = draw(st.integers(0, 9))
     if change <= 2:
-        holder[step] = draw(_like(old))
+        holder[step] = draw(_like(old, drawn))
     elif change == 3:
-        holder[step] = draw(VALUES)
+        holder[step] = draw(drawn.values)
     elif change == 4:
         if isinstance(holder, dict):
-            holder[draw(st.sampled_from(FIELDS))] = draw(VALUES)
+            holder[draw(st.sampled_from(drawn.fields))] = draw(drawn.values)
         else:
-            holder.insert(step, draw(VALUES))
+            holder.insert(step, draw(drawn.values))
     elif change == 5:
         del holder[step]
     elif change == 6 and isinstance(holder, dict):
-        holder[draw(st.one_of(st.sampled_from(FIELDS), TEXTS))] = holder.pop(step)
+        holder[draw(st.one_of(st.sampled_from(drawn.fields), TEXTS))] = holder.pop(step)
     elif change == 7:
         holder[step] = [old] * draw(st.sampled_from((0, 1, 2, 9, 17, 300 if len(str(old)) < 1000 else 3)))
     elif change == 8:
@@ -206,30 +269,35 @@ def _chosen(draw: st.DrawFn, body: Any) -> tuple[Any, ...]:
     return places[draw(st.integers(0, len(places) - 1))]
 
 
-def _like(old: Any) -> st.SearchStrategy[Any]:
+def _like(old: Any, drawn: Drawn) -> st.SearchStrategy[Any]:
     """Values of the same kind."""
     if isinstance(old, bool):
         return st.booleans()
     if isinstance(old, int | float):
         return NUMBERS
     if isinstance(old, str) and old.startswith("data:"):
-        return st.integers(0, len(FILES) - 1).map(_file)
+        return st.one_of(st.integers(0, len(FILES) - 1).map(_file), drawn.urls)
     if isinstance(old, str):
-        return TEXTS
-    return VALUES
+        return drawn.texts
+    return drawn.values
 
 
 def _bounded(body: Any) -> Any:
     """What would only make a right answer long is cut: the machine's time is for other bodies."""
-    if isinstance(body, dict):
-        for name, most in (("max_tokens", MOST_TOKENS), ("num_inference_steps", MOST_STEPS), ("n", 2)):
-            given_ = body.get(name)
-            if isinstance(given_, int) and most < given_ <= 1000:
-                body[name] = most
-        if "messages" in body or ("prompt" in body and "max_tokens" in body):
-            body.setdefault("max_tokens", MOST_TOKENS)
-        elif "prompt" in body:
-            body.setdefault("num_inference_steps", 1)
+    if isinstance(body, list):
+        return [_bounded(one) for one in body]
+    if not isinstance(body, dict):
+        return body
+    body = {name: _bounded(one) for name, one in body.items()}
+    most = {"max_tokens": MOST_TOKENS, "max_completion_tokens": MOST_TOKENS, "num_inference_steps": MOST_STEPS, "n": 2}
+    for name, bound in most.items():
+        given_ = body.get(name)
+        if isinstance(given_, int) and bound < given_ <= LARGEST:
+            body[name] = bound
+    if "messages" in body or ("prompt" in body and "max_tokens" in body):
+        body["max_tokens"] = MOST_TOKENS if body.get("max_tokens") is None else body["max_tokens"]
+    elif "prompt" in body:
+        body["num_inference_steps"] = body.get("num_inference_steps") or 1
     return body
 
 
@@ -249,13 +317,14 @@ AT_ONCE = 1000
 """Shots that are drawn before the first of them is sent: to draw one takes longer than to send it."""
 
 
-def shots(count: int, number: int) -> Iterator[Shot]:
-    """``count`` requests; the same for the same ``number``."""
+def shots(count: int, number: int, document: Mapping[str, Any], port: int) -> Iterator[Shot]:
+    """``count`` requests; the same for the same ``number`` and document, but for the canary's ``port`` in them."""
+    drawn = Drawn(document, port)
     for first in range(0, count, AT_ONCE):
-        yield from _drawn(min(AT_ONCE, count - first), number + first)
+        yield from _some(min(AT_ONCE, count - first), number + first, drawn)
 
 
-def _drawn(count: int, number: int) -> list[Shot]:
+def _some(count: int, number: int, drawn: Drawn) -> list[Shot]:
     found: list[Shot] = []
 
     @seed(number)
@@ -266,7 +335,7 @@ def _drawn(count: int, number: int) -> list[Shot]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(bodies())
+    @given(bodies(drawn))
     def draw(shot: Shot) -> None:
         found.append(shot)
 
@@ -432,11 +501,23 @@ def main() -> int:
     arguments = parser.parse_args()
     headers = {"authorization": f"Bearer {arguments.key}"} if arguments.key else {}
     fuzzer = Fuzzer(arguments.url, canary(arguments.url, headers), headers)
-    report = fuzzer.run(shots(arguments.count, arguments.seed), print)
+    with Canary() as dialled:
+        report = fuzzer.run(
+            shots(arguments.count, arguments.seed, document_of(arguments.url, headers), dialled.port), print
+        )
+        if count := dialled.dialled():
+            report.faults.append(f"an address of the inside was dialled {count} times")
     print(f"seed {arguments.seed}: {report}")
     for fault in report.faults[:20]:
         print(fault)
     return 1 if report.faults else 0
+
+
+def document_of(url: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the graph says of itself."""
+    with urlopen(Request(f"{url}/openapi.json", headers=dict(headers or {})), timeout=BOUND) as reply:
+        found: dict[str, Any] = json.load(reply)
+    return found
 
 
 def canary(url: str, headers: Mapping[str, str]) -> Callable[[], object]:

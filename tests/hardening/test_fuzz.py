@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from tests.document import document
 from tests.hardening.edge import Door, Reply
-from tests.hardening.fuzz import Fuzzer, judged, shots
+from tests.hardening.fuzz import Drawn, Fuzzer, document_of, judged, shots
 
 COUNT = 300
 SEED = 7
+PORT = 54321
 
 
 @pytest.mark.usefixtures("unharmed")
 def test_no_body_breaks_anything(door: Door) -> None:
-    report = Fuzzer(door.graph.url, door.neighbour.asks).run(shots(COUNT, SEED))
+    drawn = shots(COUNT, SEED, document_of(door.graph.url), door.canary.port)
+    report = Fuzzer(door.graph.url, door.neighbour.asks).run(drawn)
     print(report)
     assert not report.faults, "\n".join(report.faults[:10])
     assert sum(report.statuses.values()) == COUNT
@@ -22,8 +27,23 @@ def test_no_body_breaks_anything(door: Door) -> None:
 
 
 def test_a_seed_gives_the_same_bodies_again() -> None:
-    assert list(shots(50, 3)) == list(shots(50, 3))
-    assert list(shots(50, 3)) != list(shots(50, 4))
+    first, again, other = (list(shots(50, number, document(), PORT)) for number in (3, 3, 4))
+    assert first == again != other
+
+
+def test_every_path_that_takes_a_post_is_shot_at() -> None:
+    whole = document()
+    posted = {path for path, operations in whole["paths"].items() if "post" in operations}
+    assert Drawn(whole, PORT).paths == posted
+    found = list(shots(400, SEED, whole, PORT))
+    hit = {path for path in posted for shot in found if re.fullmatch(pattern(path), shot.path.partition("?")[0])}
+    assert hit == posted
+    assert sum(str(PORT).encode() in shot.body for shot in found) > 40, "the canary's port is in many"
+
+
+def pattern(path: str) -> str:
+    """Of the paths that a template stands for."""
+    return re.sub(r"\\\{\w+\\\}", "[^/]*", re.escape(path))
 
 
 def stream(*lines: str) -> Reply:
