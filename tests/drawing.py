@@ -82,7 +82,9 @@ def _objects(schema: Schema, defined: Schema | None, optional: bool) -> st.Searc
     required = schema.get("required", ())
     own = {name: values(one, defined, optional) for name, one in schema.get("properties", {}).items()}
     more = schema.get("additionalProperties", True)
-    if not own and isinstance(more, Mapping):
+    if not own and more is True:
+        return st.dictionaries(st.text(_PLAIN, max_size=10), ANYTHING, max_size=3)
+    if not own and more:
         names = values({"type": "string", **schema.get("propertyNames", {})}, defined)
         return st.dictionaries(names, values(more, defined, optional), max_size=3)
     return st.fixed_dictionaries(

@@ -30,6 +30,7 @@ from urllib.request import Request, urlopen
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from dynamo_epd.http.body import MAX_TOKENS
 from tests.drawing import objects, values
 from tests.hardening.edge import CHAT, EMBEDDINGS, EVERY, HOSTS, PREDICT, Entry, Reply, refused
 from tests.hardening.files import BOMBS, BROKEN, FOREIGN, ODD, blocks, saved
@@ -292,7 +293,7 @@ def _bounded(body: Any) -> Any:
     most = {"max_tokens": MOST_TOKENS, "max_completion_tokens": MOST_TOKENS, "num_inference_steps": MOST_STEPS, "n": 2}
     for name, bound in most.items():
         given_ = body.get(name)
-        if isinstance(given_, int) and bound < given_ <= LARGEST:
+        if isinstance(given_, int) and bound < given_ <= MAX_TOKENS:
             body[name] = bound
     if "messages" in body or ("prompt" in body and "max_tokens" in body):
         body["max_tokens"] = MOST_TOKENS if body.get("max_tokens") is None else body["max_tokens"]

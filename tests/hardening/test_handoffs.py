@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,6 @@ from tests.questions import Said, ask, chat, difference, picture, user
 
 pytestmark = pytest.mark.usefixtures("open_unharmed", "open_neighbour")
 
-REQUESTS = ("hand-off-a", "hand-off-b")
 ALL_BITS = 0xFF
 
 
@@ -36,16 +36,17 @@ class Embeddings:
     """Those of two pictures of one size, where they lie in the encode worker's memory."""
 
     def __init__(self, door: Door, urls: tuple[str, str]):
+        requests = [uuid.uuid4().hex for _ in urls]  # one that was given back is never laid out again
         answers = stranger.send(
             door.graph,
             [
                 *(
                     ("dynamo/encodeworker/encode", typed(EncodeRequest(request, "", Picture(url=url))))
-                    for request, url in zip(REQUESTS, urls, strict=True)
+                    for request, url in zip(requests, urls, strict=True)
                 ),
                 ("dynamo/encodeworker/arena_card", typed(CardQuery())),
                 # Nobody READs these: given back, they are but a cache's.
-                ("dynamo/encodeworker/release", typed(ReleaseRequest(request_ids=list(REQUESTS)))),
+                ("dynamo/encodeworker/release", typed(ReleaseRequest(request_ids=requests))),
             ],
         )
         self.handles = [

@@ -42,7 +42,7 @@ from components.protocol import (
 from dynamo_epd.exchange import CardQuery
 from dynamo_epd.sdk.nats import connect_options
 from dynamo_epd.transfer.peers import Card
-from tests.hardening import stranger
+from tests.hardening import messages, stranger
 from tests.hardening.edge import EMBEDDINGS, IMAGES, JOBS, STAR, VALIDATIONS, Door, job_ended
 from tests.serving import Graph, Metrics, eventually
 
@@ -386,6 +386,28 @@ class TestEndpoints:
         door.neighbour.asks()
         assert door.post(EMBEDDINGS, EMBEDDINGS.body).status == 200
         assert door.post(IMAGES, IMAGES.with_(prompt=STAR)).status == 200
+
+
+FUZZED = 120
+"""Here; `tests/acceptance/test_fuzz.py` sends many."""
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_drawn_messages_are_answered_or_refused(door: Door) -> None:
+    sent = messages.drawn(FUZZED, 7, door.canary.port)
+    answers = stranger.send(door.graph, sent)
+    judged = [
+        (address, messages.judged(frames), data[:300]) for (address, data), frames in zip(sent, answers, strict=True)
+    ]
+    faults = [one for one in judged if one[1]]
+    assert not faults, faults[:5]
+
+
+def test_a_seed_gives_the_same_messages_to_every_endpoint() -> None:
+    first = messages.drawn(100, 7, 54321)
+    assert first == messages.drawn(100, 7, 54321)
+    assert {address for address, _ in first} == messages.ENDPOINTS.keys()
+    assert {f"dynamo/{place}" for place in ENDPOINTS} <= messages.ENDPOINTS.keys()
 
 
 def owner_of(graph: Graph, component: str) -> int:
