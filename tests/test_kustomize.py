@@ -68,36 +68,6 @@ BIN = ROOT / ".venv" / "bin"
 RULES = ROOT / "deploy" / "observability" / "prometheus" / "rules"
 DASHBOARDS = ROOT / "deploy" / "observability" / "grafana" / "dashboards"
 
-# More of the Prometheus operator's schemas, beside PodMonitor's in tests/schemas/kinds.json.
-_ENDPOINT = KINDS["monitoring.coreos.com/v1 PodMonitor"]["properties"]["spec"]["properties"]["podMetricsEndpoints"]
-_ENDPOINT["items"]["properties"]["relabelings"]["items"]["properties"]["regex"] = {"type": "string"}
-_TEXT = {"type": "string"}
-_TEXTS = {"type": "object", "additionalProperties": _TEXT}
-_RULE = {
-    "type": "object",
-    "required": ["expr"],
-    "properties": {
-        "record": _TEXT,
-        "alert": _TEXT,
-        "expr": _TEXT,
-        "for": _ENDPOINT["items"]["properties"]["interval"],
-        "labels": _TEXTS,
-        "annotations": _TEXTS,
-    },
-}
-_GROUP = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": {**_TEXT, "minLength": 1}, "rules": {"type": "array", "items": _RULE}},
-}
-KINDS["monitoring.coreos.com/v1 PrometheusRule"] = {
-    "type": "object",
-    "required": ["spec"],
-    "properties": {
-        "spec": {"type": "object", "properties": {"groups": {"type": "array", "items": _GROUP}}},
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Object]]:
