@@ -170,6 +170,14 @@ BODIES = {
 }
 """Of the routes that read one, as ``/openapi.json`` has them."""
 
+ANSWERS: dict[tuple[str, str], dict[str, Any]] = {
+    ("POST", "/v1/images/jobs"): {"status_code": 202},
+    ("POST", "/text-to-image"): {"status_code": 202},
+    ("GET", "/v1/images/{id}"): {"response_class": Response, "responses": {200: {"content": {"image/*": {}}}}},
+    ("GET", "/metrics"): {"response_class": PlainTextResponse},
+}
+"""What ``/openapi.json`` says of an answer that is not 200 with JSON."""
+
 
 @service(dynamo={"namespace": "dynamo"}, config=FrontendConfig, app=app)
 class Frontend(BesideChat):
@@ -208,8 +216,9 @@ class Frontend(BesideChat):
             ("/live", self.live, "GET"),
             ("/metrics", self.scrape, "GET"),
         ):
-            app.add_api_route(path, route, methods=[method], response_model=None)
-        describe(app, BODIES)
+            said = ANSWERS.get((method, path), {})
+            app.add_api_route(path, route, methods=[method], response_model=None, **said)
+        describe(app, BODIES, keys=self.config.auth is not None)
         self.page = Page()
         if self.config.ui:
             app.mount(PATH, self.page)

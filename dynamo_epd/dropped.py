@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many messages this process has dropped because they are none: not to be decoded, of no known shape, too large.
+"""How many messages this process has dropped because they are none: not to be decoded, of no known shape.
 
 Plain numbers by place, which `metrics` shows at each scrape. An engine's own process has no metrics of ours: it writes
 its number where the worker that started it looks.
@@ -34,12 +34,15 @@ def count(place: str) -> None:
 def counts() -> dict[str, int]:
     """By place, of this process and of those that it shares files with."""
     return dict(_counted) | {
-        place: _NUMBER.unpack(os.pread(file, _NUMBER.size, 0))[0] for place, file in _files.items()
+        place: _NUMBER.unpack(os.pread(file, _NUMBER.size, 0))[0] for place, file in list(_files.items())
     }
 
 
 def share(place: str) -> str:
-    """The path of a file in memory for the number of a child process, which is open as long as this process lives."""
+    """The path of a file in memory for the number of a child process, which is open as long as this process lives.
+
+    Raises OSError where the system gives none.
+    """
     if place not in _files:
         _files[place] = os.memfd_create(place.replace(" ", "-"))
         write(_files[place], 0)

@@ -305,7 +305,7 @@ class JobQueue:
         """One delivery: it ends acknowledged, or given back."""
         try:
             job = msgspec.json.decode(message.data, type=Job)
-        except (msgspec.MsgspecError, RecursionError):  # none of ours
+        except (msgspec.MsgspecError, ValueError, RecursionError):  # none of ours, or no UTF-8
             dropped.count(dropped.JOBS)
             await message.term()
             return

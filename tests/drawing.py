@@ -12,7 +12,7 @@ Schema = Mapping[str, Any]
 WORDS = frozenset(
     {
         "$ref", "additionalProperties", "anyOf", "const", "contentEncoding", "contentMediaType", "default",
-        "dependentRequired", "description", "enum", "exclusiveMinimum", "items", "maxItems", "maxLength",
+        "description", "enum", "exclusiveMinimum", "items", "maxItems", "maxLength",
         "maxProperties", "maximum", "minItems", "minLength", "minimum", "pattern", "properties", "propertyNames",
         "required", "title", "type",
     }

@@ -10,14 +10,17 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.frontend import BODIES
 from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
+from dynamo_epd.http.auth import OPEN
 from dynamo_epd.http.body import BodyLimits, check_chat, check_completion
 from dynamo_epd.http.embeddings import check_embeddings
 from dynamo_epd.http.images import check_images, check_job
+from dynamo_epd.http.openapi import describe
 from dynamo_epd.http.predict import INSTANCE, check_predict, predicted_pictures
 from dynamo_epd.http.validations import check_validations
 from tests.document import document
@@ -28,9 +31,18 @@ LARGEST = 64 * 1024
 LIMITS = BodyLimits(max_images=64)
 """How many pictures there are at most, over all parts, is no matter of the schema."""
 TOOLS = [{"type": "function", "function": {"name": "paint"}}]
-WITHOUT_WHICH: dict[str, Any] = {"stream": True, "logprobs": True, "tools": TOOLS}
-"""What another field needs."""
+NEEDED: dict[str, Any] = {"needs 'stream'": True, "needs 'logprobs'": True, "needs 'tools'": TOOLS}
+"""By what a field's description says of another one."""
 HI = {"messages": [{"role": "user", "content": "hi"}]}
+NOTHING = dict.fromkeys(("refusal", "audio", "function_call", "reasoning"))
+SAID_BEFORE: dict[str, Any] = {"role": "assistant", "content": "yes", "tool_calls": None, "annotations": [], **NOTHING}
+CALLED_BEFORE: dict[str, Any] = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "paint", "arguments": "{}"}}],
+    **NOTHING,
+}
+"""Messages as OpenAI's client gives them back."""
 STAR = {"prompt": "a star", "output_format": "webp"}  # a PNG has no compression to choose
 CHECKS: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "/v1/chat/completions": (lambda body: check_chat(body, LIMITS), HI),
@@ -53,13 +65,21 @@ INSIDE = {
     "vllm_xargs", "tenant", "handle", "lease", "deadline", "pixels", "keep",
 }  # fmt: skip
 
+WITH_OBJECTS = [
+    (path, name)
+    for path, name in FIELDS
+    if name not in FREE and not path.endswith(":predict")  # whose instances are checked when their model is known
+    if '"object"' in json.dumps(SCHEMAS[path]["properties"][name])
+]
+
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 def body_with(path: str, name: str, value: Any) -> dict[str, Any]:
     """The least body, the field, and what it needs."""
-    needed = SCHEMAS[path].get("dependentRequired", {}).get(name, [])
-    return {**CHECKS[path][1], **{other: WITHOUT_WHICH[other] for other in needed}, name: value}
+    said = SCHEMAS[path]["properties"][name].get("description")
+    needed = {said.split("'")[1]: NEEDED[said]} if said in NEEDED else {}
+    return {**CHECKS[path][1], **needed, name: value}
 
 
 def sensible(name: str, value: Any) -> bool:
@@ -67,6 +87,53 @@ def sensible(name: str, value: Any) -> bool:
     if name == "prompt":
         return isinstance(value, list) or bool((value or "").strip())
     return name != "tool_choice" or not isinstance(value, dict)
+
+
+TAKEN: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {**HI, "stream_options": None}),
+    ("/v1/chat/completions", {**HI, "stream": False, "top_logprobs": 0}),
+    ("/v1/chat/completions", {**HI, "top_logprobs": None, "logprobs": None, "tools": None, "tool_choice": None}),
+    ("/v1/chat/completions", {**HI, "n": 1.0, "max_tokens": 2.0, "seed": None, "stop": [], "audio": None}),
+    (
+        "/v1/chat/completions",
+        {**HI, "tools": TOOLS, "tool_choice": TOOLS[0]},
+    ),
+    ("/v1/chat/completions", {"messages": [SAID_BEFORE, {"role": "user", "content": "and?"}]}),
+    ("/v1/chat/completions", {"messages": [CALLED_BEFORE, {"role": "tool", "tool_call_id": "c", "content": "done"}]}),
+    ("/v1/completions", {"prompt": [[1, 2], [3]], "echo": False, "suffix": None}),
+    ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": None, "dimensions": None, "user": "me"}),
+    ("/v1/images/generations", {**STAR, "partial_images": 0, "n": 1.0, "style": None, "nvext": {"seed": None}}),
+    ("/v1/images/jobs", {**STAR, "partial_images": 0, "stream": False, "response_format": None}),
+    ("/v1/models/{model}:predict", {"instances": [STAR | {"n": 1.0, "partial_images": 0}, "a"], "parameters": {}}),
+    ("/v1/models/{model}:predict", {"instances": [{"prompt": "x" * 40_000}]}),
+    ("/v1/validations", {**STAR, "threshold": 0, "include_embeddings": None}),
+]
+"""What clients send: nulls, zeros, whole floats, and a reply as history. The document must not refuse it either."""
+
+
+@pytest.mark.parametrize(("path", "body"), TAKEN)
+def test_what_is_taken_passes_the_document(path: str, body: dict[str, Any]) -> None:
+    CHECKS[path][0](copy.deepcopy(body))
+    jsonschema.Draft202012Validator(SCHEMAS[path]).validate(body)
+
+
+def test_an_accepted_job_is_202_and_a_picture_no_json() -> None:
+    paths = document()["paths"]
+    for path in ("/v1/images/jobs", "/text-to-image"):
+        assert "202" in paths[path]["post"]["responses"] and "200" not in paths[path]["post"]["responses"]
+    assert list(paths["/v1/images/{id}"]["get"]["responses"]["200"]["content"]) == ["image/*"]
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+
+
+def test_the_document_wants_a_key_where_the_server_does() -> None:
+    assert "security" not in document()
+    app = FastAPI()
+    for path in ("/live", "/v1/models"):
+        app.add_api_route(path, lambda: None)
+    describe(app, {}, keys=True)
+    whole = app.openapi()
+    assert whole["security"] == [{"key": []}] and whole["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert whole["paths"]["/live"]["get"]["security"] == [] and "security" not in whole["paths"]["/v1/models"]["get"]
 
 
 def test_every_route_that_takes_a_body_says_which() -> None:
@@ -85,11 +152,15 @@ def test_the_document_is_small_and_sound() -> None:
     assert len(json.dumps(whole)) < LARGEST
     for schema in [*SCHEMAS.values(), *whole["components"]["schemas"].values()]:
         jsonschema.Draft202012Validator.check_schema(schema)
-    for operations in whole["paths"].values():
+    for path, operations in whole["paths"].items():
         for operation in operations.values():
             assert operation["operationId"] and "422" not in operation["responses"]
-            refusal = operation["responses"]["default"]["content"]["application/json"]["schema"]
-            assert refusal == {"$ref": "#/components/schemas/Error"}
+            refusals = [operation["responses"].get(status) for status in ("4XX", "5XX")]
+            if path in OPEN:
+                assert refusals == [None, None]
+                continue
+            for refusal in refusals:
+                assert refusal["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
 
 
 def test_the_document_names_nothing_of_the_inside() -> None:
@@ -117,20 +188,24 @@ def test_an_unknown_field_is_refused(path: str) -> None:
     assert caught.value.param == "unheard_of" and caught.value.status == 400
 
 
-@pytest.mark.parametrize(("path", "name"), [one for one in FIELDS if one[1] not in FREE])
+@pytest.mark.parametrize(("path", "name"), WITH_OBJECTS)
 def test_an_unknown_field_below_another_is_refused(path: str, name: str) -> None:
     @few
-    @given(values(SCHEMAS[path]["properties"][name]), st.data())
+    @given(values(SCHEMAS[path]["properties"][name]).filter(lambda value: any(closed(value))), st.data())
     def checked(value: Any, data: st.DataObject) -> None:
         body = body_with(path, name, copy.deepcopy(value))
-        found = list(closed(body[name]))
-        if not found or path.endswith(":predict"):  # whose instances are checked when their model is known
-            return
-        data.draw(st.sampled_from(found))["unheard_of"] = None
-        with pytest.raises(InvalidRequest):
+        data.draw(st.sampled_from(list(closed(body[name]))))["unheard_of"] = None
+        with pytest.raises(InvalidRequest) as caught:
             CHECKS[path][0](body)
+        assert "unheard_of" in (caught.value.param or "") or name == "logit_bias"  # whose keys are all token ids
 
     checked()
+
+
+def test_objects_below_are_tried_wherever_there_are_any() -> None:
+    assert {name for _, name in WITH_OBJECTS} == {
+        "logit_bias", "messages", "nvext", "response_format", "stream_options", "tool_choice", "tools"
+    }  # fmt: skip
 
 
 def closed(value: Any) -> Iterator[dict[str, Any]]:

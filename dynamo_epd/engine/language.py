@@ -127,7 +127,10 @@ class LanguageEngine:
             arguments["kv_transfer_config"] = kv_transfer_config(_KV_ROLE[role], current_platform.device_type)
             os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", routable_host())
             os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(listening_port())
-            os.environ[dropped.SIDE_CHANNEL_FILE] = dropped.share(dropped.SIDE_CHANNEL)
+            try:
+                os.environ[dropped.SIDE_CHANNEL_FILE] = dropped.share(dropped.SIDE_CHANNEL)
+            except OSError as error:
+                log.warning("what the side channel drops is not counted: %s", error)
         fraction = os.environ.get("DYNAMO_GPU_FRACTION")
         if fraction is not None:
             # `dynamo serve` put several workers on this card: each takes its share of what one would take alone.

@@ -32,6 +32,7 @@ from dynamo_epd.http.fields import (
     only,
     tagged,
     text,
+    unsupported,
 )
 from dynamo_epd.http.json_schema import check_schema
 from dynamo_epd.http.strict_json import parse_json
@@ -237,10 +238,7 @@ def _arguments(value: str, name: str) -> str:
     return value
 
 
-_ARGUMENTS = Check(
-    lambda value, name: _arguments(text(0, None)(value, name), name),
-    {"type": "string", "contentMediaType": "application/json"},
-)
+_ARGUMENTS = Check(text(0, None).then(_arguments).run, {"type": "string", "contentMediaType": "application/json"})
 _CALLED = object_of({"name": _NAME, "arguments": _ARGUMENTS}, required=("name",))
 _TOOL_CALL = object_of(
     {
@@ -252,12 +250,20 @@ _TOOL_CALL = object_of(
 ).then(lambda clean, _: {"type": "function", **clean})
 
 
+def _no_annotations(value: Any, name: str) -> None:
+    if value != []:
+        raise unsupported(name)
+
+
+_NO_ANNOTATIONS = Check(_no_annotations, {"type": "array", "maxItems": 0})
+
+
 def _message(*roles: str, required: tuple[str, ...], **own: Check) -> Check:
     checks = {
         "role": one_of(*roles),
         "content": _CONTENT,
         "name": text(1, MAX_TEXT),
-        "annotations": list_of(Check(lambda value, _: value, {}), 0, 0),
+        "annotations": _NO_ANNOTATIONS,
         **own,
     }
     # What a reply carries with nothing in it comes back as history.

@@ -71,8 +71,9 @@ class Fields:
         """Of the whole body."""
         schema = _object(self.checks, self.required, self.nullable)
         schema["properties"] |= {name: {"description": "accepted and ignored"} for name in sorted(IGNORED)}
-        if self.needs:
-            schema["dependentRequired"] = {name: [other] for name, other in self.needs.items()}
+        schema["properties"] |= {
+            name: schema["properties"][name] | {"description": f"needs '{other}'"} for name, other in self.needs.items()
+        }
         return schema
 
 
@@ -125,9 +126,9 @@ def only(wanted: Any, otherwise: Callable[[str], EpdError] | None = None) -> Che
     """For a field of which one value is served; ``otherwise`` makes of its name what any other value raises."""
 
     def check(value: Any, name: str) -> Any:
-        if type(value) is not type(wanted) or value != wanted:
+        if isinstance(value, bool) is not isinstance(wanted, bool) or value != wanted:  # True is no 1, but 1.0 is
             raise (otherwise or unsupported)(name)
-        return value
+        return wanted
 
     return Check(check, NULL if wanted is None else {"const": wanted})
 
@@ -176,8 +177,10 @@ def entries(value: Any, name: str, least: int, most: int | None) -> list[Any]:
 
 
 def list_of(each: Check, least: int, most: int | None) -> Check:
+    run = each.run  # a prompt may be half a million token ids
+
     def check(value: Any, name: str) -> list[Any]:
-        return [each(item, f"{name}[{i}]") for i, item in enumerate(entries(value, name, least, most))]
+        return [run(item, f"{name}[{i}]") for i, item in enumerate(entries(value, name, least, most))]
 
     bounds = {"minItems": least} | ({} if most is None else {"maxItems": most})
     return Check(check, {"type": "array", "items": each.schema, **bounds})
@@ -200,11 +203,10 @@ def object_of(checks: Mapping[str, Check], required: Collection[str] = (), nulla
         for key, item in given.items():
             if key not in checks and not (key in nullable and item is None):
                 raise unsupported(f"{name}.{shown(key)}")
-        return {
-            key: each(given.get(key), f"{name}.{key}")
-            for key, each in checks.items()
-            if key in required or given.get(key) is not None
-        }
+        for key in required:
+            if given.get(key) is None:
+                raise InvalidRequest(f"'{name}.{key}' is required", param=f"{name}.{key}")
+        return {key: each(given[key], f"{name}.{key}") for key, each in checks.items() if given.get(key) is not None}
 
     return Check(check, _object(checks, required, nullable))
 

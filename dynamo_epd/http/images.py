@@ -132,7 +132,9 @@ JOB = Fields(
         "response_format": only(
             "url", lambda name: InvalidRequest(f"a job's pictures are fetched: '{name}' must be url", param=name)
         ),
-        "partial_images": integer(0, 0),
+        "partial_images": only(
+            0, lambda name: InvalidRequest(f"a job is not streamed: '{name}' must be 0", param=name)
+        ),
     },
     required=IMAGES.required,
     nullable=IMAGES.nullable,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.http.embeddings import MAX_CHARACTERS
 from dynamo_epd.http.fields import Check, Fields, entries, mapping, only, text
 from dynamo_epd.http.images import IMAGES, WantedPicture, wanted_picture
 
@@ -30,6 +31,10 @@ INSTANCE = Fields(
 """Of one picture. Its prompt may stand in ``parameters``."""
 
 
+TEXT_INSTANCE = Fields({"prompt": text(1, MAX_CHARACTERS)}, required=("prompt",))
+"""Of a text that is to be embedded."""
+
+
 def _instances(value: Any, name: str) -> list[dict[str, Any]]:
     found = entries(value, name, 1, MAX_INSTANCES)
     return [{"prompt": one} if isinstance(one, str) else mapping(one, f"{name}[{i}]") for i, one in enumerate(found)]
@@ -41,7 +46,7 @@ PREDICT = Fields(
             _instances,
             {
                 "type": "array",
-                "items": {"anyOf": [text(1, None).schema, INSTANCE.schema]},
+                "items": {"anyOf": [text(1, None).schema, INSTANCE.schema, TEXT_INSTANCE.schema]},
                 "minItems": 1,
                 "maxItems": MAX_INSTANCES,
             },

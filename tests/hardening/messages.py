@@ -17,6 +17,8 @@ from components.encode_worker import EncodeWorker
 from components.image_worker import ImageWorker
 from components.prefill_worker import PrefillWorker
 from components.processor import Processor
+from dynamo_epd import errors
+from dynamo_epd.errors import EpdError, InternalError
 from dynamo_epd.sdk.service import info_of
 from dynamo_epd.sdk.wire import request_type
 from tests.drawing import ANYTHING, values
@@ -36,6 +38,13 @@ _SAMPLING: tuple[Any, ...] = (
     {"max_tokens": 1}, {"max_tokens": 2, "temperature": 0.0}, {"max_tokens": -1}, {"n": "x"}, [], None
 )  # fmt: skip
 SAMPLING = tuple(json.dumps(one) for one in _SAMPLING)
+
+
+REFUSALS = {one.__name__ for one in vars(errors).values() if isinstance(one, type) and issubclass(one, EpdError)} - {
+    InternalError.__name__
+}
+"""Classes of errors that a message may be answered with: what a stage did not foresee is none."""
+LONGEST = 2048
 
 
 def _likely(port: int) -> dict[str, st.SearchStrategy[Any]]:
@@ -103,6 +112,6 @@ def judged(frames: list[Any]) -> str | None:
         return f"it was not answered to its end: {json.dumps(frames)[-300:]}"
     for frame in frames:
         error = frame.get("error", frame) if isinstance(frame, dict) else None
-        if error is not None and (not isinstance(error.get("class"), str) or len(json.dumps(frame)) >= 2048):
-            return f"no error of ours {json.dumps(frame)[:300]}"
+        if error is not None and (error.get("class") not in REFUSALS or len(json.dumps(frame)) >= LONGEST):
+            return f"no refusal of ours {json.dumps(frame)[:300]}"
     return None
