@@ -85,6 +85,8 @@ class EmbedWorker(ArenaOwner):
         """All texts of a request, or a refusal of all of them."""
         if request.model not in (None, *self.names.names):
             raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
+        if not request.texts:
+            raise InvalidRequest("there is no text to embed", param="input")
         items = await tokenized(self.encoder.tokenize, request.texts, self.config.max_tokens)
         with self.metrics.visit() as visit:
             done = await self.batcher.submit_all(items)
@@ -101,6 +103,8 @@ class EmbedWorker(ArenaOwner):
         else of two in one batch."""
         if not 0 < request.real <= len(request.ids) <= self.config.batch_tokens:
             raise InvalidRequest(f"a prompt has from 1 to {self.config.batch_tokens} tokens")
+        if not 0 <= min(request.ids) <= max(request.ids) < self.encoder.vocabulary:  # it would end the whole batch
+            raise InvalidRequest("a prompt holds what is no token of this model")
         real = request.ids[: request.real]
         rows = [real] if request.masked else [request.ids, real]
         with self.metrics.visit() as visit:

@@ -337,7 +337,10 @@ class LanguageEngine:
 
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         if images:
-            prompt["multi_modal_data"] = {"image": multi_modal_data(images)}
+            try:
+                prompt["multi_modal_data"] = {"image": multi_modal_data(images)}
+            except (KeyError, ValueError, RuntimeError) as error:  # other names, or shapes that torch cannot join
+                raise InvalidRequest("what is said of the images does not go together") from error
             prompt["multi_modal_uuids"] = {"image": [image.uuid for image in images]}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
@@ -454,10 +457,11 @@ def encode_sampling(params: Any) -> str:
 def decode_sampling(text: str) -> Any:
     """What `encode_sampling` wrote. Raises InvalidRequest on anything else."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     try:
         return msgspec.json.decode(text, type=SamplingParams)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, VLLMValidationError) as error:
         raise InvalidRequest("malformed sampling parameters") from error
 
 

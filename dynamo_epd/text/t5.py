@@ -76,6 +76,8 @@ class TextEncoder:
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TextEncoderError(f"text encoder {model!r} cannot be loaded: {line}") from error
         self._model = loaded.to(self._device).eval()
+        self.vocabulary: int = loaded.config.vocab_size
+        """Token ids lie below it."""
         self._max_tokens = max_tokens
         self._batch_tokens = batch_tokens
 
