@@ -146,6 +146,7 @@ class ImageWorker(ArenaOwner):
         self.metrics = metrics.stage()
         self.steps = metrics.denoise_steps()
         self.images = metrics.images()
+        self.job_queue = metrics.job_queue()
         await self.open_arena(config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
         self.generator = await asyncio.to_thread(
@@ -182,7 +183,10 @@ class ImageWorker(ArenaOwner):
         async for event in self._generated(wanted, request):
             yield event
 
-    async def _generated(self, wanted: Wanted, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
+    async def _generated(
+        self, wanted: Wanted, request: GenerateRequest, lain: float | None = None
+    ) -> AsyncGenerator[Generated, None]:
+        """``lain``: seconds that its job lay in the queue, where they are to count."""
         self.waiting += 1
         making = _Making(self, wanted, request)
         try:
@@ -192,6 +196,8 @@ class ImageWorker(ArenaOwner):
         finally:
             making.stop.set()
             self.waiting -= 1
+            if lain is not None:  # together with its visit: the planner divides the one by the number of the other
+                self.job_queue.observe(lain)
 
     async def _job(self, job: Job) -> None:
         """Makes and stores the pictures of a job; those that an earlier delivery stored stand."""
@@ -200,7 +206,7 @@ class ImageWorker(ArenaOwner):
                 await self.store.head(job.tenant, name)
                 continue
             request = generate_request(job.id, job.wanted, index, tenant=job.tenant, keep=name)
-            async with aclosing(self._generated(self._wanted(request), request)) as events:
+            async with aclosing(self._generated(self._wanted(request), request, job.waited)) as events:
                 async for _ in events:
                     pass
 

@@ -328,7 +328,7 @@ class JobQueue:
                 return
             try:
                 with tracing.span("job", {"job.id": job.id}, kind="consumer", carrier=message.headers or {}):
-                    await run(job)
+                    await run(msgspec.structs.replace(job, waited=_waited(message, job)))
             except asyncio.CancelledError:  # this worker leaves, also where NATS is away: then it is delivered again
                 with contextlib.suppress(NatsError, OSError):
                     await self._give_back(message, before, revision, None)
@@ -401,6 +401,11 @@ class JobQueue:
             yield
         finally:
             telling.cancel()
+
+
+def _waited(message: Any, job: Job) -> float | None:
+    """Seconds in the queue at the first delivery. Whoever submitted it may have a clock that is ahead of ours."""
+    return max(0.0, time.time() - job.created) if message.metadata.num_delivered == 1 else None
 
 
 def waited_too_long() -> EpdError:

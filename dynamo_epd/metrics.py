@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 LABELS = ("dynamo_namespace", "dynamo_component", "model")
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+JOB_SECONDS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 
 
 class Metrics:
@@ -68,6 +69,10 @@ class Metrics:
     def embed_batch_size(self) -> Any:
         """Texts in one batch, which may take several forwards."""
         return self._histogram("epd_embed_batch_size", "Texts in one batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
+
+    def job_queue(self) -> Any:
+        """Of pictures whose job lay in the queue. Apart from the stage's waits: alerts go by those, jobs may wait."""
+        return self._histogram("epd_job_queue_seconds", "Seconds a picture's job lay in the queue", JOB_SECONDS)
 
     def images(self) -> Any:
         """Pictures made."""

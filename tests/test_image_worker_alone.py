@@ -18,12 +18,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 
 from components.image_worker import ImageConfig, ImageWorker
 from components.protocol import GenerateRequest, ModelNames
 from dynamo_epd.diffusion.text_encoder import Row
 from dynamo_epd.errors import InvalidRequest, NotFound, StageUnavailable
 from dynamo_epd.failures import IN_A_ROW, Failures
+from dynamo_epd.metrics import StageMetrics
+from dynamo_epd.planning.observing import stage_samples
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.test_jobs import Server, over, queue, submitted
 
@@ -178,6 +181,66 @@ def test_pictures_that_fail_together_are_no_reason_to_end(together: int) -> None
     run(scenario)
 
 
+class GatedGenerator(FakeGenerator):
+    """A double that holds each picture until it is let go. ``took``: when it was begun and when it was let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.let_go = threading.Semaphore(0), threading.Semaphore(0)
+        self.took: list[tuple[float, float]] = []
+
+    def generate(self, *arguments: Any) -> Any:
+        begun = time.time()
+        self.begun.release()
+        assert self.let_go.acquire(timeout=BOUND)
+        self.took.append((begun, time.time()))
+        return super().generate(*arguments)
+
+
+JOBS = 5
+
+
+def test_the_time_that_jobs_lie_in_the_queue_counts_once_for_each(server: Any, tmp_path: Path) -> None:
+    """Each lies from its submission until the one before has ended: the planner is told of a wait no shorter than
+    that, and of none that is longer than until its picture is begun."""
+
+    async def scenario() -> None:
+        registry = CollectorRegistry()
+        depth, queued, ran, lain = (
+            Gauge("epd_stage_queue_depth", "", registry=registry),
+            *(
+                Histogram(f"epd_{name}_seconds", "", registry=registry)
+                for name in ("stage_queue", "stage_run", "job_queue")
+            ),
+        )
+        generator, store = GatedGenerator(), Store(StoreConfig(url=str(tmp_path / "store")))
+        with ThreadPoolExecutor(1) as threads:
+            worker = image_worker(
+                ImageConfig("tiny-image"), store=store, generator=generator, job_queue=lain, images=FakeMetrics(),
+                metrics=StageMetrics(depth, queued, ran), threads=threads, _wanted=lambda request: WANTED,
+            )  # fmt: skip
+            async with queue(server) as front, queue(server) as working:
+                jobs = [await submitted(front, str(number)) for number in range(JOBS)]
+                working.work(worker._job)
+                for _ in jobs:
+                    assert await asyncio.to_thread(generator.begun.acquire, timeout=BOUND)
+                    generator.let_go.release()
+                for job in jobs:
+                    assert (await over(front, job.id)).status == "completed"
+        samples = stage_samples(generate_latest(registry))
+        assert samples is not None
+        assert (samples["queue_seconds_count"], samples["run_seconds_count"]) == (JOBS, JOBS)
+        least = sum(end - job.created for job, (_, end) in zip(jobs[1:], generator.took, strict=False))
+        most = sum(begun - job.created for job, (begun, _) in zip(jobs, generator.took, strict=True))
+        lay = registry.get_sample_value("epd_job_queue_seconds_sum")
+        waited = registry.get_sample_value("epd_stage_queue_seconds_sum")
+        assert lay is not None and waited is not None
+        assert least < lay <= most
+        assert samples["queue_seconds_sum"] == pytest.approx(lay + waited)
+
+    run(scenario)
+
+
 def test_a_job_is_refused_for_what_the_generator_refuses_at_once() -> None:
     async def scenario() -> None:
         worker = image_worker(ImageConfig("tiny-image", num_inference_steps=4), generator=FakeGenerator())
@@ -236,11 +299,11 @@ def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(
 
     async def scenario() -> None:
         store = Store(StoreConfig(url=str(disk / "store")))
-        generator, metrics = FakeGenerator(), FakeMetrics()
+        generator, metrics, lain = FakeGenerator(), FakeMetrics(), list[float]()
         with ThreadPoolExecutor(1) as threads:
             worker = image_worker(
                 ImageConfig("tiny-image"), store=store, generator=generator, metrics=metrics, images=metrics,
-                threads=threads, _wanted=lambda request: WANTED,
+                threads=threads, _wanted=lambda request: WANTED, job_queue=SimpleNamespace(observe=lain.append),
             )  # fmt: skip
             async with queue(server) as front, queue(server) as working:
                 job = await submitted(front, n=PICTURES)
@@ -258,6 +321,7 @@ def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(
                 await asyncio.to_thread(lambda: subprocess.run(room, check=True))
                 ended = await over(front, job.id)
         assert (ended.status, ended.attempts, ended.error) == ("completed", 1, None)
+        assert len(lain) == FIT + 1, "of those that the first delivery began"
         whole = await store.recent("", PICTURES + 1)
         assert {one.id for one in whole} == set(job.pictures)
         assert [one for one in whole if one.id in job.pictures[:FIT]] == stored, "what was there was not made again"

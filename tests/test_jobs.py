@@ -394,6 +394,51 @@ def test_a_worker_survives_what_nobody_expected(server, monkeypatch):
     run(scenario())
 
 
+def test_only_the_first_delivery_says_how_long_its_job_lay_in_the_queue(server):
+    async def scenario():
+        async with queue(server) as front, queue(server) as worker:
+            before = time.time()
+            states = [await submitted(front, prompt) for prompt in ("first", "second")]
+            seen: dict[str, list] = {"first": [], "second": []}
+            given_back = [StageUnavailable("the store is away")]
+
+            async def make(job):
+                seen[job.wanted.prompt].append((job.waited, time.time() - before))
+                if given_back:
+                    raise given_back.pop()
+
+            worker.work(make)
+            for state in states:
+                await over(front, state.id)
+            (first, latest), *again = seen["first"]
+            assert 0 < first <= latest
+            assert [waited for waited, _ in again] == [None]
+            ((second, latest),) = seen["second"]
+            assert first < second + states[1].created - states[0].created, "it was taken later"
+            assert second <= latest
+
+    run(scenario())
+
+
+def test_a_job_from_a_clock_that_is_ahead_has_not_waited(server, monkeypatch):
+    async def scenario():
+        async with queue(server) as front:
+            now = time.time
+            with monkeypatch.context() as ahead:
+                ahead.setattr("dynamo_epd.jobs.time.time", lambda: now() + 3600)
+                state = await submitted(front)
+            seen = []
+
+            async def make(job):
+                seen.append(job.waited)
+
+            front.work(make)
+            assert (await over(front, state.id)).status == "completed"
+            assert seen == [0.0]
+
+    run(scenario())
+
+
 def test_a_refusal_ends_the_job_and_what_is_away_does_not(server):
     async def scenario():
         async with queue(server) as front, queue(server) as worker:

@@ -127,6 +127,22 @@ def test_queries_say_the_mean_wait_and_never_nothing(objects: list[Object], tmp_
 
 
 @needs_promtool
+def test_an_image_workers_pictures_have_waited_as_long_as_their_jobs_lay_in_the_queue(
+    objects: list[Object], tmp_path: Path
+) -> None:
+    """One picture in 15 s that waits 3 s in its worker; then those of jobs that lay in the queue for 60 s before."""
+    labels = 'namespace="dynamo-epd",graph="epd",dynamo_component="ImageWorker",worker="a"'
+    series = [
+        {"series": f"epd_stage_queue_seconds_sum{{{labels}}}", "values": "0+3x40"},
+        {"series": f"epd_stage_queue_seconds_count{{{labels}}}", "values": "0+1x40"},
+        {"series": f"epd_job_queue_seconds_sum{{{labels}}}", "values": "0x20 60+60x20"},
+        {"series": f"epd_stage_queue_depth{{{labels}}}", "values": "1x40"},
+    ]
+    query = trigger(objects, "ImageWorker")["metadata"]["query"]
+    answers(tmp_path, series, [(query, "4m", 3), (query, "9m", 63)])
+
+
+@needs_promtool
 def test_a_stage_in_which_nothing_ends_is_left_as_it_is(objects: list[Object], tmp_path: Path) -> None:
     """Five requests are there and none ends; then all of them have, after three minutes each; then nobody is left."""
     series, asked = [], []

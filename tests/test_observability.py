@@ -177,3 +177,4 @@ def ask_everything(graph: Graph, turn: int) -> None:
     post(f"{graph.url}/v1/embeddings", {"model": "tiny-t5", "input": list(PROMPTS)})
     drawn = {"model": "tiny-image", "prompt": PROMPTS[turn], "size": "64x64", "response_format": "url"}
     post(f"{graph.url}/v1/images/generations", drawn)
+    post(f"{graph.url}/v1/images/jobs", {"model": "tiny-image", "prompt": PROMPTS[turn], "size": "64x64"})

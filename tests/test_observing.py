@@ -7,7 +7,7 @@ import asyncio
 
 from dynamo_epd.planning.doors import Staffed, Worker
 from dynamo_epd.planning.observing import Observer, stage_samples
-from dynamo_epd.planning.policy import Observed
+from dynamo_epd.planning.policy import SETTLE, Decision, Limits, Observed, State, decide
 from tests.exporters import Exporters
 
 TEXT = """# HELP epd_stage_queue_depth Requests that wait or run in this stage
@@ -19,6 +19,12 @@ epd_stage_queue_seconds_count{{dynamo_component="A"}} {count}
 epd_stage_queue_seconds_sum{{dynamo_component="A"}} 1.5e-02
 epd_stage_queue_seconds_created{{dynamo_component="A"}} 1.7e+09
 vllm:request_success_total 12
+"""
+
+
+JOBS = """epd_job_queue_seconds_bucket{{dynamo_component="A",le="1.0"}} 0.0
+epd_job_queue_seconds_count{{dynamo_component="A"}} {count}
+epd_job_queue_seconds_sum{{dynamo_component="A"}} {seconds}
 """
 
 
@@ -36,6 +42,34 @@ def test_a_stages_samples_are_found_among_others() -> None:
         "queue_seconds_sum": 0.015,
     }
     assert stage_samples(b"vllm:request_success_total 12\nepd_stage_queue_depth 1\n") is None
+
+
+def test_the_time_that_jobs_lay_in_the_queue_is_the_stages_wait() -> None:
+    alone = TEXT.format(depth=2.0, count=4.0, seconds=0.25)
+    without = stage_samples(alone.encode())
+    found = stage_samples((alone + JOBS.format(count=3.0, seconds=90.0)).encode())
+    assert without is not None
+    assert found == without | {"queue_seconds_sum": 90.015}, "but no more waits than there were visits"
+
+
+def test_jobs_that_lie_in_the_queue_make_a_stage_grow_although_its_workers_look_idle(exporters: Exporters) -> None:
+    """A worker takes one at a time: its load is 1 of its 4, however many there are."""
+
+    async def looks(lain: float) -> list[tuple[int, Decision | None]]:
+        observer, state, found = Observer(), State(), []
+        for second in range(61):
+            says(exporters, "a", 1, second, second)
+            exporters.texts["/a"] = f"{exporters.texts['/a']}{JOBS.format(count=second, seconds=second * lain)}"
+            seen = (await observer.look({"A": Staffed(1, (exporters.worker("a"),))}))["A"]
+            state, decision = decide(state, seen, float(second), Limits(concurrency=4))
+            found.append((second, decision))
+        await observer.close()
+        return found
+
+    assert [one for one in asyncio.run(looks(0.1)) if one[1]] == []
+    second, first = next(one for one in asyncio.run(looks(120.0)) if one[1])
+    assert first is not None
+    assert (first.replicas, first.reason, second) == (2, "requests wait 120.00 s, target 0.5 s", SETTLE)
 
 
 def test_workers_add_up_and_sums_outlive_restarts_and_departures(exporters: Exporters) -> None:

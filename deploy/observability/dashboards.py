@@ -403,6 +403,12 @@ IMAGES = (
         *quantiles("epd_stage_queue_seconds", IMAGE),
     ),
     lines(
+        "Wait of jobs",
+        "s",
+        "In the queue, until a worker took them. It counts for the planner and KEDA: where it stays, max is too low.",
+        *quantiles("epd_job_queue_seconds", IMAGE),
+    ),
+    lines(
         "Run in the image worker",
         "s",
         "From its turn to the pixels. Compare with steps times seconds of one step: the rest is the VAE and hand-offs.",

@@ -17,8 +17,11 @@ from dynamo_epd.planning.policy import Observed
 SCRAPE_SECONDS = 0.8
 SCRAPE_BYTES = 4 * 1024 * 1024
 SAMPLE = re.compile(
-    rb"^epd_stage_(queue_depth|(?:queue|run)_seconds_(?:sum|count))(?:\{.*\})? ([0-9.eE+-]+)\s*$", re.MULTILINE
+    rb"^epd_(?:stage|job(?=_queue_seconds_sum))_(queue_depth|(?:queue|run)_seconds_(?:sum|count))(?:\{.*\})?"
+    rb" ([0-9.eE+-]+)\s*$",
+    re.MULTILINE,
 )
+"""The time that jobs lay in the queue adds to the stage's waits. Their count does not: each has its visit there."""
 COUNTERS = ("run_seconds_count", "run_seconds_sum", "queue_seconds_count", "queue_seconds_sum")
 
 Key = TypeVar("Key")
@@ -126,7 +129,7 @@ async def scraped(client: httpx.AsyncClient, url: str | None) -> bytes | None:
 
 
 def stage_samples(text: bytes) -> dict[str, float] | None:
-    """The stage's own samples in Prometheus' text format, or None where there is no stage."""
+    """The stage's own samples in Prometheus' text format, jobs' waits added, or None where there is no stage."""
     found: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         key = name.decode()
