@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.planner.measure import written
 from benchmarks.planner.replay import HERE, replay, summary
-from dynamo_epd.planning.policy import mean_wait
+from dynamo_epd.planning.policy import State, decide, mean_wait
 from dynamo_epd.planning.simulator import Replay, Simulator, static_peak
 from dynamo_epd.planning.traces import Trace, arrivals, read_trace
 
@@ -131,6 +131,44 @@ def test_each_decision_is_within_two_seconds_of_its_cause(recorded: Trace, repla
     first = next(one for one in planned.decisions if one.time > begin)
     assert (first.stage, first.after > 2 * first.before) == ("ImageWorker", True)
     assert first.time - begin <= 2
+
+
+class Watched(Simulator):
+    """A replay with somebody beside the planner who looks ten times as often, by the same policy, and asks for nothing.
+
+    ``short``: stage → since when there have been fewer workers than that one wants. ``longest``: such times, seconds.
+    """
+
+    def __init__(self, trace: Trace):
+        super().__init__(trace)
+        self.states = {stage: State() for stage in trace.limits}
+        self.short: dict[str, float] = {}
+        self.longest: dict[str, float] = dict.fromkeys(trace.limits, 0.0)
+
+    def run(self) -> Replay:
+        for tenth in range(1, int(self.trace.seconds * 10)):
+            self._at(tenth / 10, self._watch)
+        return super().run()
+
+    def _watch(self, now: float) -> None:
+        for name, stage in self.stages.items():
+            observed = stage.observed()
+            self.states[name], decision = decide(self.states[name], observed, now, stage.limits)
+            if decision is None or decision.replicas < observed.replicas:
+                self.short.pop(name, None)
+            else:
+                self.longest[name] = max(self.longest[name], now - self.short.setdefault(name, now))
+
+
+def test_nobody_who_looks_ten_times_as_often_wants_more_workers_for_longer_than_two_seconds(recorded: Trace) -> None:
+    """A cause by another clock than the policy's own, in the trace until its burst is over. What looks like a cause for
+    less than a second was chance."""
+    watched = Watched(msgspec.structs.replace(recorded, seconds=3000))
+    done = watched.run()
+    assert watched.longest.keys() == recorded.limits.keys()
+    assert 0 < max(watched.longest.values()) <= 2, watched.longest
+    grown = {one.stage for one in done.decisions if one.after > one.before}
+    assert grown and all(watched.longest[stage] > 0 for stage in grown), "it has seen what made them grow"
 
 
 @pytest.mark.parametrize("seed", range(40))
