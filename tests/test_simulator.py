@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 import json
 import random
+import statistics
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
-from benchmarks.planner.measure import written
+from benchmarks.planner.measure import service_time, service_times, written
 from benchmarks.planner.replay import HERE, replay, summary
-from dynamo_epd.planning.policy import State, decide, mean_wait
+from dynamo_epd.planning.doors import Staffed
+from dynamo_epd.planning.policy import Observed, State, decide, mean_wait
 from dynamo_epd.planning.simulator import Replay, Simulator, static_peak
-from dynamo_epd.planning.traces import Trace, arrivals, read_trace
+from dynamo_epd.planning.traces import ServiceTime, Trace, arrivals, read_trace
+from tests.exporters import Exporters
 
 
 def small(**changed: Any) -> Trace:
@@ -218,15 +224,95 @@ def test_static_peak_is_enough_for_the_highest_load(recorded: Trace) -> None:
 
 
 def test_service_times_that_are_measured_anew_leave_the_load_as_it_was(recorded: Trace) -> None:
-    halved = {stage: one.seconds / 2 for stage, one in recorded.service_times.stages.items()}
+    halved = {
+        stage: ServiceTime(one.seconds / 2, one.spread * 3) for stage, one in recorded.service_times.stages.items()
+    }
     table = msgspec.to_builtins(recorded)
     trace = msgspec.convert(written(table, halved, "a test's"), Trace)
     assert trace.service_times.measured
+    assert trace.service_times.stages["DecodeWorker"] == ServiceTime(0.05, 2.1)
     assert trace.mean_rate("picture") == pytest.approx(2 * recorded.mean_rate("picture"))
     for stage in recorded.limits:
         assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0))
     with pytest.raises(ValueError, match="nothing ran in ImageWorker"):
-        written(table, {stage: 1.0 for stage in halved if stage != "ImageWorker"}, "a test's")
+        written(table, {stage: one for stage, one in halved.items() if stage != "ImageWorker"}, "a test's")
+
+
+def looks_at(runs: Sequence[Sequence[float]]) -> list[Observed]:
+    """A stage at rest before and after requests that ran in it so often and so long."""
+    found = [Observed(1, 1, 0, 7, 30.0, 7, 0.0)]
+    for request in runs:
+        last = found[-1]
+        found.append(
+            dataclasses.replace(
+                last, finished=last.finished + len(request), run_seconds=last.run_seconds + sum(request)
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_service_times_are_measured_with_their_spread(times: int) -> None:
+    """However often a request runs in the stage, of which it tells only the sum."""
+    drawn = random.Random(5)
+    runs = [[drawn.gammavariate(1 / 0.49, 0.1 * 0.49) for _ in range(times)] for _ in range(4000)]
+    found = service_time(looks_at(runs))
+    assert found is not None
+    assert found.seconds == pytest.approx(0.1, rel=0.05)
+    assert found.spread == pytest.approx(0.7, rel=0.05)
+
+
+def test_a_spread_is_the_standard_deviation_over_the_mean_and_takes_two_requests() -> None:
+    seconds = [0.2, 0.5, 0.3]
+    found = service_time(looks_at([[0.2], [], [0.5], [0.3]]))
+    assert found is not None
+    assert found.seconds == pytest.approx(statistics.mean(seconds))
+    assert found.spread == pytest.approx(statistics.stdev(seconds) / statistics.mean(seconds))
+    assert service_time(looks_at([[0.2], []])) is None
+    assert service_time(looks_at([])) is None
+
+
+def test_a_graph_is_looked_at_after_every_request_once_it_rests(
+    exporters: Exporters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stage ends a look later than the reply: what it ran is the request's all the same."""
+    took = iter([9.0, 9.0, 0.2, 0.5, 0.3])  # two to warm up
+    asked: list[int] = []
+    ended = [0, 0.0]
+
+    def says(depth: int) -> None:
+        counts = {"queue_depth": depth, "queue_seconds_sum": 0, "queue_seconds_count": ended[0]}
+        counts |= {"run_seconds_count": ended[0], "run_seconds_sum": ended[1]}
+        exporters.texts["/a"] = "".join(f"epd_stage_{name} {value}\n" for name, value in counts.items())
+
+    class Door:
+        def __init__(self, path: str) -> None:
+            says(0)
+
+        async def services(self) -> dict[str, Staffed]:
+            if exporters.texts["/a"].startswith("epd_stage_queue_depth 1"):  # type: ignore[union-attr]
+                looked.append(len(asked))
+                if looked.count(len(asked)) == 2:
+                    ended[:] = ended[0] + 1, ended[1] + next(took)
+                    says(0)
+            return {"A": Staffed(1, (exporters.worker("a"),))}
+
+    def validate(url: str, number: int) -> None:
+        asked.append(number)
+        if number < 0:
+            ended[:] = ended[0] + 1, ended[1] + next(took)
+            says(0)
+        else:
+            says(1)
+
+    looked: list[int] = []
+    monkeypatch.setattr("benchmarks.planner.measure.SupervisorDoor", Door)
+    monkeypatch.setattr("benchmarks.planner.measure._validate", validate)
+    found = asyncio.run(service_times("", "", 3))
+    assert asked == [-1, -2, 0, 1, 2]
+    seconds = [0.2, 0.5, 0.3]
+    assert found["A"].seconds == pytest.approx(statistics.mean(seconds))
+    assert found["A"].spread == pytest.approx(statistics.stdev(seconds) / statistics.mean(seconds))
 
 
 def test_a_trace_with_names_that_do_not_fit_is_refused() -> None:
