@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients of the toy graph in scaled.py: as many at a time as one says."""
+"""Clients of a graph, of the toy graph in scaled.py: as many at a time as one says."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dynamo_epd.sdk.control import ask
 from tests.toys.running import Served
+
+LOOK_SECONDS = 1.0
 
 
 class Callers:
@@ -31,10 +36,17 @@ class Callers:
             self._threads.append(threading.Thread(target=self._call, args=(stop,)))
             self._threads[-1].start()
 
+    @property
+    def count(self) -> int:
+        return len(self._stops)
+
+    def _ask(self) -> str:
+        return self._graph.post("call", {"seconds": self._seconds})
+
     def _call(self, stop: threading.Event) -> None:
         while not stop.wait(self._think):
             try:
-                self.answers.append(self._graph.post("call", {"seconds": self._seconds}))
+                self.answers.append(self._ask())
             except OSError as error:
                 self.answers.append(f"lost: {error}")
 
@@ -50,6 +62,32 @@ class Callers:
         self.number(0)
         for thread in self._threads:
             thread.join(60)
+
+
+class Sampling:
+    """Looks once a second while it is entered. ``samples``: when, how many clients, workers that serve by stage."""
+
+    def __init__(self, home: Path, callers: Callers, stages: Sequence[str]):
+        self.samples: list[dict[str, float]] = []
+        self._home, self._callers, self._stages = home, callers, stages
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+
+    def _sample(self) -> None:
+        began = time.monotonic()
+        while not self._stop.wait(LOOK_SECONDS):
+            workers = ready(self._home)
+            now = {"seconds": round(time.monotonic() - began, 1), "clients": self._callers.count}
+            self.samples.append(now | {stage: workers[stage] for stage in self._stages})
+
+    def __enter__(self) -> Sampling:
+        self._sampling = self._pool.submit(self._sample)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._sampling.result()  # what kept it from looking is raised here
+        self._pool.shutdown()
 
 
 def busy_worker(answer: str) -> int:
