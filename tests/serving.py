@@ -13,6 +13,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -24,7 +26,7 @@ from typing import Any
 import psutil
 
 from models.untrained import write
-from tests.toys.running import ROOT, Served
+from tests.toys.running import ROOT, Served, clean_environment
 
 START_SECONDS = 900.0
 """Bound of a graph's start: engines are loaded side by side, and the machine may be busy."""
@@ -68,9 +70,11 @@ def serve(graph: str, config: str, *overrides: str, model: Path | None = None, *
 
 
 class Graph(Served):
-    """One ``dynamo serve``. ``home`` is a short path, for it holds sockets."""
+    """One ``dynamo serve``, of the graph that the first argument names. ``home`` is a short path, for it holds
+    sockets."""
 
     def __init__(self, home: Path, *arguments: str, **environment: str):
+        self.name = arguments[0]
         self._temporary = home / "tmp"
         self._temporary.mkdir()
         self._shared_memory: set[str] = set()
@@ -230,6 +234,20 @@ def at_rest(graph: Graph, seconds: float) -> None:
     while held := graph.busy():
         assert time.monotonic() < end, f"still held after {seconds:g} s: {held}"
         time.sleep(0.02)
+
+
+def resized(graph: Graph, stage: str, count: int) -> None:
+    """By `dynamo scale`, which waits until it is so and says it."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "dynamo_epd.sdk.cli", "scale", graph.name, f"{stage}={count}"],
+        cwd=ROOT,
+        env=clean_environment() | {"XDG_STATE_HOME": str(graph.state)},
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, [f"{stage}: {count} ready"]), ran.stdout + ran.stderr
+    assert set(graph.workers(stage)) == set(range(count))
 
 
 def _segment_makers() -> list[int]:

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -18,9 +16,8 @@ from typing import Any
 import pytest
 
 from tests.questions import Refused, Said, ask, ask_all, assert_same, chat, data_url, difference, picture, user
-from tests.serving import START_SECONDS, Graph, at_rest, eventually, serve, untrained
+from tests.serving import Graph, at_rest, eventually, resized, serve, untrained
 from tests.test_leaving import Client, long_answer
-from tests.toys.running import ROOT, clean_environment
 
 WORKERS = {"EncodeWorker": 3, "PrefillWorker": 2, "DecodeWorker": 2}
 ENDPOINTS = {"EncodeWorker": "encode", "PrefillWorker": "prefill", "DecodeWorker": "generate"}
@@ -101,20 +98,6 @@ class Asking:
         for one in self._clients:
             one.result()  # a connection that broke off is raised here
         self._pool.shutdown()
-
-
-def resized(graph: Graph, stage: str, count: int) -> None:
-    """By `dynamo scale`, which waits until it is so and says it."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "dynamo_epd.sdk.cli", "scale", "graphs.disagg:Frontend", f"{stage}={count}"],
-        cwd=ROOT,
-        env=clean_environment() | {"XDG_STATE_HOME": str(graph.state)},
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
-    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, [f"{stage}: {count} ready"]), ran.stdout + ran.stderr
-    assert set(graph.workers(stage)) == set(range(count))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Content validation with two image and two embed workers: work reaches both, and a killed one is not seen."""
+"""Content validation with two image and two embed workers: work reaches both, one that leaves costs nothing, and a
+killed one is not seen.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ import httpx
 import pytest
 
 from tests.pixels import pixels, same_picture
-from tests.serving import Graph, eventually, serve
+from tests.serving import Graph, eventually, resized, serve
+from tests.toys.calling import Callers
 
 STAR = "a large red star on a blue background"
 BOUND = 300.0
@@ -71,6 +75,52 @@ def test_work_reaches_both(graph: Graph, stage: str) -> None:
     done = [now - then for now, then in zip(worked(graph, stage), before, strict=True)]
     assert sum(done) == 24
     assert min(done) >= 4, done
+
+
+class Validating(Callers):
+    """Clients that ask for the same few validations over and over. ``answers``: "200", or what came instead."""
+
+    def __init__(self, graph: Graph, seeds: int):
+        super().__init__(graph, seconds=0.0)
+        self.replies: list[httpx.Response] = []
+        self._of = graph
+        self._seeds = itertools.cycle(range(seeds))
+
+    def _ask(self) -> str:
+        try:
+            reply = validate(self._of, next(self._seeds))
+        except httpx.TransportError as error:
+            return f"lost: {error!r}"
+        self.replies.append(reply)
+        return "200" if reply.status_code == 200 else f"{reply.status_code} {reply.text[:500]}"
+
+    def wait_for_more(self, count: int) -> None:
+        enough = len(self.answers) + count
+        eventually(lambda: len(self.answers) >= enough, f"{count} more answers", BOUND)
+
+    @property
+    def lost(self) -> list[str]:
+        return [answer for answer in self.answers if answer != "200"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_shrinks_and_grows_under_validations(graph: Graph, stage: str) -> None:
+    """By `dynamo scale`, from two workers to one and back: whoever leaves finishes what it has."""
+    quiet = {one["seed"]: one for one in map(found, validate_all(graph, 8))}
+    before = len(graph.lines)
+    with Validating(graph, seeds=8) as validating:
+        validating.number(4)
+        for count in (1, 2):
+            validating.wait_for_more(8)
+            resized(graph, stage, count)
+        # it counts from zero: what it has done came since
+        eventually(lambda: worked(graph, stage)[1] >= 3, "work reaches the new one", BOUND)
+        validating.wait_for_more(8)
+    assert validating.lost == []
+    for one in map(found, validating.replies):
+        assert_same(one, quiet[one["seed"]])
+    said = "\n".join(graph.lines[before:])
+    assert "died" not in said and "still running" not in said, said
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 from dynamo_epd.sdk.control import ask
 from tests.toys.running import Served
@@ -55,7 +56,7 @@ class Callers:
         """Answers that are none."""
         return [answer for answer in self.answers if '"workers"' not in answer]
 
-    def __enter__(self) -> Callers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
