@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dynamo_epd.sdk.nats_server import nats_binary
 from tests.kubernetes_server import KubernetesServer
 from tests.test_worker import eventually
-from tests.toys.running import clean_environment, free_port
+from tests.toys.running import ROOT, clean_environment, free_port
+
+NATS_CONFIG = ROOT / "deploy" / "kubernetes" / "base" / "nats.conf"
 
 
 def main_of(one: dict[str, Any]) -> dict[str, Any]:
@@ -25,11 +29,19 @@ def main_of(one: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def nats(log: Path) -> Iterator[str]:
-    port = free_port()
+def nats(directory: Path, secrets: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A server's address. With ``secrets`` it is the one that deployments bring, by its nats.conf, which takes its user
+    and password from them."""
+    port, log, store = free_port(), directory / "nats.log", str(directory / "jetstream")
+    arguments = ["-p", str(port), "-a", "127.0.0.1", "-js", "-sd", store]
+    if secrets is not None:
+        config = directory / "nats.conf"
+        here = {"0.0.0.0:4222": f"127.0.0.1:{port}", "0.0.0.0:8222": f"127.0.0.1:{free_port()}", "/data": store}
+        config.write_text(placed(NATS_CONFIG.read_text(), here))
+        arguments = ["-c", str(config)]
     with log.open("w") as file:
-        command = [nats_binary(), "-p", str(port), "-a", "127.0.0.1", "-js", "-sd", str(log.parent / "jetstream")]
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        environment = os.environ | (secrets or {})
+        process = subprocess.Popen([nats_binary(), *arguments], env=environment, stdout=file, stderr=file)
     try:
         eventually(lambda: "Server is ready" in log.read_text(), "nats-server")
         yield f"nats://127.0.0.1:{port}"
@@ -38,18 +50,36 @@ def nats(log: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def placed(text: str, places: Mapping[str, str]) -> str:
+    """With what lies elsewhere here, all at once: a place may hold another's name. Each must be named in ``text``."""
+    missing = [place for place in places if place not in text]
+    assert not missing, f"{missing} are not named any more"
+    return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], text)
+
+
 class Pod:
     """A stand-in for the operator and the kubelet: the command of a manifest's component as a process, with the
     variables that the operator adds to it (component_common.go, component_frontend.go, component_planner.go,
     component_worker.go).
+
+    ``secrets``: what the cluster's secrets hold, by key.
     """
 
-    def __init__(self, stored: dict[str, Any], component: dict[str, Any], kubeconfig: str, nats: str, code: Path):
+    def __init__(
+        self,
+        stored: dict[str, Any],
+        component: dict[str, Any],
+        kubeconfig: str,
+        nats: str,
+        code: Path,
+        secrets: Mapping[str, str] | None = None,
+    ):
         self.name = f"{stored['metadata']['name']}-{component['name'].lower()}-0"
         self.main = main_of(component)
         self.ports = {8000: free_port(), 9090: free_port()}
         self.uid = f"uid-of-{self.name}"
         namespace, parent = stored["metadata"]["namespace"], stored["metadata"]["name"]
+        self._namespace = namespace
         added = {
             "DYN_NAMESPACE": f"{namespace}-{parent}",
             "DYN_COMPONENT": component["type"],
@@ -75,7 +105,7 @@ class Pod:
                 "DYN_NAMESPACE_WORKER_SUFFIX": "0a1b2c3d",
             }
         own = [*stored["spec"]["env"], *self.main.get("env", [])]
-        environment = clean_environment() | added | {one["name"]: one["value"] for one in own}
+        environment = clean_environment() | added | {one["name"]: _value(one, secrets or {}) for one in own}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         # One machine has one port of each number, and that may be another's.
         environment["DYN_SYSTEM_PORT"] = str(self.ports[int(environment["DYN_SYSTEM_PORT"])])
@@ -110,14 +140,14 @@ class Pod:
     def show(self, cluster: KubernetesServer) -> None:
         """A ready pod's EndpointSlice, as a Service of the operator's makes Kubernetes write it."""
         labels = {"nvidia.com/dynamo-discovery-backend": "kubernetes", "nvidia.com/dynamo-discovery-enabled": "true"}
-        target = {"kind": "Pod", "name": self.name, "namespace": "default", "uid": self.uid}
+        target = {"kind": "Pod", "name": self.name, "namespace": self._namespace, "uid": self.uid}
         cluster.put(
             "discovery.k8s.io",
             "endpointslices",
             {
                 "apiVersion": "discovery.k8s.io/v1",
                 "kind": "EndpointSlice",
-                "metadata": {"name": self.name, "namespace": "default", "labels": labels},
+                "metadata": {"name": self.name, "namespace": self._namespace, "labels": labels},
                 "addressType": "IPv4",
                 "ports": [{"name": "system", "port": 9090}],
                 "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}, "targetRef": target}],
@@ -128,3 +158,9 @@ class Pod:
         """As the kubelet: a SIGTERM to the first process."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def _value(variable: dict[str, Any], secrets: Mapping[str, str]) -> str:
+    """Raises KeyError for a key that no secret has, where a pod would not start."""
+    found: str = variable["value"] if "value" in variable else secrets[variable["valueFrom"]["secretKeyRef"]["key"]]
+    return found

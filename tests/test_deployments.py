@@ -527,7 +527,7 @@ def test_the_manifests_command_starts_its_service_and_answers_on_its_probes(
     gate = desk.directory / "gate"
     build = builds.find(deploy(desk, f"--Store.gate={gate}"))
     stored = cluster.deployment("corner")
-    with nats(desk.directory / "nats.log") as server:
+    with nats(desk.directory) as server:
         kubeconfig = str(cluster.kubeconfig(desk.directory / "kubeconfig"))
         door, store = (
             Pod(stored, component(cluster, name), kubeconfig, server, build.code) for name in ("Door", "Store")
@@ -612,7 +612,7 @@ def test_a_planner_in_a_pod_scales_by_the_adapters(desk: Desk, cluster: Kubernet
         "status": {"podIP": busy.address, "conditions": [{"type": "Ready", "status": "True"}]},
     }
     kubeconfig = str(cluster.kubeconfig(desk.directory / "planner", "planner"))
-    with nats(desk.directory / "nats.log") as server:
+    with nats(desk.directory) as server:
         planner = Pod(stored, component(cluster, "Planner"), kubeconfig, server, builds.find(tag).code)
         try:
             eventually(lambda: planner.probe("readiness") == 200, "the planner is ready", 120)

@@ -24,7 +24,6 @@ import yaml
 from dynamo_epd.http.auth import Keys, signing_key
 from dynamo_epd.sdk.config import Document, resolve, split_overrides
 from dynamo_epd.sdk.graph import load_graph
-from dynamo_epd.sdk.nats_server import nats_binary
 from tests.kubernetes_server import KubernetesServer
 from tests.manifests import (
     DEPLOY,
@@ -40,7 +39,8 @@ from tests.manifests import (
     pod_specs,
     unrestricted,
 )
-from tests.toys.running import ROOT, free_port
+from tests.pods import nats as nats_server
+from tests.toys.running import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 TAG = re.compile(r"frontend:[0-9a-f]{8}")
@@ -471,28 +471,12 @@ def test_make_secrets_draws_what_the_graph_and_nats_take(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("password", ["p0123e5", "p" + "9f" * 24])
 def test_nats_takes_its_configuration(tmp_path: Path, password: str) -> None:
-    port = free_port()
-    text = (DEPLOY / "base" / "nats.conf").read_text()
-    text = text.replace("0.0.0.0:4222", f"127.0.0.1:{port}").replace("0.0.0.0:8222", f"127.0.0.1:{free_port()}")
-    conf = tmp_path / "nats.conf"
-    conf.write_text(text.replace("/data", str(tmp_path / "data")))
-    environment = {**os.environ, "NATS_AUTH_USERNAME": "graph", "NATS_AUTH_PASSWORD": password}
-    server = subprocess.Popen([nats_binary(), "-c", str(conf)], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        asyncio.run(_use_nats(f"nats://127.0.0.1:{port}", password))
-    finally:
-        server.terminate()
-        server.wait(30)
+    with nats_server(tmp_path, {"NATS_AUTH_USERNAME": "graph", "NATS_AUTH_PASSWORD": password}) as url:
+        asyncio.run(_use_nats(url, password))
 
 
 async def _use_nats(url: str, password: str) -> None:
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                client = await nats.connect(url, user="graph", password=password, allow_reconnect=False)
-                break
-            except (OSError, nats.errors.NoServersError):
-                await asyncio.sleep(0.1)
+    client = await nats.connect(url, user="graph", password=password, allow_reconnect=False)
     assert client.max_payload == 8 << 20
     await client.jetstream().add_stream(name="jobs", subjects=["jobs"])
     await client.close()
