@@ -200,6 +200,14 @@ def test_a_copy_replaces_nothing_unasked(desk: Desk) -> None:
     assert (desk.shop / "shop.py").exists()
 
 
+def test_a_copy_that_stays_half_is_said(desk: Desk) -> None:
+    (builds.find(desk.build()).directory / "gone").symlink_to("nowhere")
+    out = str(desk.directory / "out")
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop), "-o", out) == 1
+    assert re.fullmatch(rf"error: {out}: .*No such file or directory.*/gone'\n", desk.noted)
+    assert "Successfully built" not in desk.said
+
+
 def test_too_much_code_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builds, "MAX_BYTES", 1024 * 1024)
     (desk.shop / "goods" / "weights.bin").write_bytes(bytes(1024 * 1024))

@@ -163,6 +163,10 @@ def test_what_a_worker_is_given_resolves_to_the_same(tmp_path: Path) -> None:
         ("Worker:\n  engine-args: {}\n", "c.yaml:2: unknown key of Worker 'engine-args'"),
         ("Worker: {routing: kv}\n", r"c.yaml:1: Worker: model must be given, in the file of -f or as --Worker.model=…"),
         ("Worker:\n  ServiceArgs: {envs: [{name: A}]}\n", "c.yaml:2: an entry of envs has name and value"),
+        ("Worker:\n  routing: 2024-13-01\n", "c.yaml:2: month must be in 1..12"),
+        ("Worker:\n  model: m\n  <<: 5\n", "c.yaml:3: .*expected a mapping or list of mappings for merging"),
+        ("Worker: a\x00b\n", r"c.yaml: unacceptable character #x0000: special characters are not allowed"),
+        ("Worker:\n  a: [1\n  b: 2\n", r"c.yaml:3: while parsing a flow sequence, expected ',' or '\]', but got"),
         ("- a\n", "c.yaml:1: the top level must be service names"),
         ("Worker: 5\n", "c.yaml:1: Worker must hold keys"),
         ("Worker: !!python/object/apply:os.system [id]\n", "could not determine a constructor"),
@@ -170,8 +174,9 @@ def test_what_a_worker_is_given_resolves_to_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_errors_name_place_and_nearest_name(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as told:
         settle(tmp_path, text)
+    assert "\n" not in str(told.value)
 
 
 def test_without_a_configuration_what_is_missing_is_named(tmp_path: Path) -> None:

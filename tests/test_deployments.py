@@ -356,6 +356,13 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
     stranger = str(cluster.kubeconfig(desk.directory / "stranger", token="nobody"))
     broken = desk.directory / "broken"
     broken.write_text("{")
+    unread = desk.directory / "unread.yaml"
+    unread.write_text("Store: {shelves: 4\nTill: {}\n")
+    half = builds.store() / "door" / "0a1b2c3d" / "build.json"
+    half.parent.mkdir(parents=True)
+    half.write_text('{"graph": "sh')
+    (desk.shop / "typo.py").write_text("class Door(:\n")
+    packed = ["--working-dir", str(desk.shop)]
     theirs = cluster.deployment("corner") | {"metadata": {"name": "theirs", "namespace": "default"}}
     cluster.put("nvidia.com", "dynamographdeployments", theirs)
     here = os.environ["KUBECONFIG"]
@@ -370,6 +377,14 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
         (here, ["deployment", "update", "theirs"], 1, "'theirs' was not made by `dynamo deploy`"),
         (here, ["deployment", "update", "corner", "--Store.shelfs=1"], 2, "unknown key of Store 'shelfs'"),
         (here, ["deployment", "get", "corner", "--Store.shelves=1"], 2, "takes no configuration"),
+        (here, ["deploy", tag, "-n", "x", "-f", str(unread)], 2, "unread.yaml:2: while parsing a flow mapping, "),
+        (here, ["deploy", tag, "-n", "x", "--Store.gate={"], 2, "--Store.gate: '{' is not a value: while parsing"),
+        (here, ["build", "shop:Door", *packed, "-o", f"{unread}/below"], 1, "unread.yaml/below: Not a directory"),
+        (here, ["deploy", "door:0a1b2c3d", "-n", "x"], 1, "build.json: Unterminated string"),
+        (here, ["build", "typo:Door", *packed], 2, "typo.py:1: invalid syntax"),
+        (here, ["deploy"], 2, "the following arguments are required: tag; see `dynamo deploy --help`"),
+        (here, ["deploy", tag, "-t", "docker"], 2, "argument -t/--target: invalid choice: 'docker'"),
+        (here, ["deploy", tag, "--timeout", "x"], 2, "argument --timeout: invalid float value: 'x'"),
         (
             reader,
             ["deploy", tag, "-n", "x"],
@@ -388,7 +403,16 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
         assert len(errors) == 1, desk.noted
         assert errors[0].startswith("error: ")
         assert words in errors[0]
+        assert "Traceback" not in desk.said + desk.noted
     assert [key[3] for key in cluster.objects if key[1] == DEPLOYMENTS] == ["corner", "theirs"]
+
+
+def test_a_state_directory_that_takes_nothing_is_one_line(desk: Desk) -> None:
+    (desk.directory / "file").write_text("")
+    desk.patch.setenv("XDG_STATE_HOME", str(desk.directory / "file"))
+    for command in (["build", "shop:Door", "--working-dir", str(desk.shop)], ["get", "door:0a1b2c3d"], ["scale", "x"]):
+        assert desk.run(*command) == 1, command
+        assert desk.noted == f"error: {desk.directory}/file/dynamo: Not a directory\n"
 
 
 def test_a_cluster_that_is_away_or_lacks_the_operator(desk: Desk) -> None:

@@ -280,7 +280,7 @@ def test_dry_run_prints_what_would_run_and_starts_nothing(tmp_path: Path) -> Non
         ("Back:\n  evnts: x\n", "c.yaml:2: unknown key of Back 'evnts'; did you mean events?"),
         ("Bck:\n  events: x\n", "c.yaml:1: unknown service 'Bck'; did you mean Back?"),
         ("Back:\n  events: x\n  fail-start: maybe\n", "c.yaml:3: Back.fail-start: Expected `bool`, got `str`"),
-        ("Back: [\n", "c.yaml: "),
+        ("Back: [\n", "c.yaml:2: while parsing a flow node"),
     ],
 )
 def test_a_wrong_configuration_names_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -7,6 +7,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from dynamo_epd.sdk.config import ConfigError, split_overrides
 from dynamo_epd.sdk.deployment import DeploymentError
@@ -17,10 +18,15 @@ FAILED, BAD_CONFIG = 1, 2
 Overrides = list[tuple[str, str, str]]
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it cannot read is said in one line, like all that is wrong. Sub-commands are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dynamo", description="Serves, builds and deploys graphs of services.", allow_abbrev=False
-    )
+    parser = _Parser(prog="dynamo", description="Serves, builds and deploys graphs of services.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
@@ -150,6 +156,12 @@ def _env(_arguments: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+def _reason(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error or type(error).__name__}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for what cannot be run, 1 for what failed on the way."""
     try:
@@ -162,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_CONFIG
     except DeploymentError as error:
         print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"error: {_reason(error)}", file=sys.stderr)
         return FAILED
     except ImportError:
         traceback.print_exc()  # of the user's module: the place is what helps

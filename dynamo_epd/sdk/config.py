@@ -62,7 +62,7 @@ class Document:
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: {error}") from error
+            raise ConfigError(_unreadable(str(file), error)) from error
         if node is None:
             return
         self.values = self._node(node, str(file), ())
@@ -80,13 +80,19 @@ class Document:
             try:
                 return loader.construct_document(node)
             except yaml.YAMLError as error:
-                raise ConfigError(f"{file}: {error}") from error
+                raise ConfigError(_unreadable(file, error)) from error
+            except ValueError as error:  # of a date that there is not
+                raise ConfigError(f"{file}:{node.start_mark.line + 1}: {error}") from error
             finally:
                 loader.dispose()
         found: dict[str, Any] = {}
         merge = _Loader("")
-        merge.flatten_mapping(node)
-        merge.dispose()
+        try:
+            merge.flatten_mapping(node)
+        except yaml.YAMLError as error:
+            raise ConfigError(_unreadable(file, error)) from error
+        finally:
+            merge.dispose()
         for key_node, value_node in node.value:
             key = str(key_node.value)
             place = f"{file}:{key_node.start_mark.line + 1}"
@@ -101,8 +107,8 @@ class Document:
         place = f"--{service}.{dotted}"
         try:
             value = yaml.load(text, Loader=_Loader) if text else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{place}: {text!r} is not a value: {error}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"{place}: {text!r} is not a value: {_in_one_line(error)}") from error
         path = (service, *dotted.split("."))
         section = self.values
         for key in path[:-1]:
@@ -115,6 +121,18 @@ class Document:
             section = below
         section[_same_key(section, path[-1])] = value
         self._places[path] = place
+
+
+def _unreadable(file: str, error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"{file}:{mark.line + 1}" if mark else file
+    return f"{place}: {_in_one_line(error)}"
+
+
+def _in_one_line(error: Exception) -> str:
+    """PyYAML's own text has a line for each of them, and shows the place in between."""
+    told = [getattr(error, name, None) for name in ("context", "problem")]
+    return " ".join((", ".join(filter(None, told)) or str(error)).split())
 
 
 def _same_key(section: dict[str, Any], key: str) -> str:

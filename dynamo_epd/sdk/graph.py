@@ -72,13 +72,16 @@ def load_graph(spec: str, working_dir: str | None = None) -> Graph:
     """The graph that ``module[:attr]`` or ``path/to/file.py[:attr]`` names.
 
     Without ``attr`` it is the one root service of the module. An ImportError inside the user's module comes through.
-    Raises GraphError when nothing, or more than one root, is found.
+    Raises GraphError when nothing, or more than one root, is found, and for what is no Python.
     """
     directory = Path(working_dir or ".").resolve()
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
     place, _, attribute = spec.partition(":")
-    module = _import(place, directory)
+    try:
+        module = _import(place, directory)
+    except SyntaxError as error:
+        raise GraphError(f"{error.filename or place}:{error.lineno or 0}: {error.msg}") from error
     if not attribute:
         return build_graph(_only_root(module, spec), module.__name__)
     root = getattr(module, attribute, None)

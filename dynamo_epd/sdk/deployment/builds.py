@@ -27,6 +27,7 @@ from typing import Any
 
 import dynamo_epd
 from dynamo_epd.sdk.config import ConfigError
+from dynamo_epd.sdk.deployment import DeploymentError
 from dynamo_epd.sdk.deployment.images import dockerfile
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.nats_server import state_dir
@@ -101,12 +102,17 @@ def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
 
 
 def find(tag: str) -> Build:
-    """The build of a tag. Raises ConfigError, with the newest of that name, when there is none."""
+    """The build of a tag. Raises ConfigError, with the newest of that name, when there is none, and DeploymentError for
+    one that is damaged.
+    """
     name, _, digest = tag.rstrip(".").partition(":")
     directory = store() / name / digest
     if not name or not digest or "/" in tag or ".." in tag or not (directory / BUILD_FILE).is_file():
         raise ConfigError(f"no build {tag!r}; {_hint(name)}")
-    return Build(name, digest, directory, json.loads((directory / BUILD_FILE).read_text()))
+    try:
+        return Build(name, digest, directory, json.loads((directory / BUILD_FILE).read_text()))
+    except ValueError as error:
+        raise DeploymentError(f"{directory / BUILD_FILE}: {error}; `dynamo build` makes it anew") from error
 
 
 def _hint(name: str) -> str:
@@ -119,14 +125,19 @@ def _written(file: Path) -> float:
 
 
 def copy(build: Build, to: Path, *, force: bool) -> None:
-    """A copy of the build in ``to``. Raises ConfigError when something is there, unless ``force`` and a build."""
+    """A copy of the build in ``to``. Raises ConfigError when something is there, unless ``force`` and a build;
+    DeploymentError for files that cannot be copied.
+    """
     if to.exists() and any(to.iterdir() if to.is_dir() else [to]):
         if not (to / BUILD_FILE).is_file():
             raise ConfigError(f"{to}: is there, and is no build")
         if not force:
             raise ConfigError(f"{to}: holds a build already; --force replaces it")
         shutil.rmtree(to)
-    shutil.copytree(build.directory, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        shutil.copytree(build.directory, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    except shutil.Error as error:  # from, to and reason of every file that it stumbled over
+        raise DeploymentError(f"{to}: {error.args[0][0][2]}") from error
 
 
 def store() -> Path:
