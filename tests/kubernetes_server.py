@@ -32,6 +32,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
 import yaml
+from kubernetes.client import V1ObjectMeta
 
 CRDS = Path(__file__).with_name("crds") / "crds.json.gz"
 GROUP = "nvidia.com"
@@ -64,6 +65,9 @@ writes ``port`` into the frontend's section (internal/dynamo/graph.go). It recon
 """
 _SEMANTIC_TAG = re.compile(r":v?\d+\.\d+\.\d+")
 WATCH_SECONDS = 30.0
+ANYTHING = {"x-kubernetes-preserve-unknown-fields": True}
+METADATA = {"properties": dict.fromkeys(V1ObjectMeta.attribute_map.values(), ANYTHING)}
+"""Of every object alike, which is why no schema of a kind repeats it."""
 
 
 class Refused(Exception):
@@ -489,7 +493,7 @@ def check(plural: str, found: dict[str, Any]) -> None:
         return
     name = found["metadata"].get("name")
     spec = found.get("spec", {})
-    unknown = list(unknown_keys(spec, schema["properties"]["spec"], "spec"))
+    unknown = list(unknown_fields(found, schema))
     if unknown:
         raise Refused(400, "BadRequest", f'strict decoding error: unknown field "{unknown[0]}"')
     wrong = next(iter(jsonschema.Draft7Validator(schema).iter_errors(found)), None)
@@ -505,6 +509,18 @@ def check(plural: str, found: dict[str, Any]) -> None:
             raise Refused(422, "Invalid", f"{component['name']}: a container named main with an image is required")
         if not _SEMANTIC_TAG.search(main["image"]) and "runtimeVersionOverride" not in component:
             raise Refused(422, "Invalid", f"{component['name']}: runtimeVersionOverride is required")
+
+
+def unknown_fields(found: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
+    """Paths of the keys of an object that its schema does not name. Of metadata it says no more than that it is there;
+    a status is the operator's own, and the double's is of one version alone.
+    """
+    known = {"status": ANYTHING} | schema["properties"] | {"metadata": METADATA}
+    for key, value in found.items():
+        if key not in known:
+            yield key
+        elif key != "status":
+            yield from unknown_keys(value, known[key], key)
 
 
 def unknown_keys(value: Any, schema: dict[str, Any], path: str) -> Iterator[str]:

@@ -63,16 +63,21 @@ def check(found: Object) -> None:
             kubernetes_server.check("dynamographdeployments", found)
         except kubernetes_server.Refused as refused:
             wrong.append(str(refused))
+        wrong += _of_metadata(found)
     elif f"{version} {kind}" in KINDS:
         schema = KINDS[f"{version} {kind}"]
-        wrong += kubernetes_server.unknown_keys(found["spec"], schema["properties"]["spec"], "spec")
+        wrong += kubernetes_server.unknown_fields(found, schema)
         wrong += [f"{one.json_path}: {one.message}" for one in jsonschema.Draft7Validator(schema).iter_errors(found)]
-        # A namespace is nothing but its metadata.
-        wrong += _of_kubernetes({"apiVersion": "v1", "kind": "Namespace", "metadata": found["metadata"]})
+        wrong += _of_metadata(found)
     else:
         wrong += _of_kubernetes(found)
     if wrong:
         raise ValueError(f"{kind}: {wrong}")
+
+
+def _of_metadata(found: Object) -> list[str]:
+    """A namespace is nothing but its metadata, and they are the same for every kind."""
+    return _of_kubernetes({"apiVersion": "v1", "kind": "Namespace", "metadata": found["metadata"]})
 
 
 def _of_kubernetes(found: Object) -> list[str]:

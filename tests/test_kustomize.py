@@ -102,7 +102,12 @@ def test_every_object_passes_its_schema(made: dict[str, list[Object]], place: st
         ("PodMonitor", ("spec", "endpoints"), [], r"spec\.endpoints"),
         ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "for"), "soon", "does not match"),
         ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "severity"), "high", r"rules\[0\]\.severity"),
+        ("PodMonitor", ("sepc",), {}, "'sepc'"),
+        ("PodMonitor", ("metadata", "anotations"), {}, r"metadata\.anotations"),
         ("DynamoGraphDeployment", ("spec", "components", 0, "podTemplate", "spec", "volumez"), [], "volumez"),
+        ("DynamoGraphDeployment", ("sepc",), {}, 'unknown field "sepc"'),
+        ("DynamoGraphDeployment", ("metadata", "anotations"), {}, r'unknown field "metadata\.anotations"'),
+        ("DynamoGraphDeployment", ("metadata", "annotations"), {"shelves": 4}, "4 is not of type 'string'"),
     ],
 )
 def test_the_check_refuses(made: dict[str, list[Object]], kind: str, path: Any, value: Any, words: str) -> None:

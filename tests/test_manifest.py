@@ -103,7 +103,7 @@ def test_the_images_are_of_the_user_whom_pods_run_as() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [("spec",), ("spec", "components", 0), ("spec", "components", 0, "podTemplate", "spec")]
+    "place", [(), ("metadata",), ("spec",), ("spec", "components", 0), ("spec", "components", 0, "podTemplate", "spec")]
 )
 def test_the_check_refuses_what_the_schemas_do_not_know(place: tuple[Any, ...]) -> None:
     made = rendered("disagg.yaml")
@@ -111,7 +111,8 @@ def test_the_check_refuses_what_the_schemas_do_not_know(place: tuple[Any, ...]) 
     for key in place:
         target = target[key]
     target["nodeSelektor"] = {}
-    with pytest.raises(Refused, match=r'unknown field "spec.*nodeSelektor"'):
+    path = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, (*place, "nodeSelektor"))))
+    with pytest.raises(Refused, match=re.escape(f'unknown field "{path}"')):
         check("dynamographdeployments", made)
 
 
