@@ -435,17 +435,6 @@ def test_the_api_store_is_gone_and_that_is_said(desk: Desk, cluster: KubernetesS
     assert component(cluster, "Door")["type"] == "frontend"
 
 
-SEEDS_COMMANDS = """
-export KUBE_NS=dynamo-cloud
-export DYNAMO_CLOUD=http://localhost:8080  # If using port-forward
-export DYNAMO_IMAGE=registry.example/dynamo-base:1.0
-DYNAMO_TAG=$(dynamo build graphs.GRAPH:Frontend | grep "Successfully built" |  awk '{ print $NF }' | sed 's/\\.$//')
-export DEPLOYMENT_NAME=multimodal-GRAPH
-dynamo deploy $DYNAMO_TAG -n $DEPLOYMENT_NAME -f ./configs/CONFIG.yaml --Planner.no-operation=false
-dynamo deployment get ${DEPLOYMENT_NAME}
-"""
-
-
 def test_the_double_serves_commands_that_are_typed(desk: Desk) -> None:
     printed = desk.directory / "printed"
     with printed.open("w") as file:
@@ -461,41 +450,122 @@ def test_the_double_serves_commands_that_are_typed(desk: Desk) -> None:
         process.wait(30)
 
 
-FURTHER_COMMANDS = """
-export KUBE_NS=dynamo-cloud
-dynamo deployment list
-dynamo deployment update multimodal-disagg --EncodeWorker.ServiceArgs.workers=3
-dynamo deployment delete multimodal-disagg
-"""
+SEEDS = Path(__file__).with_name("seeds")
+UPSTREAM = ROOT.parent / "shared" / "seeds"
+NOT_TYPED = re.compile(r"#(?! (?:export |dynamo |[A-Z_]+=))|$")
+IMAGE = "registry.example/dynamo-base:1.0"
 
 
-def typed(commands: str) -> str:
-    """What a shell prints that is given these lines."""
-    environment = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-ec", commands]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def lines_of(text: str) -> list[str]:
+    """The commands of a shell's text, those that are commented out with them, without what is said about them."""
+    return [re.sub(r"\s+# .*", "", line) for line in text.splitlines() if not NOT_TYPED.match(line)]
+
+
+def kind_of(line: str) -> str:
+    """Lines of one kind are typed one in the place of another."""
+    found = re.match(r"(?:# )?(?:export )?(\w+=|\w+ \w+|.+)", line)
+    assert found is not None
+    return found[1]
+
+
+def as_typed(file: str, *wanted: str) -> list[str]:
+    """The lines of a seed: of each kind the one that has one of these words, else the first. What is for everybody to
+    fill in is filled in, and nothing else is changed."""
+    lines = lines_of((SEEDS / file).read_text())
+    chosen = {kind_of(line): line for line in reversed(lines)}
+    chosen |= {kind_of(line): line for line in lines if any(word in line for word in wanted)}
+    assert all(any(word in line for line in chosen.values()) for word in wanted)
+    filled = {"<your-registry>/<your-image-name>:<your-tag>": IMAGE}
+    return [
+        re.sub("<.*>", lambda found: filled[found[0]], line.removeprefix("# "))
+        for line in lines
+        if line in chosen.values()
+    ]
+
+
+def test_the_seeds_are_upstreams() -> None:
+    if not UPSTREAM.is_dir():
+        pytest.skip("the seeds are not beside this repository")
+    texts = [text for file in UPSTREAM.iterdir() if "dynamo deploy " in (text := file.read_text())]
+    blocks = [lines_of(block) for text in texts for block in re.findall(r"(?ms)^```bash\n(.*?)^```", text)]
+    assert lines_of((SEEDS / "deploy.sh").read_text()) in blocks
+    forward = lines_of((SEEDS / "forward.sh").read_text())
+    assert forward in [block[: len(forward)] for block in blocks]  # what follows asks the graph
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone, with what is changed here and not committed yet."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    clone = tmp_path_factory.mktemp("fresh") / "clone"
+    git = ["git", "-C", str(ROOT)]
+    subprocess.run([*git, "clone", "-q", "--no-hardlinks", str(ROOT), str(clone)], check=True, timeout=120)
+    changed = subprocess.run([*git, "diff", "--binary", "HEAD"], check=True, capture_output=True, timeout=60).stdout
+    if changed:
+        subprocess.run(["git", "-C", str(clone), "apply"], input=changed, check=True, timeout=60)
+    return clone
+
+
+def typed(commands: list[str], where: Path, checkout: Path) -> str:
+    """What a shell prints that is given these lines. Its `dynamo` is the checkout's: the environment's own looks where
+    it was installed from."""
+    environment = clean_environment() | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout),
+    }
+    command = ["bash", "-ec", "\n".join(commands)]
+    ran = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
-@pytest.mark.parametrize(
-    ("graph", "config"), [("disagg", "disagg"), ("agg", "agg-llava"), ("agg", "agg-qwen"), ("agg", "agg-phi3v")]
-)
-def test_the_seeds_commands_run_verbatim(cluster: KubernetesServer, graph: str, config: str) -> None:
+FURTHER_COMMANDS = [
+    "dynamo deployment get ${DEPLOYMENT_NAME}",
+    "dynamo deployment list",
+    "dynamo deployment update $DEPLOYMENT_NAME --EncodeWorker.ServiceArgs.workers=3",
+    "dynamo deployment delete $DEPLOYMENT_NAME",
+]
+
+
+@pytest.mark.parametrize("wanted", [(), ("agg-qwen", "https:"), ("agg-phi3v",), ("disagg",)], ids=" ".join)
+def test_the_seeds_commands_run_verbatim(
+    desk: Desk, cluster: KubernetesServer, checkout: Path, wanted: tuple[str, ...]
+) -> None:
+    (desk.directory / "examples").mkdir()
+    (desk.directory / "examples" / "multimodal").symlink_to(checkout)
+    graph = "disagg" if "disagg" in wanted else "agg"
     name = f"multimodal-{graph}"
-    said = typed(SEEDS_COMMANDS.replace("GRAPH", graph).replace("CONFIG", config))
-    assert f"Created {name} of frontend:" in said
-    assert said.count(f"http://{name}-frontend.dynamo-cloud.svc:8000") == 2
+    lines = as_typed("deploy.sh", *wanted)
+    with_planner = f"{lines[-1]} --Planner.no-operation=false"
+    said = typed([*lines, *FURTHER_COMMANDS, with_planner], desk.directory, checkout)
+    plain, deleted, planned = said.partition(f"\nDeleted {name} from namespace dynamo-cloud.\n")
+    assert deleted
+    created = re.match(rf"Created {name} of (frontend:[0-9a-f]{{8}}) in namespace dynamo-cloud\.\n", plain)
+    assert created is not None, said
+    desk.patch.setattr(builds, "library_files", desk.library_files)
+    assert created[1] == desk.build(graph=f"graphs.{graph}:Frontend", where=ROOT), "nothing is only here"
+    assert planned.startswith(created[0])
+    assert plain.count(f"http://{name}-frontend.dynamo-cloud.svc:8000") == 3
+    assert re.search(rf"(?m)^{name} +{created[1]} +ready ", plain)
+    assert "EncodeWorker (worker): 3 of 3 ready" in plain
+    assert (plain.count("Planner (planner): 0 of 0 ready"), planned.count("Planner (planner): 1 of 1 ready")) == (3, 1)
     stored = cluster.deployment(name, "dynamo-cloud")["spec"]["components"]
-    assert [one["name"] for one in stored if one["type"] == "planner"] == ["Planner"]
-    images = {one["podTemplate"]["spec"]["containers"][0]["image"] for one in stored}
-    assert images == {"registry.example/dynamo-base:1.0"}
-    if graph == "disagg":
-        further = typed(FURTHER_COMMANDS)
-        assert re.search(rf"(?m)^{name} +frontend:[0-9a-f]{{8}} +ready ", further)
-        assert "EncodeWorker (worker): 3 of 3 ready" in further
-        assert further.endswith(f"Deleted {name} from namespace dynamo-cloud.\n")
-        assert cluster.objects == {}
+    assert {main_of(one)["image"] for one in stored} == {IMAGE}
+
+
+@needs_kubectl
+def test_the_seeds_commands_find_the_frontends_pod(desk: Desk, cluster: KubernetesServer, checkout: Path) -> None:
+    """What they do with it, `kubectl port-forward`, is not here: the double has no node to forward to."""
+    desk.patch.setenv("HOME", str(desk.directory))  # kubectl's cache of what the server knows
+    for pod in ("multimodal-agg-frontend-0", "multimodal-agg-frontend-1", "multimodal-agg-processor-0", "other-0"):
+        metadata = {"name": pod, "namespace": "dynamo-cloud"}
+        cluster.put("", "pods", {"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+    find, forward = as_typed("forward.sh")
+    assert forward.startswith("kubectl port-forward pod/$FRONTEND_POD 8000:8000 ")
+    exports = [line for line in as_typed("deploy.sh") if re.match("export (KUBE_NS|DEPLOYMENT_NAME)=", line)]
+    said = typed([*exports, find, "echo $FRONTEND_POD"], desk.directory, checkout)
+    assert said == "multimodal-agg-frontend-1\n"
 
 
 @needs_kubectl
