@@ -323,3 +323,36 @@ def test_what_the_graphs_here_are_built_of(tmp_path: Path) -> None:
     assert "graphs/disagg.py" in code
     assert "components/protocol.py" in code
     assert not [path for path in code if path.startswith(("tests/", "models/", "configs/", "dynamo_epd/"))]
+
+
+def test_the_library_of_a_build_is_installed(desk: Desk) -> None:
+    """As its image does it, and what pods are given then runs on nothing of this checkout."""
+    desk.patch.setattr(builds, "library_files", desk.library_files)
+    build = builds.find(desk.build(graph="graphs.cova:Frontend", where=ROOT))
+    held, installed = build.directory / "library", desk.directory / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(installed), str(held)], check=True, timeout=300)
+    packed = [path for path in files_of(held) if path.startswith(("dynamo_epd/", "dynamo/"))]
+    assert {"dynamo_epd/page/page.css", "dynamo_epd/page/page.js"} <= set(packed)
+    assert [path for path in packed if not (installed / path).is_file()] == []
+    startup = installed / "dynamo_epd_startup.pth"
+    assert startup.read_text() == (ROOT / "dynamo_epd.pth").read_text()
+
+    configuration = json.dumps(yaml.safe_load((ROOT / "configs" / "tiny-cova.yaml").read_text()))
+    environment = clean_environment() | {"PYTHONPATH": str(installed), "DYNAMO_GRAPH_CONFIG": configuration}
+
+    def said(*command: str) -> str:
+        ran = subprocess.run(
+            command, cwd=build.code, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    where = "import dynamo.sdk, dynamo_epd, graphs.cova; print(dynamo.sdk.__file__, dynamo_epd.__file__)"
+    assert said(sys.executable, "-c", where).split() == [
+        f"{installed}/dynamo/sdk/__init__.py",
+        f"{installed}/dynamo_epd/__init__.py",
+    ]
+    planned = json.loads(said(str(installed / "bin" / "dynamo"), "serve", "graphs.cova:Frontend", "--dry-run"))
+    assert planned["services"].keys() == build.facts["services"].keys()
+    assert planned["services"]["ImageWorker"]["starts"]
