@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 
-from tests.collector import Collector, Span
+from tests.collector import Collector, Span, spans_of
 from tests.questions import data_url, picture, user
 from tests.serving import Graph, eventually
 
@@ -22,7 +30,7 @@ STAR = "a large red star on a blue background"
 
 def traced(
     graph: Graph, collector: Collector, path: str, body: dict[str, Any], names: set[str]
-) -> tuple[dict[str, Any], list[Span]]:
+) -> tuple[httpx.Response, list[Span]]:
     """Asks as a client with a trace of its own; the reply, and the trace once it has spans of all ``names``."""
     trace = secrets.token_hex(16)
     headers = {"traceparent": f"00-{trace}-{CLIENT_SPAN}-01"}
@@ -34,7 +42,13 @@ def traced(
         return names <= {span.name for span in spans}
 
     eventually(whole, f"spans {names}", 60)
-    return reply.json(), spans
+    return reply, spans
+
+
+def without_their_caller(spans: list[Span]) -> list[str]:
+    """Of a whole trace that is the root alone, whose caller is the client."""
+    ids = {span.id for span in spans}
+    return [span.name for span in spans if span.parent not in ids]
 
 
 def named(spans: list[Span], name: str) -> Span:
@@ -47,7 +61,8 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     body = {"model": "tiny-llava", "messages": messages, "max_tokens": 8, "temperature": 0}
     stages = ["Processor.chat", "EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"]
     names = {"POST /v1/chat/completions", *stages, "nixl.read", "llm_request"}
-    reply, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
+    answer, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
+    reply = answer.json()
 
     entry = named(spans, "POST /v1/chat/completions")
     assert (entry.service, entry.parent) == ("Frontend", CLIENT_SPAN)
@@ -75,13 +90,49 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     assert not any(span.failed for span in spans)
 
 
+def test_a_streamed_chat_is_one_trace_with_what_was_asked_and_used(seeing: Graph, collector: Collector) -> None:
+    messages = [user("Describe the picture.", data_url(picture(880_003)))]
+    body = {"model": "tiny-llava", "messages": messages, "max_tokens": 7, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    stages = {"Processor.chat", "EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"}
+    names = {"POST /v1/chat/completions", *stages, "nixl.read", "llm_request"}
+    reply, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
+
+    *_, last, done = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
+    used = json.loads(last)["usage"]
+    assert (reply.status_code, done) == (200, "[DONE]")
+    assert without_their_caller(spans) == ["POST /v1/chat/completions"]
+    processor = named(spans, "Processor.chat")
+    assert processor.parent == named(spans, "POST /v1/chat/completions").id
+    assert {named(spans, stage).parent for stage in stages - {"Processor.chat"}} == {processor.id}
+    asked = processor.attributes
+    assert (asked["gen_ai.provider.name"], asked["gen_ai.request.max_tokens"]) == ("dynamo_epd", 7)
+    assert asked["gen_ai.usage.input_tokens"] == used["prompt_tokens"]
+    assert asked["gen_ai.usage.output_tokens"] == used["completion_tokens"] <= 7
+    assert not any(span.failed for span in spans)
+
+
+def test_an_embedding_is_one_trace(seeing: Graph, collector: Collector) -> None:
+    body = {"model": "tiny-t5", "input": [STAR, "a star"]}
+    names = {"POST /v1/embeddings", "EmbedWorker.embed"}
+    reply, spans = traced(seeing, collector, "/v1/embeddings", body, names)
+    assert reply.status_code == 200
+    assert without_their_caller(spans) == ["POST /v1/embeddings"]
+    embedded = named(spans, "EmbedWorker.embed")
+    assert (embedded.service, embedded.parent) == ("EmbedWorker", named(spans, "POST /v1/embeddings").id)
+    about = embedded.attributes
+    assert (about["gen_ai.operation.name"], about["gen_ai.provider.name"]) == ("embeddings", "dynamo_epd")
+    assert about["gen_ai.request.model"] == reply.json()["model"] == "tiny-t5"
+    assert about["gen_ai.usage.input_tokens"] == reply.json()["usage"]["prompt_tokens"] > 0
+    assert "gen_ai.usage.output_tokens" not in about
+
+
 def test_a_validation_is_one_trace(seeing: Graph, collector: Collector) -> None:
     language = {"EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"}
     names = {"POST /v1/validations", "Processor.validate", "ImageWorker.generate", *language}
     names |= {"EmbedWorker.embed", "nixl.read"}
     _, spans = traced(seeing, collector, "/v1/validations", {"prompt": STAR, "seed": 880_002}, names)
-    ids = {span.id for span in spans}
-    assert [span.name for span in spans if span.parent not in ids] == ["POST /v1/validations"], "each has its caller"
+    assert without_their_caller(spans) == ["POST /v1/validations"]
     made = named(spans, "ImageWorker.generate").attributes
     assert (made["gen_ai.operation.name"], made["gen_ai.request.seed"]) == ("generate_content", 880_002)
 
@@ -96,9 +147,46 @@ def test_a_refusal_is_a_span_too(seeing: Graph, collector: Collector) -> None:
     body = {"model": "tiny-llava", "messages": [user("<image>")], "max_tokens": 1}
     names = {"POST /v1/chat/completions", "Processor.chat"}
     reply, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
-    assert "error" in reply
+    assert "error" in reply.json()
     assert named(spans, "Processor.chat").failed
     assert named(spans, "POST /v1/chat/completions").attributes["http.response.status_code"] == 400
+
+
+class GrpcReceiver(TraceServiceServicer):
+    """What `Collector` is over HTTP."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:
+        self.spans += spans_of(request)
+        return ExportTraceServiceResponse()
+
+
+def test_a_span_goes_over_grpc_before_its_process_ends() -> None:
+    receiver, server = GrpcReceiver(), grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(receiver, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        "no_grpc_proxy": "127.0.0.1",
+    }
+    trace = secrets.token_hex(16)
+    script = (
+        "from dynamo_epd import tracing\n"
+        f"caller = {{'traceparent': '00-{trace}-{CLIENT_SPAN}-01'}}\n"
+        "with tracing.span('a stage', {'b': 1}, kind='server', carrier=caller): tracing.usage(3)"
+    )
+    server.start()
+    try:
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+    finally:
+        server.stop(None).wait()
+    (span,) = receiver.spans
+    assert (span.service, span.name, span.trace, span.parent) == ("dynamo", "a stage", trace, CLIENT_SPAN)
+    assert span.attributes == {"b": 1, "gen_ai.usage.input_tokens": 3}
+    assert not span.failed
 
 
 @pytest.mark.parametrize("more", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"}])
