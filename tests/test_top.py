@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,8 @@ from dynamo_epd.sdk.scaling import SystemPorts
 from dynamo_epd.sdk.top import duration, number, seconds, size
 from dynamo_epd.sdk.watching import Stage, Watch, quantile, samples_of
 from tests.exporters import DoorThatAnswers, Exporters
+from tests.questions import chat, data_url, picture, post, user
+from tests.serving import Graph, eventually
 from tests.toys.calling import door
 from tests.toys.running import ROOT, Served, clean_environment
 
@@ -189,6 +193,48 @@ def test_json_is_for_scripts(served: Served, home: Path) -> None:
     assert (said["graph"], said["pid"], said["interval"]) == (GRAPH, served.process.pid, 0.2)
     assert 0 < said["uptime_seconds"] < 24 * 3600
     assert {stage["name"]: stage["ready"] for stage in said["stages"]} == {"Front": 1, "Calm": 1, "Busy": 1}
+
+
+STAGES = {"Frontend", "Processor", "ImageWorker", "EmbedWorker", "EncodeWorker", "PrefillWorker", "DecodeWorker"}
+
+
+def test_every_stage_of_a_real_graph_has_its_numbers(seeing: Graph) -> None:
+    """Under load from one client: what is told is of one interval, and no client knows when that begins."""
+    again = user("What is in it? Answer in one sentence.", data_url(picture(990_000)))
+    over = threading.Event()
+
+    def load() -> None:
+        for turn in itertools.count():
+            if over.is_set():
+                return
+            fresh = {"prompt": "a large red star on a blue background", "seed": 990_000 + turn}
+            post(f"{seeing.url}/v1/validations", fresh, timeout=SECONDS)
+            post(f"{seeing.url}/v1/chat/completions", chat(again), timeout=SECONDS)
+
+    def whole() -> dict[str, Any] | None:
+        if asked.done():
+            asked.result()
+        ran = top(seeing.state, "graphs.cova:Frontend", "--json", "--interval", "5")
+        assert (ran.returncode, ran.stderr) == (0, "")
+        stages = {stage["name"]: stage for stage in json.loads(ran.stdout)["stages"]}
+        found = [stages["EncodeWorker"]["cache_hit_rate"], stages["ImageWorker"]["output_per_second"]]
+        found += [stages[name]["nixl_bytes_per_second"] for name in ("EncodeWorker", "PrefillWorker")]
+        return stages if all(found) else None
+
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(load)
+        try:
+            stages = eventually(whole, "cache hits, pictures and bytes over NIXL in one interval", SECONDS)
+        finally:
+            over.set()
+        asked.result()
+    counts = {name: (stage["ready"], stage["wanted"], stage["silent"]) for name, stage in stages.items()}
+    assert counts == dict.fromkeys(STAGES, (1, 1, 0))
+    assert 0 < stages["EncodeWorker"]["cache_hit_rate"] <= 1
+    assert (stages["ImageWorker"]["output"], stages["EmbedWorker"]["output"]) == ("images", "texts")
+    rates = [stages["EncodeWorker"]["nixl_bytes_per_second"], stages["PrefillWorker"]["nixl_bytes_per_second"]]
+    assert min(stages["ImageWorker"]["output_per_second"], *rates) > 0
+    assert all(stage["memory_bytes"] > 10 * 2**20 for stage in stages.values())
 
 
 @pytest.mark.parametrize(
