@@ -196,19 +196,21 @@ class ImageWorker(ArenaOwner):
         finally:
             making.stop.set()
             self.waiting -= 1
-            if lain is not None:  # together with its visit: the planner divides the one by the number of the other
+            if lain is not None:  # together with its visit: the planner divides the one by the number of the others
                 self.job_queue.observe(lain)
 
     async def _job(self, job: Job) -> None:
         """Makes and stores the pictures of a job; those that an earlier delivery stored stand."""
+        lain = job.waited
         for index, name in enumerate(job.pictures):
             with suppress(NotFound):
                 await self.store.head(job.tenant, name)
                 continue
             request = generate_request(job.id, job.wanted, index, tenant=job.tenant, keep=name)
-            async with aclosing(self._generated(self._wanted(request), request, job.waited)) as events:
+            async with aclosing(self._generated(self._wanted(request), request, lain)) as events:
                 async for _ in events:
                     pass
+            lain = None  # the others waited for those before them, not for a worker
 
     @endpoint(addressed=True)
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:

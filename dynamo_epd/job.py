@@ -25,8 +25,8 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     digest: str = ""
     """As its state has it."""
     waited: float | None = None
-    """Seconds in the queue, for the worker who is given the job first; else None, and in the queue itself always. One
-    that is delivered again has not waited for a worker alone, and has been counted."""
+    """Seconds in the queue, for the worker who is given the job first. None in the queue itself, and at each further
+    delivery: that job has not waited for a worker alone, and has been counted."""
 
 
 class JobState(msgspec.Struct, frozen=True, omit_defaults=True):

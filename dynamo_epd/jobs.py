@@ -404,7 +404,8 @@ class JobQueue:
 
 
 def _waited(message: Any, job: Job) -> float | None:
-    """Seconds in the queue at the first delivery. Whoever submitted it may have a clock that is ahead of ours."""
+    """Seconds in the queue at the first delivery, those in which no graph ran among them. Whoever submitted it may have
+    a clock that is ahead of ours."""
     return max(0.0, time.time() - job.created) if message.metadata.num_delivered == 1 else None
 
 

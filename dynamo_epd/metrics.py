@@ -71,8 +71,8 @@ class Metrics:
         return self._histogram("epd_embed_batch_size", "Texts in one batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
     def job_queue(self) -> Any:
-        """Of pictures whose job lay in the queue. Apart from the stage's waits: alerts go by those, jobs may wait."""
-        return self._histogram("epd_job_queue_seconds", "Seconds a picture's job lay in the queue", JOB_SECONDS)
+        """Apart from the stage's waits: alerts go by those, jobs may wait."""
+        return self._histogram("epd_job_queue_seconds", "Seconds a job lay in the queue", JOB_SECONDS)
 
     def images(self) -> Any:
         """Pictures made."""

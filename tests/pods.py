@@ -155,9 +155,13 @@ class Pod:
         )
 
     def stop(self) -> int:
-        """As the kubelet: a SIGTERM to the first process."""
+        """As the kubelet: a SIGTERM to the first process, and after its grace a SIGKILL."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 def _value(variable: dict[str, Any], secrets: Mapping[str, str]) -> str:

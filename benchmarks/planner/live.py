@@ -51,7 +51,7 @@ def toy() -> dict[str, Any]:
 def cova() -> dict[str, Any]:
     """The same of the real engines."""
     with planned.planned() as graph:
-        with planned.Painters(graph) as painters, planned.Chatting(graph) as chatting:
+        with planned.Chatting(graph) as chatting, planned.Painters(graph) as painters:
             samples = sampled(graph, painters, planned.STAGES, COVA_PHASES)
         return found(graph, painters, planned.SETTINGS, samples) | {"chats": len(chatting.texts)}
 

@@ -159,7 +159,7 @@ def _env(_arguments: argparse.Namespace, _: Overrides) -> int:
 def _reason(error: OSError) -> str:
     """What the system refused, and of which file."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error or type(error).__name__}"
+    return f"{where}{error.strerror or str(error) or type(error).__name__}"
 
 
 def main(argv: list[str] | None = None) -> int:

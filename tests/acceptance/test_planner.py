@@ -47,11 +47,10 @@ def made(graph: Graph) -> list[float]:
 
 
 def test_pictures_that_double_and_halve_move_the_image_worker_alone(graph: Graph) -> None:
-    with Painters(graph) as painters, Chatting(graph) as chatting, Sampling(graph.state, painters, STAGES) as sampling:
+    with Chatting(graph) as chatting, Painters(graph) as painters, Sampling(graph.state, painters, STAGES) as sampling:
         try:
             painters.number(1)
-            # the very first pictures take longer: a worker may have been asked for
-            eventually(lambda: len(painters.answers) >= 5 and len(graph.workers(MOVED)) == 1, "a steady load", 300)
+            eventually(lambda: len(painters.answers) >= 5 and len(graph.workers(MOVED)) == 1, "a steady load", 300, 0.5)
             before, answered = len(changes(graph)), len(painters.answers)
             eventually(lambda: len(painters.answers) > answered + 10, "a steady load", 300)
             assert len(changes(graph)) == before, "which one worker bears"
@@ -63,7 +62,7 @@ def test_pictures_that_double_and_halve_move_the_image_worker_alone(graph: Graph
             for halved in (2, 1):
                 painters.number(halved)
                 time.sleep(2)
-            eventually(lambda: len(graph.workers(MOVED)) == 1, "it has shrunk again", 300)
+            eventually(lambda: len(graph.workers(MOVED)) == 1, "it has shrunk again", 300, 0.5)
             answered = len(painters.answers)
             eventually(lambda: len(painters.answers) > answered + 3, "pictures of the one that is left", 300)
         finally:

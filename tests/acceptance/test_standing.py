@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from tests.pixels import pixels
 from tests.pods import nats, placed
 from tests.s3_server import CREDENTIALS, s3_server
-from tests.serving import Graph, serve
+from tests.serving import Graph, eventually, serve
 from tests.test_compose import SERVICES, interpolated
 from tests.toys.running import ROOT
 
@@ -44,8 +45,8 @@ def test_the_inference_service_is_live_healthy_and_predicts() -> None:
     graph, config, more = arguments([word.replace(mount, str(KSERVE)) for word in container["args"]])
     with serve(graph, config, *more) as served:
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            path = container[probe]["httpGet"]["path"]
-            assert httpx.get(f"{served.url}{path}", timeout=BOUND).status_code == 200, probe
+            url = f"{served.url}{container[probe]['httpGet']['path']}"
+            eventually(partial(answers, url), probe, 30)
         body = {"instances": [{"prompt": STAR, "seed": 1}]}
         reply = httpx.post(f"{served.url}/v1/models/tiny-image:predict", json=body, timeout=BOUND)
         assert reply.status_code == 200, reply.text[:500]
@@ -78,9 +79,14 @@ def test_composes_graph_is_healthy_and_keeps_its_pictures_in_the_bucket(tmp_path
             assert any(listed["id"] in name for name in kept), kept
 
 
+def answers(url: str) -> bool:
+    return httpx.get(url, timeout=BOUND).status_code == 200
+
+
 def healthy(served: Graph, test: list[str]) -> None:
-    """By compose's own health check."""
+    """By compose's own health check, which is asked again for a while: stages find each other after they are up."""
     kind, program, *words = test
     assert (kind, program) == ("CMD", "python")
     here = [placed(words[-1], {"127.0.0.1:8000": f"127.0.0.1:{served.port}"})]
-    subprocess.run([sys.executable, *words[:-1], *here], timeout=60, check=True)
+    command = [sys.executable, *words[:-1], *here]
+    eventually(lambda: subprocess.run(command, timeout=60, check=False).returncode == 0, "it is healthy", 30, 1.0)

@@ -109,10 +109,14 @@ def find(tag: str) -> Build:
     directory = store() / name / digest
     if not name or not digest or "/" in tag or ".." in tag or not (directory / BUILD_FILE).is_file():
         raise ConfigError(f"no build {tag!r}; {_hint(name)}")
+    file = directory / BUILD_FILE
     try:
-        return Build(name, digest, directory, json.loads((directory / BUILD_FILE).read_text()))
+        facts = json.loads(file.read_text())
     except ValueError as error:
-        raise DeploymentError(f"{directory / BUILD_FILE}: {error}; `dynamo build` makes it anew") from error
+        raise DeploymentError(f"{file}: {error}; `dynamo build` makes it anew") from error
+    if not isinstance(facts, dict) or "graph" not in facts:
+        raise DeploymentError(f"{file}: is no build's; `dynamo build` makes it anew")
+    return Build(name, digest, directory, facts)
 
 
 def _hint(name: str) -> str:
