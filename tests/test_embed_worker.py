@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
 from components.embed_worker import AT_ONCE, MOST_CHARACTERS, EmbedConfig, EmbedWorker, tokenized
+from components.protocol import StatesRequest
 from dynamo_epd import metrics
 from dynamo_epd.errors import InvalidRequest
 from dynamo_epd.sdk import dynamo_context
@@ -118,6 +119,19 @@ def test_texts_of_many_clients_are_not_mixed_up(client: openai.OpenAI, graph: Gr
     assert all(ran), "both workers were asked"
     batches, embedded = (after - before for after, before in zip(batch_sizes(graph), sizes, strict=True))
     assert embedded == 96 > batches, "what waits together is embedded together"
+
+
+@pytest.mark.parametrize("ids", [[5, -1], [5, 8], [5, 2**40]])
+def test_what_is_no_token_never_reaches_a_batch(ids: list[int]) -> None:
+    """There it would be its neighbours' failure too."""
+    worker = object.__new__(EmbedWorker)
+    vars(worker).update(config=EmbedConfig(model=MODEL), encoder=SimpleNamespace(vocabulary=8), batcher=None)
+
+    async def asked() -> None:
+        await anext(worker.states(StatesRequest("", ids, 1, masked=True)))
+
+    with pytest.raises(InvalidRequest, match="no token"):
+        asyncio.run(asked())
 
 
 @pytest.mark.parametrize(

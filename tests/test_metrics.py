@@ -122,7 +122,8 @@ def test_a_request_that_leaves_the_queue_has_waited_and_not_run() -> None:
     async def scenario() -> None:
         batcher = Batcher(run, most=1, waiting=2)
         worker = object.__new__(EmbedWorker)
-        vars(worker).update(config=EmbedConfig("tiny-t5"), metrics=stage.metrics, batcher=batcher)
+        encoder = SimpleNamespace(vocabulary=3)
+        vars(worker).update(config=EmbedConfig("tiny-t5"), metrics=stage.metrics, batcher=batcher, encoder=encoder)
         running = asyncio.create_task(batcher.submit([1]))
         assert await asyncio.to_thread(began.wait, BOUND)
         await left(worker.states(StatesRequest("", [2], 1, masked=True)), 0.3)
