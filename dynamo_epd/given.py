@@ -30,6 +30,10 @@ class Given(Generic[Thing]):
         given.append(thing)
         return True
 
+    def has_left(self, call: str) -> bool:
+        """Whether the caller has said so: what is not yet begun for it need not be."""
+        return self._things.get(call, []) is None
+
     def take_back(self, call: str) -> list[Thing]:
         """What was given to a caller that has left. What would be given to it from now on is refused."""
         given = self._of(call)

@@ -17,6 +17,8 @@ def test_what_was_given_is_taken_back_once() -> None:
 def test_a_caller_that_left_is_given_nothing_more() -> None:
     given: Given[str] = Given()
     assert given.take_back("a") == []
+    assert given.has_left("a")
+    assert not given.has_left("b")
     assert not given.give("a", "lease")
     assert given.take_back("a") == []
 

@@ -17,7 +17,7 @@ from dynamo_epd.engine import language, lease
 from dynamo_epd.engine.delta import Reasoning
 from dynamo_epd.engine.language import HANDED_OVER, ImageInput, LanguageEngine, encode_sampling, multi_modal_data
 from dynamo_epd.engine.scheduler import FailOnPreemption
-from dynamo_epd.errors import InternalError, InvalidRequest, Preempted
+from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable
 from dynamo_epd.sdk.serve import worker_environment
 
 KV = {
@@ -82,6 +82,36 @@ def test_the_youngest_of_what_was_handed_over_can_be_withdrawn_and_the_rest_is_f
         assert await engine.withdraw(f"call-{last}") is None, "once"
         assert await engine.withdraw("call-9") == {"blocks": 9}
         assert await engine.withdraw("call-8") is None, "forgotten"
+
+    asyncio.run(main())
+
+
+def test_a_prompt_that_is_withdrawn_before_it_came_is_not_prefilled() -> None:
+    async def main() -> None:
+        double = EngineDouble()
+        engine = LanguageEngine(double, "prefill", silence=1.0)
+        told, looked = asyncio.Event(), asyncio.Event()
+
+        async def is_sleeping() -> bool:
+            told.set()
+            await looked.wait()
+            return False
+
+        async def refused(request_id: str) -> None:
+            with pytest.raises(Retryable, match="left before"):
+                await engine.prefill(request_id, [1, 2], [], cache_salt=None)
+
+        double.is_sleeping = is_sleeping  # type: ignore[method-assign]
+        withdrawing = asyncio.create_task(engine.withdraw("call-0"))
+        await told.wait()
+        await refused("call-0")
+        looked.set()
+        assert await withdrawing is None
+        await refused("call-0")
+        assert double.given == []
+        with pytest.raises(Retryable, match="without a KV cache"):
+            await engine.prefill("call-00", [1, 2], [], cache_salt=None)
+        assert len(double.given) == 1
 
     asyncio.run(main())
 

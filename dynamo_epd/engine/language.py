@@ -99,6 +99,7 @@ class LanguageEngine:
         self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
         self._handed_over: Given[dict[str, Any]] = Given(most=HANDED_OVER)
+        self._being_withdrawn: set[str] = set()
         if role == "prefill":
             self._note_what_is_handed_over()
 
@@ -170,7 +171,7 @@ class LanguageEngine:
 
         Raises:
             InvalidRequest: the expanded prompt does not fit the model.
-            Retryable: the engine gave the request up.
+            Retryable: the engine gave the request up, or its caller had left before it was begun.
         """
         from vllm import SamplingParams
 
@@ -187,6 +188,9 @@ class LanguageEngine:
         }
         last = None
         prompt = await self._rendered(token_ids, images, cache_salt, params, streamed)
+        # From here to EngineCore nothing is waited for: `withdraw` finds a prompt there, or was here first.
+        if request_id in self._being_withdrawn or self._handed_over.has_left(request_id):
+            raise Retryable("the caller left before its prompt was prefilled")
         async for output in self._run(request_id, prompt, params):
             last = output
         if last is None or last.kv_transfer_params is None:
@@ -213,12 +217,16 @@ class LanguageEngine:
     async def withdraw(self, request_id: str) -> dict[str, Any] | None:
         """Ends a prefill whose caller has left. Returns the KV cache that waits for a reader all the same, if any: the
         engine may have ended before it was told. A decode engine must `reject` it."""
-        await self._engine.abort(request_id)
-        # EngineCore takes up and says one thing after the other: what comes before this reply is all that will come.
-        await self._engine.is_sleeping()
-        while not self._engine.engine_core.outputs_queue.empty():
-            await asyncio.sleep(0)
-        handed_over = self._handed_over.take_back(request_id)
+        self._being_withdrawn.add(request_id)
+        try:
+            await self._engine.abort(request_id)
+            # EngineCore takes up and says one thing after the other: what comes before this reply is all there will be.
+            await self._engine.is_sleeping()
+            while not self._engine.engine_core.outputs_queue.empty():
+                await asyncio.sleep(0)
+            handed_over = self._handed_over.take_back(request_id)
+        finally:
+            self._being_withdrawn.discard(request_id)
         return handed_over[-1] if handed_over else None  # those before were seen: a request may come here twice
 
     async def generate(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dynamo_epd.engine.lease import STILL_SECONDS
-from dynamo_epd.errors import Preempted
+from dynamo_epd.errors import Preempted, Retryable
 from tests.serving import untrained
 
 ENDED = 3.0
@@ -33,6 +33,7 @@ async def _leave_a_prefill() -> None:
         "max_model_len": 2048,
         "block_size": 128,
         "num_gpu_blocks_override": 2048 // 128 + 1,
+        "enable_prefix_caching": False,  # or the next prompt would need few blocks beside those that are held
     }
     from dynamo_epd.engine.environment import prepare
 
@@ -44,6 +45,9 @@ async def _leave_a_prefill() -> None:
         stack.callback(prefill.close)
         decode = await LanguageEngine.start(args, "decode", 120)
         stack.callback(decode.close)
+
+        met = await prefill.prefill("met", [1, 2, 3], [], cache_salt=None)
+        await _answer(decode, "met", [1, 2, 3], met.kv)  # vLLM rejects at once where the engines have met before
 
         prompt = [1 + place % 100 for place in range(1900)]
         left = asyncio.create_task(prefill.prefill("left", prompt, [], cache_salt=None))
@@ -70,6 +74,10 @@ async def _leave_a_prefill() -> None:
         if kv is not None:  # an engine that had it all the same
             await decode.reject("early", kv)
         assert prefill.unfinished == 0
+
+        assert await prefill.withdraw("first") is None
+        with pytest.raises(Retryable):  # what was withdrawn comes behind what withdrew it
+            await prefill.prefill("first", prompt, [], cache_salt=None)
         async with asyncio.timeout(LEASE / 2):
             last = await prefill.prefill("last", prompt, [], cache_salt=None)
         await decode.reject("last", last.kv)
