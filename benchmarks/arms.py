@@ -264,10 +264,16 @@ def ours_agg(model: Path, *overrides: str) -> Arm:
     return graph("OURS-agg", "graphs.agg:Frontend", "configs/tiny-agg.yaml", model, own, *overrides)
 
 
-def ours_disagg(model: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Arm:
+def ours_disagg(
+    model: Path, *overrides: str, prefill_workers: int = 1, environment: Mapping[str, str] | None = None
+) -> Arm:
     spec, config = "graphs.disagg:Frontend", "configs/tiny-disagg.yaml"
+    name = "OURS-disagg"
+    if prefill_workers > 1:
+        name += f"-{prefill_workers}"
+        overrides += (f"--PrefillWorker.ServiceArgs.workers={prefill_workers}",)
     own = [f"--{service}.kv-cache-memory-bytes={KV_BYTES}" for service in ("PrefillWorker", "DecodeWorker")]
-    return graph("OURS-disagg", spec, config, model, *own, *overrides, environment=environment)
+    return graph(name, spec, config, model, *own, *overrides, environment=environment)
 
 
 def install_stock() -> None:

@@ -30,6 +30,7 @@ START: Mapping[str, Callable[[Path], Arm]] = {
     "STOCK-tuned": lambda model: stock(model, tuned=True),
     "OURS-agg": ours_agg,
     "OURS-disagg": ours_disagg,
+    "OURS-disagg-2": lambda model: ours_disagg(model, prefill_workers=2),
 }
 ALONE = ("AGG", "OURS-disagg")
 """Started one after the other, before all else: how long that takes is shown in a row of its own."""

@@ -216,8 +216,12 @@ def test_a_picture_seen_before_is_set_against_text() -> None:
         repeated.TEXT: [told(0.2), told(0.2)],
     }
     row = Row(5, "t", "s")
-    repeated.fill(row, dict.fromkeys(("AGG", "OURS-agg", "OURS-disagg"), kinds))
-    assert [goal.what for goal in row.goals] == ["OURS-disagg, against text", "OURS-agg, against text"]
+    repeated.fill(row, dict.fromkeys(repeated.ARMS, kinds))
+    assert [goal.what for goal in row.goals] == [
+        "OURS-disagg, against text",
+        "OURS-disagg-2, against text",
+        "OURS-agg, against text",
+    ]
     assert row.goals[0].values == pytest.approx([1.1, 1.05]) and row.met
     assert [sample.arm for sample in row.samples][:3] == [
         "AGG, new picture",

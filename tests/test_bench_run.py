@@ -118,7 +118,7 @@ def test_every_row_has_its_place_in_the_plan() -> None:
     assert min(step.repeats for step in plan.PLAN) >= 5
     stands = [step.stands for step in plan.PLAN]
     assert stands == sorted(stands), "arms that stand would disturb rows that need none"
-    assert sum(step.seconds for step in plan.PLAN) < 1_700
+    assert sum(step.seconds for step in plan.PLAN) < 1_750
     assert plan.in_order([9, 3]) == [plan.PLAN[0], plan.PLAN[8]] and plan.in_order([]) == [*plan.PLAN]
 
 
