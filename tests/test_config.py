@@ -170,6 +170,9 @@ def test_what_a_worker_is_given_resolves_to_the_same(tmp_path: Path) -> None:
         ("- a\n", "c.yaml:1: the top level must be service names"),
         ("Worker: 5\n", "c.yaml:1: Worker must hold keys"),
         ("Worker: !!python/object/apply:os.system [id]\n", "could not determine a constructor"),
+        ("Worker: &own\n  media: *own\n", "c.yaml:1: it holds itself"),
+        ("Worker:\n  media:\n    allowed-hosts: &own [a, [*own]]\n", "c.yaml:3: it holds itself"),
+        (f"Worker: {'[' * 2000}\n", "c.yaml: it is nested too deeply"),
         ("Planner: {no-operation: false}\n", "c.yaml:1: this graph has no Planner to switch on"),
     ],
 )
@@ -194,6 +197,8 @@ def test_an_override_is_named_as_it_was_given(tmp_path: Path) -> None:
         settle(tmp_path, "", "--Worker.media.max-byte=5")
     with pytest.raises(ConfigError, match=r"^--Worker.routing.x: routing holds a value"):
         settle(tmp_path, "Worker: {routing: kv}\n", "--Worker.routing.x=5")
+    with pytest.raises(ConfigError, match=r"^--Worker.routing: .* is not a value: it holds itself"):
+        settle(tmp_path, "", "--Worker.routing=&own [*own]")
 
 
 def test_planner_keys_are_known_to_graphs_without_a_planner(tmp_path: Path) -> None:

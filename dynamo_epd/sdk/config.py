@@ -58,7 +58,7 @@ class Document:
         """Adds a YAML file. Raises ConfigError when it cannot be read as one."""
         try:
             text = Path(file).read_text(encoding="utf-8")
-            node = yaml.compose(text, Loader=_Loader)
+            node = _composed(text)
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -106,6 +106,7 @@ class Document:
         """Sets one value from the command line. Siblings survive. ``text`` is read as a YAML scalar."""
         place = f"--{service}.{dotted}"
         try:
+            _composed(text)
             value = yaml.load(text, Loader=_Loader) if text else ""
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{place}: {text!r} is not a value: {_in_one_line(error)}") from error
@@ -121,6 +122,30 @@ class Document:
             section = below
         section[_same_key(section, path[-1])] = value
         self._places[path] = place
+
+
+def _composed(text: str) -> yaml.Node | None:
+    """Raises YAMLError for what cannot be read, an alias within what it stands for among it."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _refuse_circles(node, set(), set())
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    return node
+
+
+def _refuse_circles(node: yaml.Node, above: set[int], known: set[int]) -> None:
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="it holds itself", problem_mark=node.start_mark)
+    if id(node) in known or isinstance(node, yaml.ScalarNode):
+        return
+    known.add(id(node))
+    above.add(id(node))
+    for below in node.value:
+        for one in below if isinstance(below, tuple) else (below,):
+            _refuse_circles(one, above, known)
+    above.discard(id(node))
 
 
 def _unreadable(file: str, error: Exception) -> str:
