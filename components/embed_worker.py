@@ -28,7 +28,7 @@ class EmbedConfig:
     """Keys of the ``EmbedWorker`` section."""
 
     model: str
-    """A T5 encoder: a directory or a name on the hub."""
+    """A T5 encoder: a directory, a name on the hub or ``s3://bucket/prefix``."""
     served_model_name: str | list[str] | None = None
     """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -84,7 +84,7 @@ class Admission:
     """Seconds that one request may take, and that its pictures are leased for."""
     max_readers: int = 128
     """Stored pictures that are sent at once; each has a megabyte or two in memory. Whoever has an address may read half
-    a kilobyte a second: that keeps other readers out, and nobody who asks for work. Together with ``max_in_flight`` it
+    a kilobyte a second: that keeps other readers out, and nobody who asks for work. Together with ``max-in-flight`` it
     is half of the connections that a process takes where it may open 1024 files."""
 
     @property

@@ -75,7 +75,7 @@ class ImageConfig:
     """Keys of the ``ImageWorker`` section."""
 
     model: str
-    """A diffusers pipeline: a directory or a name on the hub."""
+    """A diffusers pipeline: a directory, a name on the hub or ``s3://bucket/prefix``."""
     served_model_name: str | list[str] | None = None
     """What clients call it; the first of several is the one in replies. Default: ``model``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -101,7 +101,7 @@ class ImageConfig:
     compile: bool = False
     """Faster steps, after minutes at the start and at each new size."""
     loras: dict[str, str] = field(default_factory=dict)
-    """LoRA adapters by the name that requests give them: directory or name on the hub."""
+    """LoRA adapters by the name that requests give them: directory, name on the hub or ``s3://bucket/prefix``."""
     max_batch: int = 8
     """Pictures in one denoise step. 1 gives the pixels of plain diffusers; with more they may differ by rounding,
     depending on what else is made. With ``compile`` or ``cpu-offload`` it is 1."""
@@ -110,7 +110,7 @@ class ImageConfig:
     arena_bytes: int = 128 * 1024 * 1024
     """Pictures that wait for their READ, and states being READ."""
     lease_seconds: float = 30.0
-    """How long token states wait for their READ."""
+    """How long a picture waits for its READ, and this worker for a prompt's token states."""
     max_waiting: int = 256
     """Pictures that may wait for their turn; one more is refused. By default as many as a frontend lets in at once."""
 

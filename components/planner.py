@@ -34,9 +34,7 @@ class PlannerConfig:
     interval: float = 1.0
     """Seconds from one look to the next."""
     stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """Service → ``min``, ``max``, ``queue-target``, ``concurrency``, ``headroom``, ``cool-down``, ``window``,
-    ``tolerance``, ``catch-up``, as `dynamo_epd.planning.policy.Limits` has them. `dynamo scale` keeps to ``min`` and
-    ``max`` too."""
+    """Service → what it is held to: see Planner.stages. `dynamo scale` keeps to ``min`` and ``max`` too."""
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.interval <= 60:

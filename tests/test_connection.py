@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 import socket
 import struct
@@ -132,6 +133,7 @@ def refused(said: bytes, status: int, code: str) -> None:
     head, _, body = said.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), said[:200]
     assert b"connection: close" in head
+    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head + b"\r\n")
     assert json.loads(body)["error"]["code"] == code
 
 

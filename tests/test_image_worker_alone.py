@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 from components.image_worker import ImageConfig, ImageWorker
 from components.protocol import GenerateRequest, ModelNames
 from dynamo_epd.diffusion.text_encoder import Row
-from dynamo_epd.errors import InvalidRequest, NotFound, StageUnavailable
+from dynamo_epd.errors import InvalidRequest, NotFound, Overloaded, StageUnavailable
 from dynamo_epd.failures import IN_A_ROW, Failures
 from dynamo_epd.metrics import StageMetrics
 from dynamo_epd.planning.observing import stage_samples
@@ -132,6 +132,16 @@ def test_a_t5_that_does_not_answer_is_a_stage_that_is_missing() -> None:
 
 REQUEST = GenerateRequest("r", "a red star", 1)
 WANTED = SimpleNamespace(width=SIDE, height=SIDE, steps=1)
+
+
+def test_one_picture_more_than_may_wait_is_refused() -> None:
+    async def scenario() -> None:
+        worker = image_worker(ImageConfig("tiny-image", max_waiting=2))
+        vars(worker).update(waiting=2, _wanted=lambda _: WANTED)
+        with pytest.raises(Overloaded, match="2 pictures wait already"):
+            await anext(worker.generate(REQUEST))
+
+    run(scenario)
 
 
 def test_the_wait_for_a_turn_is_no_work_whoever_waits(tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ def test_errors_carry_the_id_too(server: Running) -> None:
         assert "secret" not in reply.text and reply.headers.get_list("x-request-id") == ["mine"]
 
 
+def test_what_is_refused_before_its_route_has_a_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
+    long = httpx.post(f"{server.url}/echo", content=bytes(200_000), headers={"x-request-id": "mine"})
+    assert (long.status_code, long.headers["x-request-id"]) == (413, "mine")
+    assert httpx.get(f"{server.url}/nowhere").status_code == 404
+    assert [one.getMessage() for one in caplog.records if one.name == "dynamo_epd.request"] == [
+        "mine 413 payload_too_large"
+    ]
+
+
 def test_what_many_send_at_once_is_bounded_too(server: Running) -> None:
     body = bytes(80_000)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as answered_late:

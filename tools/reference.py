@@ -20,9 +20,10 @@ from components.embed_worker import EmbedWorker
 from components.encode_worker import EncodeWorker
 from components.frontend import Frontend
 from components.image_worker import ImageWorker
-from components.planner import Planner
+from components.planner import CONCURRENCY, Planner
 from components.prefill_worker import PrefillWorker
 from components.processor import Processor
+from dynamo_epd.planning.policy import Limits
 from dynamo_epd.sdk.config import ENGINE_FIELD
 from dynamo_epd.sdk.service import info_of
 
@@ -45,7 +46,7 @@ Every section may have `ServiceArgs`, which is about its processes:
 | `workers` | how many there are |
 | `resources` | `gpu` of each worker (a fraction shares a card), `cpu` and `memory` for Kubernetes |
 | `envs` | environment variables, as a mapping or as a list of `{name, value}` |
-| `dynamo` | `enabled`, and `namespace`, `name` and `component-type` under which the stage is found |
+| `dynamo` | `enabled`; `namespace` and `name` to be found under; `component_type`, which Dynamo's operator reads |
 """
 TAIL = """This page is written from the dataclasses by `python -m tools.reference`.
 """
@@ -63,6 +64,11 @@ def page() -> Iterator[str]:
                 kinds[name] = kind
     for service in SERVICES:
         yield from ("", f"## {service.__name__}", "", *_table(_config_of(service), skip=shared))
+    guesses = ", ".join(f"{guess} of `{service}`" for service, guess in CONCURRENCY.items())
+    stages = (
+        f"By service: `stages: {{EncodeWorker: {{max: 4}}}}`. Without `concurrency` it is a guess: {guesses}, else 1."
+    )
+    yield from ("", "## Planner.stages", "", stages, "", *_table(Limits))
     for name, services in shared.items():
         of = " and ".join(f"`{one}`" for one in services)
         yield from (

@@ -31,6 +31,7 @@ from dynamo_epd.errors import (
     UrlTooLong,
 )
 from dynamo_epd.http.errors import error_response
+from dynamo_epd.http.limits import request_id_of
 
 MAX_CONNECTIONS = 16384
 """Of one process, however many descriptors it has: each takes some ten kilobytes."""
@@ -312,7 +313,8 @@ class BoundedConnection(HttpToolsProtocol):
             cycle = None  # type: ignore[assignment]
         if cycle is None or cycle.response_complete:  # else bytes of a reply are on their way
             reply = error_response(error)
-            headers = [*reply.raw_headers, (b"connection", b"close")]
+            request_id = request_id_of(dict(self.scope) if self.scope else None).encode()
+            headers = [*reply.raw_headers, (b"x-request-id", request_id), (b"connection", b"close")]
             head = f"HTTP/1.1 {error.status} {error.code}\r\n".encode()
             head += b"".join(name + b": " + value + b"\r\n" for name, value in headers)
             self.transport.write(head + b"\r\n" + bytes(reply.body))

@@ -31,6 +31,7 @@ from dynamo_epd.http.rates import Rates
 from dynamo_epd.http.traced import Traced
 
 log = logging.getLogger(__name__)
+request_log = logging.getLogger("dynamo_epd.request")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -97,7 +98,7 @@ class RequestLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         told: dict[str, str] = {}
@@ -126,6 +127,7 @@ class RequestLimits:
                 if not isinstance(error, EpdError):
                     log.exception("request %s failed", request_id)
                     error = InternalError("internal error")
+                request_log.info("%s %d %s", request_id, error.status, error.code)
                 await self._refuse(error, receive, identify)
                 return
             if body is None:  # the client left while sending
@@ -212,8 +214,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
+def request_id_of(scope: Scope | None) -> str:
+    """The client's own, where it sent one that can be passed on, else a new one."""
+    for name, value in scope["headers"] if scope else ():
         if name == b"x-request-id":
             text = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(text):

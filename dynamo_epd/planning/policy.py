@@ -53,19 +53,23 @@ class Limits:
     """What one stage is held to. Times in seconds. Raises ValueError for what cannot be."""
 
     min: int = 1
-    """0 allows none at all by hand; a planner keeps one."""
+    """Fewest workers. 0 allows none at all by hand; a planner keeps one."""
     max: int = 8
+    """Most workers. Where a configuration does not say it, `dynamo scale` takes 64 for this."""
     queue_target: float = 0.5
-    """Mean wait of a request in this stage."""
+    """Seconds: mean wait of a request in this stage."""
     concurrency: int = 1
     """Requests that one worker runs at once in the time that one of them takes: its batch, or 1."""
     headroom: float = 0.3
     """Share of the servers that is left free for what comes while another worker starts."""
     cool_down: float = 300.0
+    """Seconds for which fewer workers must have been enough before one is ended."""
     window: float = 60.0
-    """Over which arrivals and run times are means."""
+    """Seconds over which arrivals and run times are means."""
     tolerance: float = 0.1
+    """Share by which a wait may be above its target, and the load that fewer workers must do is taken higher."""
     catch_up: float = 30.0
+    """Seconds in which what waits beyond the target is to be cleared."""
 
     def __post_init__(self) -> None:
         for name in ("min", "max", "concurrency"):

@@ -20,8 +20,6 @@ LONGEST_URL_SECONDS = 7 * 86400.0
 class StoreConfig:
     """Where pictures are kept. Credentials are no part of it: S3's come from the environment (``AWS_ACCESS_KEY_ID``
     and its like).
-
-    Every service that names one store must name the same ``timeout`` and ``leftover_seconds``.
     """
 
     url: str = ""
@@ -39,13 +37,14 @@ class StoreConfig:
     sweep_seconds: float = 300.0
     """Between two sweeps of one process."""
     leftover_seconds: float = 3600.0
-    """What a writer that died has left is swept after this long: well above the longest time one may take."""
+    """What a writer that died has left is swept after this long: four times ``timeout`` at least. The same for all
+    services of one store."""
     url_seconds: float = 3600.0
-    """How long a presigned address is good for; never longer than its object."""
+    """How long a presigned or signed address is good for; never longer than its object."""
     max_bytes: int = 64 * 1024 * 1024
     """Bytes of one object."""
     timeout: float = 15.0
-    """Seconds for one operation, its retries included."""
+    """Seconds for one operation, its retries included. The same for all services of one store."""
 
     def __post_init__(self) -> None:
         for name in ("ttl", "sweep_seconds", "leftover_seconds", "url_seconds", "max_bytes", "timeout"):
