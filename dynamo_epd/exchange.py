@@ -2,20 +2,23 @@
 """Arenas over the graph: how a service offers its own to readers, and how it finds its peers'.
 
 The NIXL metadata of an arena is asked for over the control plane, once a peer (`Arena` caches it): its owner is named
-``namespace/component/instance``, and answers on an endpoint that `ArenaOwner` adds to the service.
+``namespace/component/instance``, and answers on an endpoint that `ArenaOwner` adds to the service. Readers shake hands
+with owners as these appear, and not when the first request waits for it: a card over NATS and NIXL's connection take as
+long as a hundred hand-offs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dynamo_epd.errors import HandOffFailed
+from dynamo_epd.errors import EpdError, HandOffFailed
 from dynamo_epd.given import Given
 from dynamo_epd.sdk import dynamo_context, endpoint, on_drain
 from dynamo_epd.sdk.client import EndpointClient, ServiceClient
@@ -25,8 +28,14 @@ if TYPE_CHECKING:
     from dynamo_epd.transfer.handle import Handle
 
 
+log = logging.getLogger(__name__)
+
 FETCHED_SECONDS = 0.05
 """From one look of an arena that is to be closed at its leases to the next."""
+MEET_SECONDS = 0.5
+"""From one look for owners that are new to the next."""
+MEET_AGAIN_SECONDS = 10.0
+"""Until an owner that could not be met is tried again: most often it has died, and discovery does not know yet."""
 
 
 class CardQuery(msgspec.Struct, frozen=True):
@@ -44,6 +53,7 @@ class ArenaOwner:
     arena: Arena
     reads: tuple[str, ...] = ()
     """Services whose arenas this one READs from. Each costs a watch of discovery, which are few: see `connect`."""
+    _meeting: asyncio.Task[None] | None = None
 
     async def open_arena(self, nbytes: int) -> None:
         """Maps and registers ``nbytes`` of host memory."""
@@ -54,6 +64,23 @@ class ArenaOwner:
         self._given: Given[str] = Given()
         await connect_owners(self.reads)
         self.arena = await Arena.open(nbytes, owner=owner, resolve=card_of)
+        if _clients:
+            self._meeting = asyncio.create_task(self._meet_owners())
+
+    async def _meet_owners(self) -> None:
+        """Shakes hands with each owner once it is there."""
+        due: dict[str, float] = {}
+        while True:
+            now = asyncio.get_running_loop().time()
+            due = {owner: due.get(owner, now) for owner in owners()}
+            for owner in [one for one, when in due.items() if when <= now]:
+                try:
+                    await self.arena.connect(owner)
+                    due[owner] = math.inf
+                except EpdError as error:  # it is met again, at the latest by the first who READs from it
+                    log.info("%s is not met: %s", owner, error.message)
+                    due[owner] = now + MEET_AGAIN_SECONDS
+            await asyncio.sleep(MEET_SECONDS)
 
     @on_drain
     async def fetched(self) -> None:
@@ -63,6 +90,10 @@ class ArenaOwner:
 
     async def close_arena(self) -> None:
         """Refuses what waits and gives the memory back."""
+        if self._meeting is not None:
+            self._meeting.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._meeting
         await self.arena.close()
 
     @endpoint(addressed=True)
@@ -138,6 +169,11 @@ async def connect_owners(names: Sequence[str]) -> None:
             _clients["/".join(addresses[name])] = client
     for client in _clients.values():
         await client.connect()
+
+
+def owners() -> list[str]:
+    """All whose arenas this process may READ from, as their handles name them."""
+    return [f"{name}/{instance}" for name, client in _clients.items() for instance in client.instances()]
 
 
 async def card_of(owner: str) -> bytes:

@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
+import pytest
+
+from dynamo_epd import exchange
+from dynamo_epd.errors import WorkerLost
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.transfer import Arena
 from tests.test_arena import nobody
@@ -25,5 +30,57 @@ def test_an_owner_that_leaves_waits_for_what_it_laid_out() -> None:
             owner.end_leases([handle.lease], [])
         await leaving
         await owner.close_arena()
+
+    asyncio.run(run())
+
+
+class ClientDouble:
+    """Of a service with these instances."""
+
+    def __init__(self, *instances: int):
+        self.there = list(instances)
+
+    def instances(self) -> list[int]:
+        return self.there
+
+
+def test_owners_are_met_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anybody READs from them; one that cannot be met is tried again, and keeps nobody else."""
+    monkeypatch.setattr(exchange, "MEET_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "MEET_AGAIN_SECONDS", 0.1)
+    client = ClientDouble(1)
+    monkeypatch.setattr(exchange, "_clients", {"ns/EncodeWorker": client})
+
+    async def run() -> None:
+        arenas = {
+            f"ns/EncodeWorker/{instance}": await Arena.open(8192, owner="", resolve=nobody) for instance in (1, 3)
+        }
+        asked: Counter[str] = Counter()
+
+        async def resolve(name: str) -> bytes:
+            asked[name] += 1
+            if name not in arenas:
+                raise WorkerLost("it is gone")
+            return arenas[name].metadata()
+
+        reader = ArenaOwner()
+        reader.arena = await Arena.open(8192, owner="reader", resolve=resolve)
+        reader._meeting = asyncio.create_task(reader._meet_owners())
+
+        async def peers(count: int) -> None:
+            async with asyncio.timeout(20):
+                while reader.arena.stats().peers < count:
+                    await asyncio.sleep(0.01)
+
+        await peers(1)
+        client.there = [1, 2, 3]
+        await peers(2)
+        async with asyncio.timeout(20):
+            while asked["ns/EncodeWorker/2"] < 2:
+                await asyncio.sleep(0.01)
+        assert asked["ns/EncodeWorker/1"] == asked["ns/EncodeWorker/3"] == 1
+        await reader.close_arena()
+        for arena in arenas.values():
+            await arena.close()
 
     asyncio.run(run())
