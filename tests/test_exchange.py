@@ -79,6 +79,8 @@ def test_owners_are_met_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
             while asked["ns/EncodeWorker/2"] < 2:
                 await asyncio.sleep(0.01)
         assert asked["ns/EncodeWorker/1"] == asked["ns/EncodeWorker/3"] == 1
+        stats = reader.arena.stats()
+        assert (stats.transfers, stats.transfer_failures) == (0, 0)
         await reader.close_arena()
         for arena in arenas.values():
             await arena.close()

@@ -215,7 +215,7 @@ class Arena:
         # With a notice: it goes another way than the bytes, which would take the first hand-off 10 ms to lay.
         nothing = Handle(owner, peer.incarnation, "-", 0, 1, (1,), "bytes", digest_of(b"\0"), math.inf, True)
         try:
-            async with self._read([nothing], CONNECT_SECONDS):
+            async with self._read([nothing], CONNECT_SECONDS, counted=False):
                 pass
         except TransferTimeout:
             self._peers.fence(peer)
@@ -242,7 +242,10 @@ class Arena:
             yield tensors
 
     @asynccontextmanager
-    async def _read(self, handles: Sequence[Handle], timeout: float) -> AsyncIterator[list[Any]]:
+    async def _read(
+        self, handles: Sequence[Handle], timeout: float, *, counted: bool = True
+    ) -> AsyncIterator[list[Any]]:
+        """``counted``: whether it is a transfer to those who look at `stats`. A handshake is none."""
         self._check_open()
         lease_left = min((handle.lease_end for handle in handles), default=math.inf) - time.time()
         if lease_left < MARGIN_SECONDS:
@@ -270,7 +273,8 @@ class Arena:
                     await self._finish(pulls)
         except BaseException as error:
             # Who leaves, or finds no room here, says nothing of the transfer.
-            self._transfer_failures += not isinstance(error, (asyncio.CancelledError, Overloaded, PayloadTooLarge))
+            no_failure = (asyncio.CancelledError, Overloaded, PayloadTooLarge)
+            self._transfer_failures += counted and not isinstance(error, no_failure)
             self._digest_failures += isinstance(error, DigestMismatch)
             if reservation is not None:
                 self._give_up(pulls, reservation)
@@ -283,9 +287,10 @@ class Arena:
             self._reads_in_flight -= 1
             if not self._reads_in_flight:
                 self._quiet.set()
-        self._transfers += len(handles)
-        self._transfer_bytes += sum(handle.length for handle in handles)
-        self._transfer_seconds += loop.time() - started
+        if counted:
+            self._transfers += len(handles)
+            self._transfer_bytes += sum(lengths)
+            self._transfer_seconds += loop.time() - started
         with reservation as slots:
             yield [
                 self._memory.view(slot.offset, handle.shape, handle.dtype)
