@@ -183,7 +183,7 @@ def _sampling(limits: BodyLimits) -> dict[str, Check]:
         # vLLM's, which benchmarks and clients of plain `vllm serve` send.
         "top_k": integer(-1, MAX_TOKENS),
         "min_p": number(0, 1),
-        "repetition_penalty": number(0, 10, above=True),
+        "repetition_penalty": number(0.1, 10),  # by less, logits are divided into infinities, and no token is left
         "min_tokens": integer(0, MAX_TOKENS),
         "ignore_eos": boolean,
         "stop_token_ids": list_of(integer(0, MAX_TOKENS - 1), 0, 128),
