@@ -133,6 +133,7 @@ def test_a_ratio_is_of_the_repeats_in_which_both_answered() -> None:
 
 def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Counter[str] = Counter()
+    asked_for: list[str] = []
     once, dead = {("STOCK", 1), ("STOCK", 4)}, {("STOCK-tuned", 3), ("STOCK-tuned", 4)}
 
     async def answered(client: Any, url: str, body: Any) -> Told:
@@ -148,6 +149,7 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
 
     class StandingDouble:
         def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
+            asked_for.extend(names)
             return {name: SimpleNamespace(url=name, spins=False) for name in names}
 
     monkeypatch.setattr(answer, "ask", answered)
@@ -155,6 +157,7 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
     monkeypatch.setattr(answer, "at_rest", nobody_rests)
     standing: Any = StandingDouble()
     row = asyncio.run(answer.measure(standing, 6))
+    assert sorted(asked_for) == ["AGG", "AGG-tuned", "OURS-agg", "OURS-disagg", "STOCK", "STOCK-tuned"]
     assert (asked["AGG"], asked["STOCK"], asked["STOCK-tuned"]) == (8, 8, 4)
     goals = {goal.what: goal for goal in row.goals}
     assert len(goals["STOCK against OURS-disagg"].values) == 5 and not row.void

@@ -14,10 +14,11 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import TINY
 from benchmarks.figures import Goal, Row, Samples, Sense, ratios
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.standing import START, Standing, agree, lost, rotated, turn
+from benchmarks.standing import Standing, agree, lost, rotated, turn
 
 NUMBER = 1
 TITLE = "whole answer, one client"
+ARMS = ("AGG", "AGG-tuned", "STOCK", "STOCK-tuned", "OURS-agg", "OURS-disagg")
 TOKENS = 16
 WARM_UP = 2
 PAIRS = 5
@@ -32,7 +33,7 @@ QUESTION = "What is in this picture?"
 async def measure(standing: Standing, repeats: int) -> Row:
     """All six arms stand at once; those that spin while nobody asks them are stopped meanwhile."""
     row = Row(NUMBER, TITLE, f"{TINY}, one new picture and {TOKENS} tokens a question, {repeats} repeats by turns")
-    arms = standing.arms(row, TINY, tuple(START))
+    arms = standing.arms(row, TINY, ARMS)
     told: dict[str, list[Told]] = {name: [] for name in arms}
     async with session() as client:
         for repeat in range(WARM_UP + repeats):
