@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not step.stands:
                 STANDING.close()
             row = measured(step, ways[step.number], options.repeats or step.repeats)
-            if row.missing:  # arms in whatever state it left them in
+            if row.missing or row.void:  # arms in whatever state it left them in: one may be dead, or hang
                 STANDING.close()
             rows = sorted([*rows, row], key=lambda one: one.number)
             text = report.write(rows, command, options.output, about, new=row, began=began)

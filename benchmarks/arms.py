@@ -94,6 +94,11 @@ class Arm:
             for command, environment in self._started
         ]
 
+    @property
+    def ended(self) -> bool:
+        """Whether a process of it has: it answers nothing then, or not for long."""
+        return any(process.poll() is not None for process in self._processes)
+
     def __enter__(self) -> Arm:
         self.begin()
         self.wait()

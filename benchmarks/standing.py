@@ -53,8 +53,8 @@ class Starts:
 
 
 class Standing:
-    """`arms` starts those that do not stand yet and ends those that a row does not need; `close` ends them all. They
-    can be asked for again."""
+    """`arms` starts those that do not stand yet, or no longer, and ends those that a row does not need; `close` ends
+    them all. They can be asked for again."""
 
     def __init__(self, directory: Callable[[str], Path] = checkpoints.directory):
         """``directory`` of a model, by its name."""
@@ -67,8 +67,10 @@ class Standing:
     def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
         """By name, in this order; the row is told their commands. Raises RuntimeError for one that does not start, but
         leaves one of STOCK's out and tells the row why."""
+        dead = [name for name, arm in self._arms.items() if arm.ended]
         unneeded = [name for name in self._arms if model != self._model or name not in names]
-        close_all([self._arms.pop(name) for name in unneeded])  # they would take memory, and some of a core
+        # Those would take memory, and some of a core; these answer nothing, and a row would be void for it.
+        close_all([self._arms.pop(name) for name in {*unneeded, *dead}])
         self._model = model
         self._start([name for name in names if name not in self._arms], row)
         standing = {name: self._arms[name] for name in names if name in self._arms}

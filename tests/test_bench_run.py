@@ -83,6 +83,17 @@ def test_a_row_that_fails_is_said_and_the_next_one_is_measured(
     assert "row 1: 0 s of 280 planned, not measured: AGG" in told.err
 
 
+def test_the_arms_of_a_void_row_are_ended_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def void(repeats: int) -> Row:
+        return Row(1, "t", "s", void="a question to AGG failed")
+
+    log: list[str] = []
+    monkeypatch.setattr(command, "ROWS", {1: void, 9: measuring(log, 9)})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "9"]) == 1
+    assert log == ["close", "9 by 12", "close"], "whatever failed there is not asked again"
+
+
 def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def interrupted(repeats: int) -> Row:
         raise SystemExit(143)

@@ -30,6 +30,7 @@ class ArmDouble:
         self.name, self._log, self.seconds_to_answer, self.first_said = name, log, seconds, said
         self.commands = [f"serve {name}"]
         self.url = "http://double"
+        self.ended = False
         self._broken = broken
 
     def __enter__(self) -> ArmDouble:
@@ -84,6 +85,29 @@ def test_an_arm_starts_once_and_stands_while_rows_need_it(log: list[str]) -> Non
     assert log[-1] == "end AGG"
     arms.arms(row, "larger", ("AGG",))
     assert log[-1] == "AGG rests", "closed ones can be asked for again"
+
+
+def test_an_arm_of_which_a_process_has_ended_is_started_anew(log: list[str]) -> None:
+    arms, row = Standing(Path), Row(1, "t", "s")
+    first = arms.arms(row, "tiny", ("AGG", "OURS-agg"))
+    dead: Any = first["AGG"]
+    dead.ended = True
+    del log[:]
+    second = arms.arms(row, "tiny", ("AGG", "OURS-agg"))
+    assert log == ["end AGG", "start AGG", "AGG answers", "AGG rests"], "once, and the other one stands"
+    assert second["AGG"] is not dead and second["OURS-agg"] is first["OURS-agg"]
+
+
+def test_an_arm_has_ended_when_one_of_its_processes_has() -> None:
+    arm = Arm("double", [], 1)
+    for lines in ("import time; time.sleep(600)", "pass"):
+        arm._processes.append(subprocess.Popen([sys.executable, "-c", lines], start_new_session=True))
+    try:
+        eventually(lambda: arm.ended, "a process that has ended", 20)
+        arm._processes.pop()
+        assert not arm.ended, "the other one goes on"
+    finally:
+        arm.close()
 
 
 def test_arms_that_only_import_start_at_once_and_those_that_spin_come_last(log: list[str]) -> None:
