@@ -34,17 +34,27 @@ class Samples:
 @dataclasses.dataclass(frozen=True)
 class Goal:
     """A figure that is to stay below a limit, or above one. ``values`` are of the repeats; their median counts, and
-    without any it was not measured. One without a limit is shown beside the others, and no goal."""
+    without any it was not measured. One without a limit is shown beside the others, and no goal.
+
+    ``worst``: the worst value counts instead. One repeat of a time may be disturbed; what is right is so in all."""
 
     what: str
     values: list[float]
     sense: Sense = "≤"
     limit: float | None = None
     unit: str = "times"
+    worst: bool = False
 
     @property
     def median(self) -> float:
         return statistics.median(self.values)
+
+    @property
+    def judged(self) -> float:
+        """The value that counts."""
+        if not self.worst:
+            return self.median
+        return min(self.values) if self.sense == "≥" else max(self.values)
 
     @property
     def met(self) -> bool:
@@ -52,12 +62,15 @@ class Goal:
             return True
         if not self.values:
             return False
-        return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sense](self.median, self.limit)
+        return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sense](self.judged, self.limit)
 
     def __str__(self) -> str:
         figure = "not measured"
         if self.values:
-            figure = f"{shown(self.median)} {self.unit} ({shown(min(self.values))} … {shown(max(self.values))})"
+            spread = f"{shown(min(self.values))} … {shown(max(self.values))}"
+            figure = f"{shown(self.median)} {self.unit} ({spread})"
+            if self.worst:
+                figure = f"{shown(self.judged)} {self.unit} at worst (median {shown(self.median)}, {spread})"
         return figure if self.limit is None else f"{figure}; goal {self.sense} {shown(self.limit)} {self.unit}"
 
 
@@ -79,7 +92,7 @@ class Row:
     open_loop: bool = False
     """Its requests come at a rate: a client that takes much of a core would disturb what it measures."""
     client: list[float] = dataclasses.field(default_factory=list)
-    """What the client took of a core, in each arm's turn."""
+    """What the client took of a core, in each arm's turn; in an open loop, in each stretch of requests at a rate."""
     load: list[float] = dataclasses.field(default_factory=list)
     """The machine's load average of a minute, before the row and at its end."""
     seconds: float = 0.0

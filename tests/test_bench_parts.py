@@ -144,6 +144,12 @@ def test_pictures_come_out_alike_at_once_and_alone() -> None:
     assert [one.unit for one in row.samples] == ["ms"] * 3
 
 
+def test_pixels_that_differ_make_the_row_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "difference", lambda *_: 3.0)
+    row = asyncio.run(pictures.measure(1, steps=4))
+    assert row.void == "a pixel of a picture made at once is 3 of 255 from plain diffusers'" and not row.met
+
+
 def test_a_model_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     def broken(directory: Path) -> None:
         directory.mkdir()

@@ -26,6 +26,29 @@ def test_a_goal_is_met_by_the_median_of_its_pairs() -> None:
     assert not Row(1, "t", "s").met, "nor does one without a goal"
 
 
+@pytest.mark.parametrize(
+    ("goal", "judged", "met", "text"),
+    [
+        (Goal("g", [1.0, 1.0, 2.0], "≤", 1.0, "encodes"), 1.0, True, "1.00 encodes (1.00 … 2.00); goal"),
+        (
+            Goal("g", [1.0, 1.0, 2.0], "≤", 1.0, "encodes", worst=True),
+            2.0,
+            False,
+            "2.00 encodes at worst (median 1.00,",
+        ),
+        (Goal("g", [3.0, 4.0, 5.0], "≥", 3.0, worst=True), 3.0, True, "3.00 times at worst (median 4.00, 3.00 … 5.00)"),
+        (Goal("g", [0.5, 1.0, 1.0], "<", 1.0, worst=True), 1.0, False, "1.00 times at worst (median 1.00, 0.5 … 1.00)"),
+    ],
+)
+def test_what_is_right_or_wrong_is_judged_by_its_worst_value(goal: Goal, judged: float, met: bool, text: str) -> None:
+    assert (goal.judged, goal.met) == (judged, met) and str(goal).startswith(text)
+
+
+def test_a_worst_value_that_was_not_measured_is_not_met() -> None:
+    goal = Goal("g", [], "≤", 1.0, worst=True)
+    assert not goal.met and str(goal).startswith("not measured")
+
+
 def test_pairs_must_match() -> None:
     with pytest.raises(ValueError, match="zip"):
         ratios([1.0], [1.0, 2.0])

@@ -44,7 +44,7 @@ async def measure(repeats: int) -> Row:
             row.goals += goals(model, tower, rates)
             same = [picture(number) for number in range(-repeats, 0)]
             equal += [stages["OURS"].encode([one] * WAITING)["images"] for one in same]
-    row.goals.append(Goal(f"{WAITING} equal pictures at once", equal, "≤", 1, "encodes"))
+    row.goals.append(Goal(f"{WAITING} equal pictures at once", equal, "≤", 1, "encodes", worst=True))
     row.notes.append(
         "STOCK loads its tower in float16 whatever it is told, reads the class token too, and runs each request in a "
         "thread of its own; ours has one thread and does what the model's own `vllm serve` does"

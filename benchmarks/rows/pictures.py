@@ -72,9 +72,11 @@ def _measure(repeats: int, model: Path, steps: int) -> Row:
     plainly, ours = seconds["plain diffusers, one after another"], seconds["at once"]
     row.goals += [
         Goal("one after another against at once", ratios(plainly, ours), "≥", 2.5),
-        Goal("a late one waits", waits, "≤", 1.0, "steps"),
-        Goal("a pixel's largest difference, same seed", furthest, "≤", LEVELS, "of 255"),
+        Goal("a late one waits", waits, "≤", 1.0, "steps", worst=True),
+        Goal("a pixel's largest difference, same seed", furthest, "≤", LEVELS, "of 255", worst=True),
     ]
+    if max(furthest) > LEVELS:
+        row.void = f"a pixel of a picture made at once is {max(furthest):g} of 255 from plain diffusers'"
     return row
 
 
