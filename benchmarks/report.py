@@ -177,7 +177,8 @@ def _conditions(row: Row) -> Iterator[str]:
         share = median(row.client)
         fine = share <= ALLOWED or not row.open_loop  # in a closed loop client and server take turns
         more = "" if fine else f", **more than the {ALLOWED:.0%} that the method allows**"
-        said.append(f"the client took {share:.1%} of a core, {max(row.client):.1%} at most{more}")
+        while_ = " while requests came at a rate" if row.open_loop else ""
+        said.append(f"the client took {share:.1%} of a core{while_}, {max(row.client):.1%} at most{more}")
     if said:
         yield "; ".join(said) + "."
         yield ""

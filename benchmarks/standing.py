@@ -8,8 +8,8 @@ of them, some thirty processes, leave two cores to the one whose turn it is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -128,15 +128,26 @@ def _not_started(who: str, error: Exception) -> str:
 @asynccontextmanager
 async def turn(client: aiohttp.ClientSession, arm: Arm, row: Row) -> AsyncIterator[None]:
     """One arm's turn. Each answers a question first that is not timed: one that stood still has to wake up, and what is
-    done for one is done for all. The row is told what the client takes of a core from then on."""
+    done for one is done for all. The row is told what the client takes of a core from then on; one whose requests come
+    at a rate asks for that itself, while they do."""
     arm.resume()
     try:
         await _wake(client, arm)
-        began, busy = perf_counter(), process_time()
-        yield
-        row.client.append((process_time() - busy) / (perf_counter() - began))
+        if row.open_loop:
+            yield
+        else:
+            with clients_share(row):
+                yield
     finally:
         arm.pause()
+
+
+@contextmanager
+def clients_share(row: Row) -> Iterator[None]:
+    """Tells the row what the client takes of a core in this block."""
+    began, busy = perf_counter(), process_time()
+    yield
+    row.client.append((process_time() - busy) / (perf_counter() - began))
 
 
 async def _wake(client: aiohttp.ClientSession, arm: Arm) -> None:

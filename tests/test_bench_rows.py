@@ -309,8 +309,10 @@ def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) 
     quiet_first, storm_first = ["stream", "stream", "picture"], ["stream", "picture", "stream"]
     for repeat, order in ((0, quiet_first), (1, storm_first)):
         log.clear()
-        asyncio.run(storm._one(client, arm, repeat))
+        row = Row(6, "t", "s", open_loop=True)
+        asyncio.run(storm._one(client, arm, repeat, row))
         assert log == order
+        assert len(row.client) == 1, "the client's share of a core is taken in the storm alone"
 
 
 # Row 7

@@ -173,6 +173,29 @@ def test_a_turn_wakes_its_arm_up_and_asks_once_more(
     assert log == ["STOCK goes on", *["asked"] * asked, "its turn", "STOCK rests"] and len(row.client) == 1
 
 
+def test_a_turn_of_an_open_loop_leaves_the_clients_share_to_its_windows(
+    monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    async def answered(*_: object) -> Told:
+        return Told("ab", 0.1, 0.2)
+
+    async def go() -> None:
+        async with turn(client, arm, row):
+            await asyncio.sleep(0.05)
+            with standing.clients_share(row):
+                while time.process_time() < busy:
+                    pass
+
+    monkeypatch.setattr(standing, "ask", answered)
+    client: Any = None
+    arm: Any = ArmDouble("AGG", log)
+    row = Row(7, "t", "s", open_loop=True)
+    busy = time.process_time() + 0.1
+    asyncio.run(go())
+    (share,) = row.client
+    assert 0.0 < share <= 1.1
+
+
 def test_an_arm_that_says_nothing_when_it_is_woken_up_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:

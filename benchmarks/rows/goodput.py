@@ -19,7 +19,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, ratios, shown
 from benchmarks.load import Told, ask, at_rate, chat, picture, session, within
-from benchmarks.standing import Standing, agree, as_long, lost, rotated, turn
+from benchmarks.standing import Standing, agree, as_long, clients_share, lost, rotated, turn
 
 NUMBER = 7
 TITLE = "goodput, four pictures a request"
@@ -105,7 +105,8 @@ async def measure(standing: Standing, repeats: int, names: Sequence[str] = ARMS)
             _draw_ahead(rate, repeat)
             for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
-                    await _window(client, arm, rate, limits, repeat, measured[name])
+                    with clients_share(row):
+                        await _window(client, arm, rate, limits, repeat, measured[name])
                 if not name.startswith("STOCK"):
                     async with turn(client, arm, row):
                         await _burst(client, arm, repeat, measured[name])

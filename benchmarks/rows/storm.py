@@ -15,7 +15,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, percentile, ratios, shown
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.standing import Standing, agree, as_long, rotated, turn
+from benchmarks.standing import Standing, agree, as_long, clients_share, rotated, turn
 
 NUMBER = 6
 TITLE = "a text stream during an image storm"
@@ -50,14 +50,14 @@ async def measure(standing: Standing, repeats: int) -> Row:
                 picture(_picture(repeat, number))
             for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
-                    pace = await _one(client, arm, repeat)
+                    pace = await _one(client, arm, repeat, row)
                 if repeat:
                     paces[name].append(pace)
     fill(row, paces)
     return row
 
 
-async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int) -> Pace:
+async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int, row: Row) -> Pace:
     body = chat(f"Tell me story number {repeat}.", tokens=TOKENS)
 
     async def about(number: int) -> Told:
@@ -66,10 +66,11 @@ async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int) -> Pace:
 
     async def in_storm() -> tuple[Told, list[Told]]:
         over = asyncio.Event()
-        storm = asyncio.ensure_future(until(over, RATE, repeat, about))
-        told = await ask(client, arm.url, body)
-        over.set()
-        return told, await storm
+        with clients_share(row):
+            storm = asyncio.ensure_future(until(over, RATE, repeat, about))
+            told = await ask(client, arm.url, body)
+            over.set()
+            return told, await storm
 
     if repeat % 2:
         stormy, storm = await in_storm()
