@@ -324,21 +324,57 @@ def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) 
         (told(1.0, gaps=[0.1, 0.1]), True),
         (told(1.01, gaps=[0.1, 0.1]), False),
         (told(1.0, gaps=[0.02, 0.2]), False),
-        (told(1.0, gaps=[0.0, 0.2]), True),
-        (told(1.0, gaps=[0.2]), True),
+        (told(1.0, gaps=[0.1]), True),
         (told(1.0, gaps=[0.3]), False),
+        (told(1.0, "s" * 24, [0.01] * 22 + [0.9]), True),
+        (told(1.0, "s" * 24, [0.01] * 21 + [0.2] * 2), False),
+        (told(1.0, "s" * 24, [0.01] * 22 + [9.0]), False),
         (told(1.0, gaps=[]), False),
         (told(0.1, failed="500"), False),
     ],
 )
-def test_a_request_is_good_within_both_limits(answer: Told, kept: bool) -> None:
+def test_a_request_is_good_within_its_limits_in_the_mean_and_in_nearly_every_gap(answer: Told, kept: bool) -> None:
     assert goodput.Limits(first=1.0, token=0.1).kept(answer) is kept
 
 
-def test_limits_and_rate_come_from_one_request_after_the_other() -> None:
-    limits, rate = goodput.calibrated([told(0.2), told(0.3), told(0.9)])
+def test_limits_and_rates_come_from_one_request_after_the_other() -> None:
+    limits, capacity = goodput.calibrated([told(0.2), told(0.3), told(0.9)])
     assert (limits.first, limits.token) == pytest.approx((0.9, 0.03))
-    assert rate == pytest.approx(goodput.LOAD / 0.32)
+    assert capacity == pytest.approx(1 / 0.32)
+    assert min(goodput.LOADS) < 1 < max(goodput.LOADS), "one that AGG can do, and one that it cannot"
+
+
+def test_every_arm_sees_the_same_arrivals_at_both_rates_and_no_picture_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        seen.append([part["image_url"]["url"] for part in body["messages"][0]["content"] if "image_url" in part])
+        return told()
+
+    async def rated(rate: float, seconds: float, seed: int, one: Any) -> list[Told]:
+        begun.append((rate, seconds, seed))
+        return [await one(number) for number in range(2)]
+
+    monkeypatch.setattr(goodput, "ask", answered)
+    monkeypatch.setattr(goodput, "at_rate", rated)
+    client: Any = None
+    arm: Any = SimpleNamespace(url="")
+    of, begun = goodput.Measured(), list[tuple[float, float, int]]()
+    for repeat in range(2):
+        asyncio.run(goodput._windows(client, arm, [0.8, 1.3], goodput.Limits(1.0, 0.1), repeat, of))
+    assert [(rate, seconds) for rate, seconds, _ in begun] == [(0.8, goodput.WINDOW), (1.3, goodput.WINDOW)] * 2
+    assert len({seed for *_, seed in begun}) == 4, "each window has arrivals of its own"
+    assert len({url for urls in seen for url in urls}) == len(seen) * goodput.PICTURES == 32
+    assert [[len(window) for window in windows] for windows in of.windows] == [[2, 2], [2, 2]]
+
+
+def test_the_better_rate_of_a_repeat_counts() -> None:
+    good, late = told(0.1), told(9.0)
+    windows = [[[good, late], [good, good]], [[good] * 3, [late] * 4]]
+    of = goodput.Measured(windows=windows)
+    limits = goodput.Limits(1.0, 1.0)
+    assert of.goodput(limits) == pytest.approx([2 / goodput.WINDOW, 3 / goodput.WINDOW])
+    assert len(of.loaded) == 11
 
 
 def test_nothing_good_counts_as_half_a_request() -> None:
@@ -355,8 +391,9 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
     said = "yes" * (goodput.TOKENS // 3)
     good, late = told(0.1, said), told(9.0, said)
     limits = goodput.Limits(1.0, 1.0)
-    arms = {name: goodput.Measured([], [[good, late]], [[good]], [1.0]) for name in goodput.TUNED}
-    arms["OURS-disagg"] = goodput.Measured([], [[good, told(0.1, said.upper())]], [[told(0.1, said.upper())]], [0.96])
+    arms = {name: goodput.Measured([], [[[late], [good, late]]], [[good]], [1.0]) for name in goodput.TUNED}
+    other = told(0.1, said.upper())
+    arms["OURS-disagg"] = goodput.Measured([], [[[good], [good, other]]], [[other]], [0.96])
     row = Row(7, "t", "s")
     goodput.fill(row, arms, limits)
     assert [(goal.values, goal.limit) for goal in row.goals] == [
@@ -368,12 +405,12 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
         ([0.96], None),
     ]
     assert row.met and row.notes == [
-        "OURS-disagg: 2 of 3 answers under load are not AGG's",
-        "at this rate no arm can be more than 2.00 times as good as AGG",
+        "OURS-disagg: 2 of 4 answers under load are not AGG's",
+        "at these rates no arm can be more than 2.00 times as good as AGG",
     ]
     del arms["AGG-tuned"], arms["STOCK-tuned"]
     row = Row(7, "t", "s")
-    goodput.fill(row, arms | {"STOCK": goodput.Measured([], [[good, told(failed="500: no"), told(9.0)]])}, limits)
+    goodput.fill(row, arms | {"STOCK": goodput.Measured([], [[[good], [told(failed="500: no"), told(9.0)]]])}, limits)
     assert row.met and len(row.goals) == 3 and "STOCK: 1 requests failed under load: 500: no" in row.notes
     assert f"STOCK: 1 of 3 answers have 3 tokens, not {goodput.TOKENS}" in row.notes
     assert "--tuned" in row.notes[-1], "a row without them says where they are"
@@ -383,10 +420,12 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
     assert [str(goal) for goal in row.goals if not goal.met] == ["not measured; goal ≥ 1.30 times"]
     assert not row.met and row.as_json()["goals"][1]["median"] is None
     row = Row(7, "t", "s")
-    goodput.fill(row, arms | {"AGG": goodput.Measured([], [[good, late]], [[told()]], [1.0])}, limits)
+    goodput.fill(row, arms | {"AGG": goodput.Measured([], [[[good], [late]]], [[told()]], [1.0])}, limits)
     assert row.void == "AGG's answers are not as long as was asked for"
     row = Row(7, "t", "s")
-    goodput.fill(row, arms | {"AGG": goodput.Measured([], [[good, told(failed="500: no")]], [[good]], [1.0])}, limits)
+    goodput.fill(
+        row, arms | {"AGG": goodput.Measured([], [[[good], [told(failed="500: no")]]], [[good]], [1.0])}, limits
+    )
     assert row.void == "requests to AGG failed"
 
 
