@@ -22,6 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -159,6 +160,16 @@ class Arm:
             with suppress(psutil.NoSuchProcess):
                 one = psutil.Process(process.pid)
                 found += [one, *one.children(recursive=True)]
+        return found
+
+    def masks(self) -> Counter[tuple[int, ...]]:
+        """Cores that a thread may run on → threads of all of its processes that may."""
+        found: Counter[tuple[int, ...]] = Counter()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                for thread in process.threads():
+                    with suppress(OSError):  # it has ended meanwhile
+                        found[tuple(sorted(os.sched_getaffinity(thread.id)))] += 1
         return found
 
     def close(self) -> None:

@@ -159,6 +159,16 @@ async def _wake(client: aiohttp.ClientSession, arm: Arm) -> None:
         await asyncio.sleep(AWAKE_PAUSE)
 
 
+def note_masks(row: Row, arms: Mapping[str, Arm]) -> None:
+    """Notes where each arm's threads may run. All inherit the client's cores; who binds a thread does so by itself."""
+    for name, arm in arms.items():
+        shares = [
+            f"{threads} threads on core{'s' * (len(cores) > 1)} {', '.join(map(str, cores))}"
+            for cores, threads in sorted(arm.masks().items(), key=lambda one: -len(one[0]))
+        ]
+        row.notes.append(f"{name}: {'; '.join(shares) or 'no threads are left'}")
+
+
 def rotated(arms: Mapping[str, Kind], repeat: int) -> list[tuple[str, Kind]]:
     """The arms of a repeat by name. Who begins changes, and so does the direction: no arm always follows the same one,
     whose last work may still be running."""

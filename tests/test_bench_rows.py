@@ -150,7 +150,8 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
     class StandingDouble:
         def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
             asked_for.extend(names)
-            return {name: SimpleNamespace(url=name, spins=False) for name in names}
+            masks = {(0, 1): 7, (1,): 2}
+            return {name: SimpleNamespace(url=name, spins=False, masks=lambda: masks) for name in names}
 
     monkeypatch.setattr(answer, "ask", answered)
     monkeypatch.setattr(answer, "turn", no_turn)
@@ -162,6 +163,7 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
     goals = {goal.what: goal for goal in row.goals}
     assert len(goals["STOCK against OURS-disagg"].values) == 5 and not row.void
     assert "STOCK-tuned against OURS-disagg" not in goals
+    assert "STOCK: 7 threads on cores 0, 1; 2 threads on core 1" in row.notes, "who binds its threads is told"
 
 
 # Row 4

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -232,6 +233,24 @@ def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
         eventually(lambda: process.status() != psutil.STATUS_STOPPED, "a process that goes on", 20)
     finally:
         arm.close()
+
+
+def test_an_arm_tells_which_cores_its_threads_may_run_on() -> None:
+    one = min(os.sched_getaffinity(0))
+    bound = f"""
+import os, threading, time
+threading.Thread(target=lambda: (os.sched_setaffinity(0, [{one}]), time.sleep(600)), daemon=True).start()
+time.sleep(600)
+"""
+    arm = Arm("double", [], 1)
+    arm._processes.append(subprocess.Popen([sys.executable, "-c", bound], start_new_session=True))
+    every = tuple(sorted(os.sched_getaffinity(0)))
+    expected = {(one,): 2} if every == (one,) else {every: 1, (one,): 1}
+    try:
+        eventually(lambda: arm.masks() == expected, "a thread that has bound itself", 20)
+    finally:
+        arm.close()
+    assert not arm.masks()
 
 
 def test_what_rests_is_measured_with_all_of_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import TINY
 from benchmarks.figures import Goal, Row, Samples, Sense, ratios
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.standing import Standing, agree, lost, rotated, turn
+from benchmarks.standing import Standing, agree, lost, note_masks, rotated, turn
 
 NUMBER = 1
 TITLE = "whole answer, one client"
@@ -44,6 +44,7 @@ async def measure(standing: Standing, repeats: int) -> Row:
                     continue
                 async with turn(client, arm, row):
                     told[name].append(await ask(client, arm.url, body))
+    note_masks(row, arms)
     resting = await at_rest([arm for arm in arms.values() if not arm.spins])
     fill(row, {name: answers[WARM_UP:] for name, answers in told.items()}, resting)
     return row

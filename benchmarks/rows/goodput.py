@@ -26,7 +26,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import SERVED
 from benchmarks.figures import Goal, Row, Samples, percentile, ratios, shown
 from benchmarks.load import Told, ask, at_rate, chat, picture, session, within
-from benchmarks.standing import Standing, agree, as_long, clients_share, lost, rotated, turn
+from benchmarks.standing import Standing, agree, as_long, clients_share, lost, note_masks, rotated, turn
 
 NUMBER = 7
 TITLE = "goodput, four pictures a request"
@@ -112,6 +112,7 @@ async def measure(standing: Standing, repeats: int, names: Sequence[str] = ARMS)
                 for number in range(1 + CALIBRATION):
                     told.append(told[-1] if lost(told) else await _about(client, arm, 70_000 + number))
                 measured[name].alone = told[1:]
+        note_masks(row, arms)
         agree(row, {name: of.alone for name, of in measured.items()})
         if row.void:
             return row
