@@ -61,7 +61,7 @@ PLAN = (
     Step(copies, 5, 75, "two graphs with five image workers each"),
     Step(answer, 10, 280, "all six arms, tiny", stands=True),
     Step(kv, 12, 150, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
-    Step(repeated, 8, 90, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
+    Step(repeated, 10, 100, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
     Step(storm, 5, 120, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
     Step(goodput, 5, 240, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),

@@ -224,15 +224,54 @@ def test_a_picture_seen_before_is_set_against_text() -> None:
     repeated.fill(row, dict.fromkeys(repeated.ARMS, kinds))
     assert [goal.what for goal in row.goals] == [
         "OURS-disagg, against text",
-        "OURS-disagg-2, against text",
+        "OURS-disagg-2, at the other prefill worker, against text",
+        "OURS-disagg-2, at the same prefill worker, against text",
         "OURS-agg, against text",
     ]
     assert row.goals[0].values == pytest.approx([1.1, 1.05]) and row.met
+    assert [goal.values for goal in row.goals[1:3]] == [pytest.approx([1.1]), pytest.approx([1.05])]
     assert [sample.arm for sample in row.samples][:3] == [
         "AGG, new picture",
         "AGG, seen before",
         f"AGG, {repeated.TEXT}",
     ]
+
+
+def test_the_other_prefill_worker_is_asked_in_odd_repeats_and_the_same_one_in_even_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls go to two workers by turns."""
+    calls = {name: 0 for name in repeated.ARMS}
+    showed: dict[str, int] = {}
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        calls[url] += 1
+        question = body["messages"][0]["content"][-1]["text"]
+        if question == repeated.QUESTIONS[0]:
+            showed[url] = calls[url] % 2
+        if question == repeated.QUESTIONS[1] and calls[url] % 2 != showed[url]:
+            return told(0.4)
+        return told(0.2)
+
+    async def as_long(*_: Any) -> int:
+        return 40
+
+    @asynccontextmanager
+    async def turn(client: Any, arm: Any, row: Row) -> AsyncIterator[None]:
+        calls[arm.url] += 1  # the question that is not timed
+        yield
+
+    class StandingDouble:
+        def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
+            return {name: SimpleNamespace(url=name) for name in names}
+
+    for name, double in (("ask", answered), ("filler", as_long), ("prompt_tokens", as_long), ("turn", turn)):
+        monkeypatch.setattr(repeated, name, double)
+    standing: Any = StandingDouble()
+    row = asyncio.run(repeated.measure(standing, 5))
+    _, other, same, _ = row.goals
+    assert other.values == pytest.approx([2.0] * 5) and not other.met
+    assert same.values == pytest.approx([1.0] * 5) and same.met, "at least five of each, however few are asked for"
 
 
 # Row 6
