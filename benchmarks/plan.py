@@ -65,7 +65,7 @@ PLAN = (
     Step(storm, 5, 120, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
     Step(goodput, 5, 240, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
-    Step(start, 5, 260, "AGG and OURS-disagg three times, alone, tiny; two starts were seen above", stands=True),
+    Step(start, 5, 260, "AGG and OURS-disagg three times, alone, tiny; rows 1 and 9 saw two more pairs", stands=True),
 )
 
 

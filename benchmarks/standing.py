@@ -33,7 +33,8 @@ START: Mapping[str, Callable[[Path], Arm]] = {
     "OURS-disagg-2": lambda model: ours_disagg(model, prefill_workers=2),
 }
 ALONE = ("AGG", "OURS-disagg")
-"""Started one after the other, before all else: how long that takes is shown in a row of its own."""
+"""Started one after the other, before all else: how long that takes is judged in a row of its own. The first spins, and
+so it stands still while the second starts."""
 WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
 AWAKE_TRIES, AWAKE_SECONDS, AWAKE_PAUSE = 2, 20.0, 1.0
 """Of the question that wakes an arm up, each bounded: the first may be lost to what died while it stood still."""
@@ -45,7 +46,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Starts:
-    """Of `ALONE`, with nothing asked anything: seconds to the first answer, and what that said, by arm."""
+    """Of `ALONE`, with nothing else at work: seconds to the first answer, and what that said, by arm."""
 
     model: str
     seconds: dict[str, float]
@@ -62,7 +63,7 @@ class Standing:
         self._model = ""
         self._arms: dict[str, Arm] = {}
         self.starts: list[Starts] = []
-        """All that there were so far. The second of each started beside the first, which stood already."""
+        """All that there were so far in which no other arm stood."""
 
     def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
         """By name, in this order; the row is told their commands. Raises RuntimeError for one that does not start, but
@@ -83,7 +84,7 @@ class Standing:
     def _start(self, names: Sequence[str], row: Row) -> None:
         """`ALONE` first; then those that need no more than their imports, and those that spin, each at once."""
         nothing_else = not self._arms
-        alone = [name for name in ALONE if name in names][:: -1 if len(self.starts) % 2 else 1]
+        alone = [name for name in ALONE if name in names]
         for name in alone:
             self._together([name], row)
         if nothing_else and len(alone) == len(ALONE):

@@ -127,7 +127,13 @@ def test_starts_are_a_pair_only_where_nothing_else_was_at_work(log: list[str]) -
     arms.arms(row, "tiny", ("STOCK",))
     arms.arms(row, "tiny", ("STOCK", "AGG", "OURS-disagg"))
     arms.arms(row, "larger", ("AGG",))
+    arms.arms(row, "larger", ("AGG", "OURS-disagg"))
     assert len(arms.starts) == 1
+    arms.close()
+    del log[:]
+    arms.arms(row, "larger", ("OURS-disagg", "AGG"))
+    assert len(arms.starts) == 2
+    assert log.index("AGG rests") < log.index("start OURS-disagg"), "who spins stands still while the other starts"
 
 
 def test_an_arm_that_does_not_start_leaves_the_others(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
@@ -269,32 +275,40 @@ def test_what_rests_is_measured_with_all_of_its_processes(monkeypatch: pytest.Mo
 
 def test_starts_are_taken_by_turns_and_who_begins_changes(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
-    row = asyncio.run(start.measure(Standing(Path), 3))
+    row = asyncio.run(start.measure(Standing(Path), 5))
     begun = [line for line in log if line.startswith(("start", "end"))]
     ours, agg = ["start OURS-disagg", "end OURS-disagg"], ["start AGG", "end AGG"]
-    assert begun == [*ours, *agg, *agg, *ours, *ours, *agg], "each alone"
-    assert row.goals[0].values == pytest.approx([1.0] * 3) and row.met
+    assert begun == [*ours, *agg, *agg, *ours, *ours, *agg, *agg, *ours, *ours, *agg], "each alone"
+    assert row.goals[0].values == pytest.approx([1.0] * 5) and row.met
     assert [sample.arm for sample in row.samples] == ["AGG", "OURS-disagg"]
 
 
-def test_starts_of_other_rows_are_shown_and_pairs_that_start_alone_are_judged(
-    log: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starts_that_other_rows_saw_are_judged_too(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
     arms = Standing(Path)
     arms.arms(Row(1, "t", "s"), "larger", tuple(standing.START))
     del log[:]
-    row = asyncio.run(start.measure(arms, 3))
+    row = asyncio.run(start.measure(arms, 5))
     begun = [line for line in log if line.startswith("start")]
-    assert len(begun) == 2 * start.FEWEST
+    assert len(begun) == 2 * 4
     assert max(place for place, line in enumerate(log) if line == "end STOCK") < log.index("start AGG")
-    assert len(row.goals[0].values) == start.FEWEST
+    assert len(row.goals[0].values) == 5
+    assert "4 pairs, and 1 that other rows started (larger)" in row.setting
     assert [(sample.arm, len(sample.values)) for sample in row.samples] == [
-        ("AGG", start.FEWEST),
-        ("OURS-disagg", start.FEWEST),
-        ("AGG, larger, one beside the other", 1),
-        ("OURS-disagg, larger, one beside the other", 1),
+        ("AGG", 4),
+        ("OURS-disagg", 4),
+        ("AGG, larger, started for another row", 1),
+        ("OURS-disagg, larger, started for another row", 1),
     ]
+
+
+def test_three_pairs_start_alone_however_many_others_were_seen(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "directory", Path)
+    arms = Standing(Path)
+    pair = Starts("larger", {"AGG": 10.0, "OURS-disagg": 20.0}, {"AGG": "yes", "OURS-disagg": "yes"})
+    arms.starts += [pair] * 9
+    row = asyncio.run(start.measure(arms, 5))
+    assert sorted(row.goals[0].values) == pytest.approx([1.0] * start.FEWEST + [2.0] * 2)
 
 
 def test_first_answers_that_differ_make_the_starts_void() -> None:
@@ -302,4 +316,4 @@ def test_first_answers_that_differ_make_the_starts_void() -> None:
     alike, unlike = {"AGG": "a", "OURS-disagg": "a"}, {"AGG": "a", "OURS-disagg": "b"}
     seconds = {"AGG": 40.0, "OURS-disagg": 44.0}
     start.fill(row, [Starts("tiny", seconds, alike)], [Starts("larger", seconds, unlike)])
-    assert row.void == "1 of 2 first answers are not AGG's" and row.goals[0].median == pytest.approx(1.1)
+    assert row.void == "1 of 2 first answers are not AGG's" and row.goals[0].values == pytest.approx([1.1] * 2)

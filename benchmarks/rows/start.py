@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 12: from `dynamo serve` to the first answer about a picture, beside `vllm serve`. Nothing else is asked anything.
+"""Row 12: from `dynamo serve` to the first answer about a picture, beside `vllm serve`. Nothing else is at work.
 
-What is judged starts alone on the machine, on the tiny model. Where other rows had to start both, the second one
-started beside the first, which stood already, at their model: these starts are shown, and no goal is set for them.
+A start takes as long as a row, so those that other rows saw are judged too, at their model, where nothing but the two
+stood: AGG began alone, and stood still, stopped, while the graph began (`standing.Starts`). The other pairs start here,
+on the tiny model, each alone.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from benchmarks.standing import ALONE, START, Standing, Starts
 NUMBER = 12
 TITLE = "from start to the first answer"
 FEWEST = 3
-"""Pairs that start alone, however many were seen beside: a start takes as long as a row."""
+"""Pairs that start here, however many other rows saw."""
 
 
 async def measure(standing: Standing, repeats: int) -> Row:
-    """By turns; who begins changes, so that a cold file cache favours nobody."""
-    beside = standing.starts[:repeats]
+    """By turns; who begins changes, so that a cold file cache favours nobody. ``repeats``: pairs that are judged, those
+    of other rows among them."""
+    seen = standing.starts[: repeats - FEWEST]
     standing.close()
     model = checkpoints.directory(TINY)
     alone: list[Starts] = []
-    count = max(FEWEST, repeats - len(beside))
-    row = Row(NUMBER, TITLE, f"{TINY}, processes started anew and alone, {count} pairs; asked five times a second")
+    count = repeats - len(seen)
+    load = f"{TINY}, processes started anew and alone, {count} pairs"
+    if seen:
+        load += f", and {len(seen)} that other rows started ({', '.join(pair.model for pair in seen)})"
+    row = Row(NUMBER, TITLE, f"{load}; asked five times a second")
     for number in range(count):
         seconds: dict[str, float] = {}
         said: dict[str, str] = {}
@@ -38,19 +43,21 @@ async def measure(standing: Standing, repeats: int) -> Row:
                 if number == count - 1:
                     row.notes += [f"`{command}`" for command in arm.commands]
         alone.append(Starts(TINY, seconds, said))
-    fill(row, alone, beside)
+    fill(row, alone, seen)
     return row
 
 
-def fill(row: Row, alone: Sequence[Starts], beside: Sequence[Starts]) -> None:
-    """Void where two do not answer alike. Only those that started ``alone`` are judged."""
-    seconds = {name: [pair.seconds[name] for pair in alone] for name in ALONE}
-    row.samples += [Samples(name, of, "s") for name, of in seconds.items()]
-    for model in sorted({pair.model for pair in beside}):
-        shown = {name: [pair.seconds[name] for pair in beside if pair.model == model] for name in ALONE}
-        row.samples += [Samples(f"{name}, {model}, one beside the other", of, "s") for name, of in shown.items()]
-    pairs = [*alone, *beside]
+def fill(row: Row, alone: Sequence[Starts], seen: Sequence[Starts]) -> None:
+    """Void where two do not answer alike. ``seen``: by other rows."""
+    pairs = [*alone, *seen]
+    for name in ALONE:
+        row.samples.append(Samples(name, [pair.seconds[name] for pair in alone], "s"))
+    for model in sorted({pair.model for pair in seen}):
+        for name in ALONE:
+            of = [pair.seconds[name] for pair in seen if pair.model == model]
+            row.samples.append(Samples(f"{name}, {model}, started for another row", of, "s"))
     differ = sum(pair.said["OURS-disagg"] != pair.said["AGG"] for pair in pairs)
     if differ:
         row.void = f"{differ} of {len(pairs)} first answers are not AGG's"
-    row.goals.append(Goal("OURS-disagg against AGG", ratios(seconds["OURS-disagg"], seconds["AGG"]), "≤", 1.2))
+    ours, agg = ([pair.seconds[name] for pair in pairs] for name in ("OURS-disagg", "AGG"))
+    row.goals.append(Goal("OURS-disagg against AGG", ratios(ours, agg), "≤", 1.2))
