@@ -19,7 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.arms import CPU, QUIET, ROOT, STOCK, TUNED, WORK, environment_without_graphs, install_stock
-from benchmarks.obedient import Obedient
+from benchmarks.figures import Row
+from benchmarks.obedient import FAILURES, Obedient
 
 LINE = 16 * 2**20
 """Bytes of a command: pictures travel in it."""
@@ -56,16 +57,31 @@ class EncodeStage(Obedient):
 
 
 @contextlib.contextmanager
-def encode_stages(model: Path, kinds: Sequence[str] = KINDS) -> Iterator[dict[str, EncodeStage]]:
-    """One of each kind, loaded at once, ended with the block."""
+def encode_stages(model: Path, kinds: Sequence[str], row: Row) -> Iterator[dict[str, EncodeStage]]:
+    """One of each kind, loaded at once, ended with the block. STOCK's that does not start is left out, and the row is
+    told why."""
     with contextlib.ExitStack() as stack:
-        stages = {}
+        stages: dict[str, EncodeStage] = {}
         for kind in kinds:
-            stages[kind] = EncodeStage(kind, model)
-            stack.callback(stages[kind].kill)  # what it holds is memory
-        for stage in stages.values():
-            stage.wait()
+            with forgiven(kind, stages, row):
+                stages[kind] = EncodeStage(kind, model)
+                stack.callback(stages[kind].kill)  # what it holds is memory
+        for kind, stage in list(stages.items()):
+            with forgiven(kind, stages, row):
+                stage.wait()
         yield stages
+
+
+@contextlib.contextmanager
+def forgiven(kind: str, stages: dict[str, EncodeStage], row: Row) -> Iterator[None]:
+    """One of STOCK's that fails in this block is among the ``stages`` no longer, and the row is told why."""
+    try:
+        yield
+    except FAILURES as error:
+        if not kind.startswith("STOCK"):
+            raise
+        stages.pop(kind, None)
+        row.notes.append(f"{kind}: its encode stage failed: {str(error).strip().splitlines()[-1]}")
 
 
 Encode = Callable[[Sequence[str], int | None], Awaitable[int | None]]

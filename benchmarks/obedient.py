@@ -14,6 +14,8 @@ from typing import Any
 LOG_END = 2000
 """Characters of its log that are shown where it has ended."""
 END_SECONDS = 10.0
+FAILURES = (RuntimeError, OSError, subprocess.CalledProcessError)
+"""With which a peer fails that could not be installed or started, or has ended: it costs its own figures, no others."""
 
 
 class Obedient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from benchmarks import checkpoints, traces
+from benchmarks import checkpoints, encoders, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told
 from benchmarks.rows import answer, encoder, goodput, kv, overlap, repeated, storm
@@ -180,10 +181,70 @@ def test_no_arm_encodes_a_picture_twice_and_the_first_turn_warms_up() -> None:
             return {"seconds": float(len(mosts))}
 
     stage: Any = StageDouble()
-    seconds = encoder.by_turns({"OURS": stage, "STOCK": stage, "STOCK-tuned": stage}, 1)
+    row = Row(4, "t", "s")
+    seconds = encoder.by_turns({"OURS": stage, "STOCK": stage, "STOCK-tuned": stage}, 1, row)
     assert seconds == {"OURS": [8.0], "OURS, one a forward": [7.0], "STOCK": [6.0], "STOCK-tuned": [5.0]}, "and back"
     assert mosts[:2] == [None, 1], "as many as the encode worker would have, and one"
     assert len(set(seen)) == len(seen) == 8 * encoder.WAITING
+
+
+class EncodeStageDouble:
+    """Encodes sixteen pictures a second; ``fails`` at so many-th question, and has ended then."""
+
+    def __init__(self, fails: int = 0):
+        self.asked, self._fails = 0, fails
+
+    def encode(self, pictures: Sequence[str], most: int | None = None) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked == self._fails:
+            raise RuntimeError("STOCK's encode stage has ended:\nTraceback\nValueError: no such picture")
+        return {"seconds": 1.0, "images": 1}
+
+    def wait(self) -> None:
+        """It is there."""
+
+    def kill(self) -> None:
+        """There is nothing to end."""
+
+
+def rows_of_encode_stages(monkeypatch: pytest.MonkeyPatch, broken: Any) -> tuple[Row, list[str]]:
+    """Row 4 at doubles, and which were started; ``broken`` makes STOCK's."""
+    started: list[str] = []
+
+    def made(kind: str, model: Path) -> Any:
+        started.append(kind)
+        return broken() if kind == "STOCK" else EncodeStageDouble()
+
+    monkeypatch.setattr(encoders, "EncodeStage", made)
+    monkeypatch.setattr(checkpoints, "directory", Path)
+    return asyncio.run(encoder.measure(5)), started
+
+
+def test_an_encode_worker_of_stocks_that_ends_costs_its_own_goal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, started = rows_of_encode_stages(monkeypatch, lambda: EncodeStageDouble(fails=3))
+    assert row.notes[0] == "STOCK: its encode stage failed: ValueError: no such picture"
+    missed = [goal for goal in row.goals if not goal.met]
+    assert [(goal.what, goal.values) for goal in missed] == [("tiny (2 layers of 64): OURS against STOCK", [])]
+    assert {len(goal.values) for goal in row.goals if goal.met} == {5, 15}, "all others are there, and whole"
+    assert started.count("STOCK") == 1, "it is not started again"
+    assert not any(sample.arm.startswith("STOCK,") for sample in row.samples), "half its repeats are none"
+
+
+def test_an_encode_worker_of_stocks_that_cannot_be_installed_costs_its_own_goal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    row, _ = rows_of_encode_stages(monkeypatch, broken)
+    assert "its encode stage failed: Command 'pip' returned" in row.notes[0]
+    assert [goal.what for goal in row.goals if not goal.met] == ["tiny (2 layers of 64): OURS against STOCK"]
+
+
+def test_an_encode_worker_of_ours_that_ends_costs_the_row() -> None:
+    stage: Any = EncodeStageDouble(fails=1)
+    with pytest.raises(RuntimeError, match="no such picture"):
+        encoder.by_turns({"OURS": stage}, 1, Row(4, "t", "s"))
 
 
 def test_batches_must_win_where_overhead_rules_and_keep_up_elsewhere() -> None:

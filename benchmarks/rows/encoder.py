@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import checkpoints
-from benchmarks.encoders import KINDS, EncodeStage, encode_stages
+from benchmarks.encoders import KINDS, EncodeStage, encode_stages, forgiven
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import picture
 from benchmarks.standing import rotated
@@ -32,13 +32,16 @@ ARMS: dict[str, tuple[str, int | None]] = {
 
 async def measure(repeats: int) -> Row:
     """One tower after the other; of each all arms stand, and those that are not asked are stopped. The tuned one is
-    there where settings count beside arithmetic."""
+    there where settings count beside arithmetic. One of STOCK's that fails costs its own figures and goals, and is not
+    started again."""
     row = Row(NUMBER, TITLE, f"random weights in float32, {WAITING} new pictures at once, {repeats} repeats")
     equal: list[float] = []
+    failed: set[str] = set()
     for model, tower in TOWERS.items():
-        kinds = KINDS if model == OVERHEAD else ("OURS", "STOCK")
-        with encode_stages(checkpoints.directory(model), kinds) as stages:
-            seconds = by_turns(stages, repeats)
+        kinds = [kind for kind in (KINDS if model == OVERHEAD else ("OURS", "STOCK")) if kind not in failed]
+        with encode_stages(checkpoints.directory(model), kinds, row) as stages:
+            seconds = by_turns(stages, repeats, row)
+            failed |= set(kinds) - stages.keys()
             rates = {arm: [WAITING / one for one in of] for arm, of in seconds.items()}
             row.samples += [Samples(f"{arm}, {tower}", of, "pictures/s") for arm, of in rates.items()]
             row.goals += goals(model, tower, rates)
@@ -52,18 +55,20 @@ async def measure(repeats: int) -> Row:
     return row
 
 
-def by_turns(stages: Mapping[str, EncodeStage], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each arm for `WAITING` pictures at once; the first turn warms up. No arm sees a picture twice."""
+def by_turns(stages: dict[str, EncodeStage], repeats: int, row: Row) -> dict[str, list[float]]:
+    """Seconds of each arm for `WAITING` pictures at once; the first turn warms up. No arm sees a picture twice. One of
+    STOCK's that fails has none, and is taken out of the ``stages``."""
     seconds: dict[str, list[float]] = {arm: [] for arm, (stage, _) in ARMS.items() if stage in stages}
     for repeat in range(1 + repeats):
         for arm, (stage, most) in rotated(ARMS, repeat):
             if stage not in stages:
                 continue
             first = (repeat * len(ARMS) + list(ARMS).index(arm)) * WAITING
-            answer = stages[stage].encode([picture(first + number) for number in range(WAITING)], most)
-            if repeat:
-                seconds[arm].append(answer["seconds"])
-    return seconds
+            with forgiven(stage, stages, row):
+                answer = stages[stage].encode([picture(first + number) for number in range(WAITING)], most)
+                if repeat:
+                    seconds[arm].append(answer["seconds"])
+    return {arm: of for arm, of in seconds.items() if ARMS[arm][0] in stages}
 
 
 def goals(model: str, tower: str, rates: Mapping[str, Sequence[float]]) -> Iterator[Goal]:
@@ -72,6 +77,8 @@ def goals(model: str, tower: str, rates: Mapping[str, Sequence[float]]) -> Itera
     if model != OVERHEAD:
         alone = ratios(ours, rates["OURS, one a forward"])
         yield Goal(f"{tower}: in batches against one a forward", alone, "≥", 0.97)
-    for other in (name for name in rates if name.startswith("STOCK")):
+    for other in ("STOCK", "STOCK-tuned"):
         limit = 2.0 if (model, other) == (OVERHEAD, "STOCK") else None
-        yield Goal(f"{tower}: OURS against {other}", ratios(ours, rates[other]), "≥", limit)
+        if other in rates or limit is not None:
+            times = ratios(ours, rates[other]) if other in rates else []
+            yield Goal(f"{tower}: OURS against {other}", times, "≥", limit)
