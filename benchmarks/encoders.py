@@ -55,6 +55,14 @@ class EncodeStage(Obedient):
         self.pause()
         return answer
 
+    def apart(self, pictures: Sequence[str]) -> float:
+        """Of ours: how far a number of an embedding that was made in a batch is from the same one made alone, of the
+        largest number, at most."""
+        self.go_on()
+        answer = self.ask("compare", pictures=list(pictures))
+        self.pause()
+        return float(answer["apart"])
+
 
 @contextlib.contextmanager
 def encode_stages(model: Path, kinds: Sequence[str], row: Row) -> Iterator[dict[str, EncodeStage]]:
@@ -86,18 +94,33 @@ def forgiven(kind: str, stages: dict[str, EncodeStage], row: Row) -> Iterator[No
 
 Encode = Callable[[Sequence[str], int | None], Awaitable[int | None]]
 """(pictures, most) -> images that went through the tower."""
+Compare = Callable[[Sequence[str]], Awaitable[float]]
 
 
-async def serve(encode: Encode) -> None:
+async def serve(encode: Encode, compare: Compare | None = None) -> None:
     """Obeys one line at a time."""
     reader = asyncio.StreamReader(limit=LINE)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     print(json.dumps({"loaded": True}), flush=True)
     while line := await reader.readline():
         asked = json.loads(line)
+        if asked["what"] == "compare" and compare is not None:
+            print(json.dumps({"apart": await compare(asked["pictures"])}), flush=True)
+            continue
         began = time.perf_counter()
         images = await encode(asked["pictures"], asked["most"])
         print(json.dumps({"seconds": time.perf_counter() - began, "images": images}), flush=True)
+
+
+def furthest(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """Of numbers of two lists of tensors, as a share of the largest one. Infinite where shapes differ, or a number is
+    none."""
+    if [one.shape for one in some] != [other.shape for other in others]:
+        return float("inf")
+    apart = [float((one - other).abs().max()) for one, other in zip(some, others, strict=True)]
+    if not all(one < float("inf") for one in apart):
+        return float("inf")
+    return max(apart) / (max(float(other.abs().max()) for other in others) or 1.0)
 
 
 async def ours(model: str) -> None:
@@ -125,20 +148,38 @@ async def ours(model: str) -> None:
         counted["images"] += len(items)
         return worker.encoder.embed(items)
 
-    async def one(url: str) -> None:
+    def request_about(url: str, tenant: str = "") -> EncodeRequest:
         counted["requests"] += 1
-        request = EncodeRequest(f"bench-{counted['requests']}", "", Picture(url=url))
-        async for encoded in worker.encode(request):
+        return EncodeRequest(f"bench-{counted['requests']}", tenant, Picture(url=url))
+
+    def batches_of(most: int, waiting: int) -> None:
+        worker.batcher.close()
+        worker.batcher = Batcher(embed, most=most, waiting=waiting)
+
+    async def one(url: str) -> None:
+        async for encoded in worker.encode(request_about(url)):
             worker.arena.release(encoded.handle.lease)
 
     async def encode(pictures: Sequence[str], most: int | None) -> int:
-        worker.batcher.close()
-        worker.batcher = Batcher(embed, most=most or worker.config.max_batch, waiting=len(pictures))
+        batches_of(most or worker.config.max_batch, len(pictures))
         before = counted["images"]
         await asyncio.gather(*(one(url) for url in pictures))
         return counted["images"] - before
 
-    await serve(encode)
+    async def read(url: str, tenant: str) -> Any:
+        """Its embedding, as a reader has it."""
+        (encoded,) = [encoded async for encoded in worker.encode(request_about(url, tenant))]
+        async with worker.arena.read([encoded.handle], timeout=worker.config.lease_seconds) as (embedding,):
+            return embedding.float().clone()
+
+    async def compare(pictures: Sequence[str]) -> float:
+        """Tenants share nothing: what one has had encoded is encoded anew for the other."""
+        batches_of(worker.config.max_batch, len(pictures))
+        together = await asyncio.gather(*(read(url, "together") for url in pictures))
+        batches_of(1, len(pictures))
+        return furthest(together, [await read(url, "alone") for url in pictures])
+
+    await serve(encode, compare)
 
 
 async def stock(model: str) -> None:

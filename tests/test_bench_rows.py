@@ -189,16 +189,21 @@ def test_no_arm_encodes_a_picture_twice_and_the_first_turn_warms_up() -> None:
 
 
 class EncodeStageDouble:
-    """Encodes sixteen pictures a second; ``fails`` at so many-th question, and has ended then."""
+    """Encodes sixteen pictures a second; ``fails`` at so many-th question, and has ended then. Its batches embed so far
+    ``apart`` from one a forward."""
 
-    def __init__(self, fails: int = 0):
-        self.asked, self._fails = 0, fails
+    def __init__(self, fails: int = 0, apart: float = 1e-7):
+        self.asked, self._fails, self._apart = 0, fails, apart
 
     def encode(self, pictures: Sequence[str], most: int | None = None) -> dict[str, Any]:
         self.asked += 1
         if self.asked == self._fails:
             raise RuntimeError("STOCK's encode stage has ended:\nTraceback\nValueError: no such picture")
         return {"seconds": 1.0, "images": 1}
+
+    def apart(self, pictures: Sequence[str]) -> float:
+        assert len(set(pictures)) == encoder.WAITING
+        return self._apart
 
     def wait(self) -> None:
         """It is there."""
@@ -207,13 +212,15 @@ class EncodeStageDouble:
         """There is nothing to end."""
 
 
-def rows_of_encode_stages(monkeypatch: pytest.MonkeyPatch, broken: Any) -> tuple[Row, list[str]]:
+def rows_of_encode_stages(
+    monkeypatch: pytest.MonkeyPatch, broken: Any, ours: Any = EncodeStageDouble
+) -> tuple[Row, list[str]]:
     """Row 4 at doubles, and which were started; ``broken`` makes STOCK's."""
     started: list[str] = []
 
     def made(kind: str, model: Path) -> Any:
         started.append(kind)
-        return broken() if kind == "STOCK" else EncodeStageDouble()
+        return broken() if kind == "STOCK" else ours()
 
     monkeypatch.setattr(encoders, "EncodeStage", made)
     monkeypatch.setattr(checkpoints, "directory", Path)
@@ -239,6 +246,24 @@ def test_an_encode_worker_of_stocks_that_cannot_be_installed_costs_its_own_goal_
     row, _ = rows_of_encode_stages(monkeypatch, broken)
     assert "its encode stage failed: Command 'pip' returned" in row.notes[0]
     assert [goal.what for goal in row.goals if not goal.met] == ["tiny (2 layers of 64): OURS against STOCK"]
+
+
+@pytest.mark.parametrize(("apart", "void"), [(1e-4, False), (1.1e-4, True), (float("nan"), True)])
+def test_a_batch_embeds_as_one_a_forward_does(monkeypatch: pytest.MonkeyPatch, apart: float, void: bool) -> None:
+    row, _ = rows_of_encode_stages(monkeypatch, EncodeStageDouble, lambda: EncodeStageDouble(apart=apart))
+    assert bool(row.void) is void
+    assert not void or "embeddings of a batch are " in row.void
+
+
+def test_embeddings_are_compared_number_by_number_and_in_their_order() -> None:
+    import torch
+
+    one, other = torch.tensor([[1.0, -4.0]]), torch.tensor([[1.0, 2.0]])
+    assert encoders.furthest([one, other], [one, other]) == 0.0
+    assert encoders.furthest([one, other], [other, one]) == 1.5, "pictures that were mixed up"
+    assert encoders.furthest([one + 4e-4], [one]) == pytest.approx(1e-4, rel=0.01), "of the largest number"
+    assert encoders.furthest([one], [one[0]]) == float("inf")
+    assert encoders.furthest([one, one * float("nan")], [one, one]) == float("inf")
 
 
 def test_an_encode_worker_of_ours_that_ends_costs_the_row() -> None:
