@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from benchmarks import checkpoints, encoders, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told
-from benchmarks.rows import answer, encoder, goodput, kv, overlap, repeated, storm
+from benchmarks.rows import answer, encoder, goodput, kv, overlap, repeated, storm, transfer
 from benchmarks.standing import agree, as_long, lost, rotated
 from benchmarks.traces import Span, Traces
 
@@ -165,6 +165,49 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
     assert len(goals["STOCK against OURS-disagg"].values) == 5 and not row.void
     assert "STOCK-tuned against OURS-disagg" not in goals
     assert "STOCK: 7 threads on cores 0, 1; 2 threads on core 1" in row.notes, "who binds its threads is told"
+
+
+# Row 3
+
+
+def takes(log: list[str], **seconds: float) -> dict[str, Any]:
+    """Ways to hand over that take so long. The connector fails, and has ended, where it takes none."""
+
+    def way(name: str) -> Any:
+        async def take(nbytes: int) -> float:
+            log.append(name)
+            if not seconds[name]:
+                raise RuntimeError(f"the connector-reader owner has ended:\n{name} broke")
+            return seconds[name]
+
+        return take
+
+    return {name: way(name) for name in seconds}
+
+
+def test_ways_to_hand_over_change_places() -> None:
+    log: list[str] = []
+    row = Row(3, "t", "s")
+    arms = takes(log, arena=0.1, nixl=0.2, nixl_connect=6.0)
+    seconds = asyncio.run(transfer.by_turns(arms, 1, 5, row))
+    assert seconds == {"arena": [0.1] * 5, "nixl": [0.2] * 5, "nixl_connect": [6.0] * 5} and not row.notes
+    orders = {tuple(log[at : at + 3]) for at in range(0, len(log), 3)}
+    assert len(orders) > 3 and all(sorted(order) == sorted(arms) for order in orders)
+    goals = {goal.what: goal for goal in transfer.goals("4 KiB", seconds)}
+    assert goals["4 KiB: nixl_connect against it"].values == pytest.approx([60.0] * 5)
+
+
+def test_a_connector_that_fails_costs_its_own_goal_alone() -> None:
+    log: list[str] = []
+    row = Row(3, "t", "s")
+    arms = takes(log, arena=1e-4, nixl=0.2, nixl_connect=0.0)
+    seconds = asyncio.run(transfer.by_turns(arms, 1, 5, row))
+    assert row.notes == ["nixl_connect failed: nixl_connect broke"] and log.count("nixl_connect") == 1
+    assert {arm: len(of) for arm, of in seconds.items()} == {"arena": 5, "nixl": 5}
+    assert [goal.met for goal in transfer.goals("4 KiB", seconds)] == [True, False]
+    assert list(arms) == ["arena", "nixl"], "nor is it asked for the next size"
+    with pytest.raises(RuntimeError, match="nixl broke"):
+        asyncio.run(transfer.by_turns(takes(log, arena=0.1, nixl=0.0), 1, 5, row))
 
 
 # Row 4
