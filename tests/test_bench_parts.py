@@ -7,8 +7,10 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 
 from benchmarks import checkpoints, fire, scale
@@ -142,6 +144,49 @@ def test_pictures_come_out_alike_at_once_and_alone() -> None:
     assert goals["a pixel's largest difference, same seed"].met
     assert goals["a late one waits"].median >= 0
     assert [one.unit for one in row.samples] == ["ms"] * 3
+
+
+def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    one, submit_all = texts.Direct.one, Batcher.submit_all
+
+    def direct(self: texts.Direct, text: str) -> Any:
+        log.append("direct")
+        return one(self, text)
+
+    async def submitted(self: Batcher[Any, Any], items: Sequence[Any]) -> Any:
+        log.append("ours")
+        return await submit_all(self, items)
+
+    monkeypatch.setattr(texts.Direct, "one", direct)
+    monkeypatch.setattr(texts.Direct, "one_by_one", lambda self, of: self.in_batches(of))
+    monkeypatch.setattr(Batcher, "submit_all", submitted)
+    asyncio.run(texts.measure(5, {"tiny": texts.TINY}))
+    singles = log[-2 * 5 * texts.SINGLES :]
+    pairs = list(zip(singles[::2], singles[1::2], strict=True))
+    assert pairs.count(("ours", "direct")) == pairs.count(("direct", "ours")) == len(pairs) / 2
+    log.clear()
+
+    class PlainDouble:
+        def __init__(self, model: Path):
+            """Loads nothing."""
+
+        def make(self, wanted: Any) -> Any:
+            log.append("plain")
+            return numpy.zeros((2, 2, 3), numpy.uint8)
+
+    def at_once(generator: Any, wanted: Sequence[Any]) -> list[Any]:
+        log.extend(["ours"] * len(wanted))
+        return [SimpleNamespace(pixels=numpy.zeros((2, 2, 3), numpy.uint8)) for _ in wanted]
+
+    monkeypatch.setattr("dynamo_epd.diffusion.generator.Generator", lambda *_, **__: None)
+    monkeypatch.setattr(pictures, "Plain", PlainDouble)
+    monkeypatch.setattr(pictures, "Late", lambda *_: SimpleNamespace(steps_waited=0, seconds_waited=0.1))
+    monkeypatch.setattr(pictures, "at_once", at_once)
+    row = asyncio.run(pictures.measure(5))
+    begins = log[:: 2 * pictures.AT_ONCE]
+    assert len(begins) == 6 and begins.count("ours") == begins.count("plain") == 3
+    assert not row.void and [len(one.values) for one in row.samples] == [5, 5, 5]
 
 
 def test_pixels_that_differ_make_the_row_void(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples, ratios
+from benchmarks.standing import rotated
 
 if TYPE_CHECKING:
     import numpy
@@ -37,7 +38,7 @@ BOUND = 600.0
 
 
 async def measure(repeats: int, model: Path = MODEL, steps: int = STEPS) -> Row:
-    """The row. ``repeats``: eight pictures our way, then the same eight plainly, then a late one."""
+    """The row. ``repeats``: eight pictures our way and the same eight plainly, who begins by turns, then a late one."""
     return _measure(repeats, model, steps)  # in no thread: nothing could end it
 
 
@@ -52,18 +53,22 @@ def _measure(repeats: int, model: Path, steps: int) -> Row:
     most = ImageConfig(model=str(model)).max_batch
     generator, plain = Generator(str(model), dtype="float32", max_batch=most), Plain(model)
     wanted = eight(steps)
-    seconds: dict[str, list[float]] = {"at once": [], "plain diffusers, one after another": []}
+    ways: dict[str, Callable[[], list[numpy.ndarray]]] = {
+        "at once": lambda: [one.pixels for one in at_once(generator, wanted)],
+        "plain diffusers, one after another": lambda: [plain.make(one) for one in wanted],
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     furthest, waits, waited = [], [], []
     for repeat in range(1 + repeats):
-        began = time.perf_counter()
-        made = at_once(generator, wanted)
-        between = time.perf_counter()
-        expected = [plain.make(one) for one in wanted]
+        made: dict[str, list[numpy.ndarray]] = {}
+        for way, make in rotated(ways, repeat):
+            began = time.perf_counter()
+            made[way] = make()
+            if repeat:
+                seconds[way].append(time.perf_counter() - began)
         if not repeat:
             continue
-        seconds["at once"].append(between - began)
-        seconds["plain diffusers, one after another"].append(time.perf_counter() - between)
-        furthest.append(max(difference(one.pixels, other) for one, other in zip(made, expected, strict=True)))
+        furthest.append(max(map(difference, *made.values())))
         late = Late(generator, replace(wanted[0], steps=4 * steps), wanted[1])
         waits.append(float(late.steps_waited))
         waited.append(1e3 * late.seconds_waited)
