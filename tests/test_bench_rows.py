@@ -443,7 +443,8 @@ def pace(stall: float, text: str = STORY, failed: str = "", said: str = "y") -> 
 def test_stalls_count_in_the_tail_of_a_stream() -> None:
     row = Row(6, "t", "s")
     storm.fill(row, {"AGG": [pace(0.5)] * 3, "OURS-disagg": [pace(0.0105)] * 3})
-    beside, goal = row.goals
+    beside, together, goal, _ = row.goals
+    assert together.values == pytest.approx([50.0]) and together.limit is None
     assert goal.values == pytest.approx([1.05] * 3) and row.met
     assert beside.values == pytest.approx([50.0] * 3) and beside.limit is None
     assert [sample.median for sample in row.samples] == pytest.approx([10, 500, 10, 10.5])
@@ -480,9 +481,44 @@ def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) 
     for repeat, order in ((0, quiet_first), (1, storm_first)):
         log.clear()
         row = Row(6, "t", "s", open_loop=True)
-        asyncio.run(storm._one(client, arm, repeat, row))
+        asyncio.run(storm._one(client, arm, repeat, row, None))
         assert log == order
         assert len(row.client) == 1, "the client's share of a core is taken in the storm alone"
+
+
+def test_one_disturbed_repeat_is_the_99th_percentile_of_all_gaps_and_not_the_goal() -> None:
+    row = Row(6, "t", "s")
+    disturbed = pace(0.01)
+    disturbed = storm.Pace(disturbed.quiet, told(gaps=[0.01] * 189 + [0.5] * 10, text=STORY), disturbed.storm)
+    storm.fill(row, {"AGG": [pace(0.01)] * 5, "OURS-disagg": [*[pace(0.01)] * 4, disturbed]})
+    goal, together = row.goals[2:]
+    assert (goal.limit, goal.median) == (1.1, pytest.approx(1.0)) and row.met
+    assert together.values == pytest.approx([50.0])
+
+
+def test_questions_come_at_the_pace_of_the_stream_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    async def noted(over: asyncio.Event, rate: float, seed: int, one: Any) -> list[Told]:
+        rates.append(rate)
+        return []
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        return quiet
+
+    monkeypatch.setattr(storm, "until", noted)
+    monkeypatch.setattr(storm, "ask", answered)
+    client: Any = None
+    arm: Any = SimpleNamespace(url="")
+    row = Row(6, "t", "s", open_loop=True)
+    quiet = told(gaps=[0.004, 0.004, 0.9])
+    first = asyncio.run(storm._one(client, arm, 0, row, None))
+    quiet = told(gaps=[0.008] * 3)
+    asyncio.run(storm._one(client, arm, 1, row, first))
+    assert rates == pytest.approx([10.0, 10.0]), "one in the time of 25 tokens; of the last quiet one before"
+    assert storm.rate_of(told(failed="503", gaps=[])) == storm.RATE
+    drawn = storm.DRAWN * storm.EVERY / storm.TOKENS
+    assert drawn > 4, "of a stream as slow as a fourth"
 
 
 # Row 7
