@@ -2,11 +2,12 @@
 """What is measured side by side: plain vLLM, Dynamo's own encode, prefill and decode workers, and our graphs.
 
 Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings (`TUNED`), so what settings win and
-what the design wins are told apart: one thread, no Worker process, nothing compiled. One of them also calls upon
-`dynamo_epd.engine.plugin`, which every vLLM here loads, and so they have all that it registers: a progress thread of
-NIXL's that rests, engines that NIXL's connector binds to no core, a side channel that outlives what is no handshake, an
-engine that ends with its side channel, stacks at SIGUSR1, and our classes of some models that no row serves. The others
-are as they are shipped: torch chooses their threads, as many as there are cores.
+what the design wins are told apart: one thread, no Worker process, nothing compiled, no log line a request. One of them
+also calls upon `dynamo_epd.engine.plugin`, which every vLLM here loads, and so they have all that it registers: a
+progress thread of NIXL's that rests, engines that NIXL's connector binds to no core, a side channel that outlives what
+is no handshake, an engine that ends with its side channel, stacks at SIGUSR1, and our classes of some models that no
+row serves. They keep vLLM's cache of processed pictures: ours go without, for embeddings bypass it, but who is asked
+with pixels wins by it. The others are as they are shipped: torch chooses their threads, as many as there are cores.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ ENGINE += ["--kv-cache-memory-bytes", str(KV_BYTES)]
 CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 TUNED = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
 TUNED |= {"TORCHDYNAMO_DISABLE": "1"}  # as ours under `enforce-eager`, which all have
+TUNED |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_LOGS": "-all", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+TUNED |= {"PYTHONWARNINGS": "ignore::FutureWarning"}
 QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -224,7 +227,7 @@ def agg(model: Path, *, tuned: bool) -> Arm:
     """One ``vllm serve``."""
     port = _free_port()
     arguments = ["--model", str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
-    more = ["--distributed-executor-backend", "uni"] if tuned else []
+    more = ["--distributed-executor-backend", "uni", "--disable-uvicorn-access-log"] if tuned else []
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *ENGINE, *more]
     name, environment = ("AGG-tuned", CPU | QUIET | TUNED) if tuned else ("AGG", CPU | QUIET)
     return Arm(name, [(command, environment)], port, spins=not tuned)

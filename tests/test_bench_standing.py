@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,19 @@ time.sleep(600)
     finally:
         arm.close()
     assert not arm.masks()
+
+
+def test_tuned_arms_have_what_our_stages_set_for_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dynamo_epd.engine import environment
+
+    found: dict[str, str] = {}
+    monkeypatch.setattr(environment.os, "environ", found)
+    monkeypatch.setattr(environment, "cpu_build", lambda: True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.NOTSET)
+    with warnings.catch_warnings():
+        environment.prepare({"model": str(tmp_path), "enforce_eager": True, "kv_cache_memory_bytes": 1})
+    assert "VLLM_LOGGING_LEVEL" in found and "OMP_NUM_THREADS" in found
+    assert found.items() <= (arms_module.CPU | arms_module.QUIET | arms_module.TUNED).items()
 
 
 def test_what_rests_is_measured_with_all_of_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
