@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from benchmarks import checkpoints, encoders, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told
-from benchmarks.rows import answer, encoder, goodput, kv, overlap, repeated, storm, transfer
+from benchmarks.rows import answer, copies, encoder, goodput, kv, overlap, repeated, storm, transfer
 from benchmarks.standing import agree, as_long, lost, rotated
 from benchmarks.traces import Span, Traces
 
@@ -717,3 +717,20 @@ def test_a_handed_over_cache_is_set_against_one_engine() -> None:
         (pytest.approx(2.2), None),
     ]
     assert row.met
+
+
+# Row 14
+
+
+@pytest.mark.parametrize(("saved", "met"), [([0.95, 0.96, 1.0], True), ([0.94, 0.94, 1.0], False)])
+def test_image_workers_without_a_t5_are_one_copy_within_a_slack_that_is_said(saved: list[float], met: bool) -> None:
+    smaller, held = copies.goals(saved, 3)
+    assert smaller.met is held.met is met
+    assert (smaller.limit, held.limit) == (0.95, pytest.approx(1.15))
+    assert "within 5% of one a worker" in smaller.what and "within 5% of one a worker" in held.what
+
+
+def test_repeats_add_no_image_workers_beyond_five(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(copies, "_measure", lambda workers, pipeline: Row(14, "t", f"{workers} workers"))
+    for repeats in (5, 30):
+        assert asyncio.run(copies.measure(repeats, tmp_path)).setting == "5 workers"
