@@ -34,6 +34,8 @@ from benchmarks.standing import Standing
 
 ROW_SECONDS, TIMES_LONGER = 240.0, 3
 """Bound of a row, the larger of the two: nothing is waited for for ever."""
+AGAIN_SECONDS = 120.0
+"""Between one `Late` and the next: longer than arms take to end, which the first one lets them do."""
 
 Measure = Callable[[int], Coroutine[Any, Any, Row]]
 """A row from the number of its repeats."""
@@ -116,13 +118,14 @@ def measured(step: Step, measure: Measure, repeats: int) -> Row:
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Raises `Late` where the block takes longer, also where it waits for another process' line."""
+    """Raises `Late` where the block takes longer, also where it waits for another process' line; and again while it
+    goes on: one that rings in a callback of the event loop, or in a finalizer, is logged there and goes no further."""
 
     def late(*_: object) -> NoReturn:
         raise Late(f"it was not done after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
@@ -120,6 +121,23 @@ def test_a_row_that_waits_for_a_line_that_never_comes_is_not_measured(monkeypatc
     monkeypatch.setattr(command, "ROW_SECONDS", 0.5)
     monkeypatch.setattr(command, "TIMES_LONGER", 0)
     assert command.measured(plan.PLAN[0], waiting, 5).missing == "it was not done after 0.5 s"
+
+
+def test_a_row_is_ended_though_a_callback_has_swallowed_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    swallowed: list[object] = []
+
+    async def stuck(repeats: int) -> Row:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, about: swallowed.append(about["exception"]))
+        loop.call_soon(time.sleep, 2.0)
+        await asyncio.sleep(600)
+        raise AssertionError("it was never ended")
+
+    monkeypatch.setattr(command, "ROW_SECONDS", 0.5)
+    monkeypatch.setattr(command, "TIMES_LONGER", 0)
+    monkeypatch.setattr(command, "AGAIN_SECONDS", 1.0)
+    assert command.measured(plan.PLAN[0], stuck, 5).missing == "it was not done after 0.5 s"
+    assert len(swallowed) == 1 and isinstance(swallowed[0], command.Late)
 
 
 def test_every_row_has_its_place_in_the_plan() -> None:
