@@ -28,6 +28,9 @@ from dynamo_epd.sdk.handler import EndpointHandler, InFlight
 from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
+SAMPLED = 16
+"""vLLM's default of ``max_tokens``: its sampling parameters are sent without what is a default."""
+
 
 @dataclass(frozen=True)
 class Crowded:
@@ -116,7 +119,7 @@ class PacedEngineDouble:
         """The first token after ``prefill_seconds``, the others ``token_seconds`` apart, by the clock: lateness of one
         is not added to the next."""
         arrived = perf_counter()
-        answer = token_ids[: json.loads(sampling)["max_tokens"]]
+        answer = token_ids[: json.loads(sampling).get("max_tokens", SAMPLED)]
         async with self._slots:
             queued = perf_counter() - arrived
             due = perf_counter() + self._config.prefill_seconds

@@ -16,6 +16,9 @@ from components.processor import Processor
 from components.protocol import Delta
 from dynamo_epd.sdk import async_on_start, dynamo_context, service, service_config
 
+SAMPLED = 16
+"""vLLM's default of ``max_tokens``: its sampling parameters are sent without what is a default."""
+
 
 @dataclass(frozen=True)
 class EchoConfig(DecodeConfig):
@@ -41,7 +44,7 @@ class EchoEngine:
     ) -> AsyncGenerator[Delta, None]:
         """The prompt's first ``max_tokens`` tokens, one every ``token_seconds`` once there is a slot."""
         arrived = perf_counter()
-        answer = token_ids[: json.loads(sampling)["max_tokens"]]
+        answer = token_ids[: json.loads(sampling).get("max_tokens", SAMPLED)]
         self.unfinished += 1
         try:
             async with self._slots:

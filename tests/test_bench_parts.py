@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import numpy
 import pytest
 
 from benchmarks import checkpoints, fire, scale
+from benchmarks.arms import ROOT
 from benchmarks.rows import pictures, texts
 from benchmarks.scale import Point
 from dynamo_epd.batching import Batcher
@@ -122,6 +125,25 @@ def test_a_crowd_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert {"Frontend", "Processor", "CrowdWorker", "nats-server", "the clients"} <= set(one["cores"])
     assert found["wall"] in capsys.readouterr().out
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+DOUBLES = """
+import asyncio, sys
+from benchmarks import crowd, echoing
+
+async def said(engine, sampling):
+    return [delta.token_ids async for delta in engine.generate("a", list(range(40)), [], sampling=sampling)]
+
+engines = echoing.EchoEngine(6, 0.0), crowd.PacedEngineDouble(crowd.CrowdConfig(prefill_seconds=0, token_seconds=0))
+for engine in engines:
+    for sampling, count in (("{}", 16), ('{"max_tokens": 3}', 3)):
+        assert asyncio.run(said(engine, sampling)) == [[token] for token in range(count)], (engine, sampling)
+"""
+"""In a process of its own: their modules link services."""
+
+
+def test_engines_that_are_doubles_say_as_much_as_vllm_would() -> None:
+    subprocess.run([sys.executable, "-c", DOUBLES], cwd=ROOT, check=True, timeout=120)
 
 
 def test_texts_come_out_alike_every_way() -> None:
