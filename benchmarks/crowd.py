@@ -162,6 +162,7 @@ class CrowdWorker(DecodeWorker):
     reads = ("CrowdEncodeWorker",)
 
     def __init__(self) -> None:
+        super().__init__()
         self.config: CrowdConfig = service_config(CrowdConfig)
         self.members = Members(CrowdWorker, self.config.members - 1)
 
@@ -186,6 +187,7 @@ class CrowdWorker(DecodeWorker):
 @service(dynamo={"namespace": "dynamo"}, config=CrowdEncodeConfig, engine_args=True)
 class CrowdEncodeWorker(EncodeWorker):
     def __init__(self) -> None:
+        super().__init__()
         self.config: CrowdEncodeConfig = service_config(CrowdEncodeConfig)
         self.members = Members(CrowdEncodeWorker, self.config.members - 1)
 

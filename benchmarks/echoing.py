@@ -67,6 +67,7 @@ class EchoEngine:
 @service(dynamo={"namespace": "dynamo"}, config=EchoConfig, engine_args=True)
 class EchoWorker(DecodeWorker):
     def __init__(self) -> None:
+        super().__init__()
         self.config: EchoConfig = service_config(EchoConfig)
 
     @async_on_start

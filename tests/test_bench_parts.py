@@ -138,11 +138,19 @@ engines = echoing.EchoEngine(6, 0.0), crowd.PacedEngineDouble(crowd.CrowdConfig(
 for engine in engines:
     for sampling, count in (("{}", 16), ('{"max_tokens": 3}', 3)):
         assert asyncio.run(said(engine, sampling)) == [[token] for token in range(count)], (engine, sampling)
+
+from dynamo_epd.sdk import dynamo_context
+
+dynamo_context.update(namespace="test", component="Test")
+for worker in echoing.EchoWorker(), crowd.CrowdWorker():
+    assert worker._taken_over.give("a", {}), "what a decode worker has, they have"
+    assert worker.config.slots, "and a configuration of their own"
+assert crowd.CrowdEncodeWorker().config.picture_seconds
 """
 """In a process of its own: their modules link services."""
 
 
-def test_engines_that_are_doubles_say_as_much_as_vllm_would() -> None:
+def test_engines_and_workers_that_are_doubles_are_as_real_ones() -> None:
     subprocess.run([sys.executable, "-c", DOUBLES], cwd=ROOT, check=True, timeout=120)
 
 
