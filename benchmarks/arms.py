@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -296,10 +297,17 @@ def ours_disagg(
 
 
 def install_stock() -> None:
-    """Puts ``ai-dynamo`` where only its own arm sees it, once. Raises CalledProcessError where pip cannot have it."""
-    if not (STOCK / "dynamo" / "vllm").is_dir():
+    """Puts ``ai-dynamo`` where only its own arm sees it, once; anew where half of it lies there, or another version.
+    Raises CalledProcessError where pip cannot have it."""
+    name, version = STOCK_PIN.split("==")
+    if not (STOCK / f"{name.replace('-', '_')}-{version}.dist-info" / "RECORD").is_file():
+        shutil.rmtree(STOCK, ignore_errors=True)  # pip replaces nothing that lies there
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(STOCK), STOCK_PIN]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
+        try:
+            subprocess.run(pip, check=True, stdout=sys.stderr)
+        except BaseException:  # what it has laid out may look whole
+            shutil.rmtree(STOCK, ignore_errors=True)
+            raise
 
 
 def close_all(arms: Collection[Arm]) -> None:

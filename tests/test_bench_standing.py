@@ -261,6 +261,33 @@ time.sleep(600)
     assert not arm.masks()
 
 
+def test_stock_is_installed_anew_where_half_of_it_or_another_version_lies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place, began = tmp_path / "stock", 0
+
+    def pip(command: list[str], **_: Any) -> None:
+        nonlocal began
+        began += 1
+        assert command[-2:] == [str(place), "ai-dynamo==1.6.1"] and not place.exists()
+        (place / "dynamo" / "vllm").mkdir(parents=True)
+        (place / "ai_dynamo-1.6.1.dist-info").mkdir()
+        if began == 1:
+            raise subprocess.CalledProcessError(1, command)
+        (place / "ai_dynamo-1.6.1.dist-info" / "RECORD").touch()
+
+    monkeypatch.setattr(arms_module, "STOCK", place)
+    monkeypatch.setattr(subprocess, "run", pip)
+    (place / "dynamo" / "vllm").mkdir(parents=True)
+    (place / "ai_dynamo-1.6.0.dist-info").mkdir()
+    with pytest.raises(subprocess.CalledProcessError):
+        arms_module.install_stock()
+    assert not place.exists(), "half of it is none"
+    for _ in range(2):
+        arms_module.install_stock()
+    assert began == 2, "and once it is there it is left alone"
+
+
 def test_tuned_arms_have_what_our_stages_set_for_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from dynamo_epd.engine import environment
 
