@@ -139,7 +139,8 @@ def _markdown(
             yield f"| {row.number} | {row.title}: {goal.what} | {goal} | {_verdict(row, goal)} |"
         if not row.goals:
             nothing = "**not measured**" if row.missing else "void" if row.void else "**no**"
-            yield f"| {row.number} | {row.title} | {row.missing.replace('|', '/')} | {nothing} |"
+            why = (row.missing or row.void).replace("|", "/")
+            yield f"| {row.number} | {row.title} | {why} | {nothing} |"
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"

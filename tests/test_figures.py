@@ -49,6 +49,11 @@ def test_a_worst_value_that_was_not_measured_is_not_met() -> None:
     assert not goal.met and str(goal).startswith("not measured")
 
 
+def test_a_void_row_without_goals_says_why_in_the_table(tmp_path: Path) -> None:
+    text = report.write([Row(9, "t", "s", void="a | b")], "a command", tmp_path)
+    assert "| 9 | t | a / b | void |" in text and "**Void: a | b.**" in text
+
+
 def test_pairs_must_match() -> None:
     with pytest.raises(ValueError, match="zip"):
         ratios([1.0], [1.0, 2.0])
