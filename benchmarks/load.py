@@ -69,23 +69,28 @@ async def ask(
     try:
         async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as reply:
             if reply.status != 200:
-                return Told("", 0.0, 0.0, failed=f"{reply.status}: {(await reply.text())[:200]}")
+                return Told("", 0.0, 0.0, failed=in_a_line(f"{reply.status}: {await reply.text()}"))
             async for line in reply.content:
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
-                    return Told(text, 0.0, 0.0, failed=str(event["error"])[:200])
+                    return Told(text, 0.0, 0.0, failed=in_a_line(event["error"]))
                 said = "".join((one.get("delta") or {}).get("content") or "" for one in event.get("choices") or ())
                 if said:
                     at.append(time.perf_counter())
                     text += said
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        return Told(text, 0.0, 0.0, failed=f"{type(error).__name__}: {error}"[:200])
+        return Told(text, 0.0, 0.0, failed=in_a_line(f"{type(error).__name__}: {error}"))
     whole = time.perf_counter() - began
     if not at:
         return Told("", 0.0, whole, failed="nothing was said")
     return Told(text, at[0] - began, whole, [later - sooner for sooner, later in pairwise(at)])
+
+
+def in_a_line(said: object) -> str:
+    """Its beginning, as a note or a cell of a table can hold it."""
+    return " ".join(str(said).split())[:200]
 
 
 async def within(seconds: float, asked: Awaitable[Told]) -> Told:

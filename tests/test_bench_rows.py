@@ -15,11 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from benchmarks import checkpoints, encoders, traces
 from benchmarks.figures import Goal, Row
-from benchmarks.load import Told
+from benchmarks.load import Told, ask, session
 from benchmarks.rows import answer, copies, encoder, goodput, kv, overlap, repeated, storm, transfer
 from benchmarks.standing import agree, as_long, lost, rotated
 from benchmarks.traces import Span, Traces
@@ -68,6 +70,25 @@ def test_every_arm_begins_and_none_always_follows_the_same_one(count: int) -> No
     for name in arms:
         before = [order[order.index(name) - 1] if order.index(name) else "nobody" for order in orders]
         assert max(map(before.count, before)) <= len(orders) // 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "failed"),
+    [
+        (503, "not yet:\r\n\r\n  nobody\tis there", "503: not yet: nobody is there"),
+        (200, 'data: {"error": "lost\\n\\nand gone"}\n\n', "lost and gone"),
+        (500, "x" * 900, "500: " + "x" * 195),
+    ],
+)
+def test_what_failed_is_said_in_one_line(status: int, body: str, failed: str) -> None:
+    async def go() -> Told:
+        async def reply(_: web.BaseRequest) -> web.Response:
+            return web.Response(status=status, text=body)
+
+        async with RawTestServer(reply) as server, session() as client:
+            return await ask(client, str(server.make_url("")).rstrip("/"), {})
+
+    assert asyncio.run(go()).failed == failed
 
 
 # Models
