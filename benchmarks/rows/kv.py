@@ -41,6 +41,10 @@ def fill(row: Row, told: Mapping[str, Sequence[Told]]) -> None:
     agree(row, told)
     first = {name: [1e3 * one.first for one in of] for name, of in told.items()}
     row.samples += [Samples(name, of, "ms") for name, of in first.items()]
+    row.notes.append(
+        "the decode engine pulls the KV cache once prefill is over, as vLLM's NixlConnector does: one that was pushed "
+        "while prefill runs, to an engine that was asked at the same time, could come sooner"
+    )
     if row.void:
         return
     for name, limit in (("AGG", 1.15), ("AGG-tuned", None), ("OURS-agg", None)):
