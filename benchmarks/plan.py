@@ -5,6 +5,9 @@ Rows that need no arm, or their own, come first. Then those that share arms, a m
 a row. The seconds are expected ones, starts included, on two quiet cores: an engine's imports take 10 s of a core in
 each of its processes, so one ``vllm serve`` is up after 42 s, the disaggregated graph after 36 to 40, Dynamo's stages
 after 70, and two arms that are started at once after 40. A first run in a clone writes the models too, a minute in all.
+
+A whole run is to take half an hour, with a minute left for what lies between rows: arms that end, and plots. Rows 3 and
+9 have as many repeats as that leaves them; a turn of theirs is short, and their medians move least.
 """
 
 from __future__ import annotations
@@ -52,15 +55,15 @@ class Step:
 
 
 PLAN = (
-    Step(transfer, 15, 50, "four processes that own memory or READ it, and five more one after the other"),
+    Step(transfer, 12, 45, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 75, "five encoders, one after the other"),
-    Step(encoder, 5, 165, "seven encode stages: three of the tiny tower, two of each larger one"),
+    Step(encoder, 5, 175, "seven encode stages: three of the tiny tower, two of each larger one"),
     Step(texts, 5, 60, "nothing: it runs in the client's process"),
     Step(pictures, 5, 50, "nothing: it runs in the client's process"),
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
     Step(copies, 5, 75, "two graphs with five image workers each"),
     Step(answer, 10, 280, "all six arms, tiny", stands=True),
-    Step(kv, 12, 150, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
+    Step(kv, 10, 145, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16", stands=True),
     Step(repeated, 10, 100, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
     Step(storm, 5, 120, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
     Step(goodput, 5, 240, "STOCK, S/16", stands=True),

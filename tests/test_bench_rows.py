@@ -266,7 +266,7 @@ class EncodeStageDouble:
         return {"seconds": 1.0, "images": 1}
 
     def apart(self, pictures: Sequence[str]) -> float:
-        assert len(set(pictures)) == encoder.WAITING
+        assert len(set(pictures)) == encoder.COMPARED
         return self._apart
 
     def wait(self) -> None:

@@ -62,7 +62,7 @@ def test_rows_that_share_arms_run_together_and_others_without_them(
     assert written["command"].endswith("--row 12 --row 2 --row 9 --row 1")
     told = capsys.readouterr()
     assert "| 12 | title 12: a goal | 1.00 times (1.00 … 1.00); goal ≤ 2.00 times | yes |" in told.out
-    assert "| 9 | prefill to decode, time to first token of a text | 12 |" in told.err, "the plan comes first"
+    assert "| 9 | prefill to decode, time to first token of a text | 10 |" in told.err, "the plan comes first"
     assert "; 4 of 4 rows, 0 min gone, about 0 left" in told.err.splitlines()[-1]
 
 
@@ -74,7 +74,7 @@ def test_a_row_that_fails_is_said_and_the_next_one_is_measured(
     monkeypatch.setattr(command, "ROWS", {1: measuring(log, 1, error), 9: measuring(log, 9)})
     monkeypatch.setattr(command, "STANDING", StandingDouble(log))
     assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "9"]) == 1
-    assert log == ["1 by 10", "close", "9 by 12", "close"], "the arms of a row that failed are ended"
+    assert log == ["1 by 10", "close", "9 by 10", "close"], "the arms of a row that failed are ended"
     failed, measured = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert failed["missing"] == "AGG: a process ended: … ValueError: no | such model"
     assert (failed["met"], measured["met"]) == (False, True)
@@ -92,7 +92,7 @@ def test_the_arms_of_a_void_row_are_ended_too(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(command, "ROWS", {1: void, 9: measuring(log, 9)})
     monkeypatch.setattr(command, "STANDING", StandingDouble(log))
     assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "9"]) == 1
-    assert log == ["close", "9 by 12", "close"], "whatever failed there is not asked again"
+    assert log == ["close", "9 by 10", "close"], "whatever failed there is not asked again"
 
 
 def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,15 +147,15 @@ def test_every_row_has_its_place_in_the_plan() -> None:
     assert min(step.repeats for step in plan.PLAN) >= 5
     stands = [step.stands for step in plan.PLAN]
     assert stands == sorted(stands), "arms that stand would disturb rows that need none"
-    assert sum(step.seconds for step in plan.PLAN) < 1_750
+    assert sum(step.seconds for step in plan.PLAN) <= 1_740
     assert plan.in_order([9, 3]) == [plan.PLAN[0], plan.PLAN[8]] and plan.in_order([]) == [*plan.PLAN]
 
 
 def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--plan", "--row", "3"]) == 0
     (*_, row, total) = capsys.readouterr().out.splitlines()
-    assert row.startswith("| 3 | embedding hand-off, digest checked | 15 | four processes that own memory")
-    assert (row[-6:], total) == ("| 50 |", "| | | | | 50 |")
+    assert row.startswith("| 3 | embedding hand-off, digest checked | 12 | four processes that own memory")
+    assert (row[-6:], total) == ("| 45 |", "| | | | | 45 |")
 
 
 @pytest.mark.parametrize("given", [["--repeats", "4"], ["--row", "15"], ["--record", "--row", "1"]])

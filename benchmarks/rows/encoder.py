@@ -19,6 +19,8 @@ TOWERS = {
     "llava-b32": "CLIP B/32",
     "llava-l14-336": "CLIP L/14-336 (one of its 24 equal layers)",
 }
+COMPARED = 8
+"""Pictures whose embeddings are compared: those of the largest tower take the longest in all of the row."""
 CLOSE = 1e-4
 """Of the largest number of an embedding: so far one that was made in a batch may be from the same made alone."""
 OVERHEAD = "llava-tiny"
@@ -47,7 +49,7 @@ async def measure(repeats: int) -> Row:
             rates = {arm: [WAITING / one for one in of] for arm, of in seconds.items()}
             row.samples += [Samples(f"{arm}, {tower}", of, "pictures/s") for arm, of in rates.items()]
             row.goals += goals(model, tower, rates)
-            apart = stages["OURS"].apart([picture(number) for number in range(-repeats - WAITING, -repeats)])
+            apart = stages["OURS"].apart([picture(number) for number in range(-repeats - COMPARED, -repeats)])
             if not apart <= CLOSE:
                 row.void = f"{tower}: embeddings of a batch are {apart:.1e} from those of one a forward"
             same = [picture(number) for number in range(-repeats, 0)]
