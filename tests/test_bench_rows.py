@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from benchmarks import checkpoints, encoders, traces
+from benchmarks import checkpoints, encoders, standing, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told, ask, session
 from benchmarks.rows import answer, copies, encoder, goodput, kv, overlap, repeated, storm, transfer
@@ -30,6 +30,35 @@ from benchmarks.traces import Span, Traces
 def told(first: float = 0.1, text: str = "yes", gaps: Sequence[float] = (0.01, 0.01), failed: str = "") -> Told:
     """A letter is a token."""
     return Told(text, first, first + sum(gaps), list(gaps), failed)
+
+
+class StandingDouble:
+    """Arms that are there, and nothing behind them."""
+
+    def __init__(self) -> None:
+        self.asked_for: list[str] = []
+
+    def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
+        self.asked_for += names
+        return {name: ArmDouble(name) for name in names}
+
+
+class ArmDouble:
+    """Runs two kinds of threads."""
+
+    spins = False
+
+    def __init__(self, name: str):
+        self.name = self.url = name
+
+    def masks(self) -> Counter[tuple[int, ...]]:
+        return Counter({(0, 1): 7, (1,): 2})
+
+    def pause(self) -> None:
+        """There is nothing to stop."""
+
+    def resume(self) -> None:
+        """Nor to let go on."""
 
 
 def test_answers_that_differ_make_a_row_void_unless_they_are_stocks() -> None:
@@ -155,7 +184,6 @@ def test_a_ratio_is_of_the_repeats_in_which_both_answered() -> None:
 
 def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Counter[str] = Counter()
-    asked_for: list[str] = []
     once, dead = {("STOCK", 1), ("STOCK", 4)}, {("STOCK-tuned", 3), ("STOCK-tuned", 4)}
 
     async def answered(client: Any, url: str, body: Any) -> Told:
@@ -169,18 +197,12 @@ def test_one_failure_of_stocks_loses_no_row_and_two_in_a_row_are_enough(monkeypa
     async def nobody_rests(_: Any) -> dict[str, list[float]]:
         return {}
 
-    class StandingDouble:
-        def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
-            asked_for.extend(names)
-            masks = {(0, 1): 7, (1,): 2}
-            return {name: SimpleNamespace(url=name, spins=False, masks=lambda: masks) for name in names}
-
     monkeypatch.setattr(answer, "ask", answered)
     monkeypatch.setattr(answer, "turn", no_turn)
     monkeypatch.setattr(answer, "at_rest", nobody_rests)
-    standing: Any = StandingDouble()
-    row = asyncio.run(answer.measure(standing, 6))
-    assert sorted(asked_for) == ["AGG", "AGG-tuned", "OURS-agg", "OURS-disagg", "STOCK", "STOCK-tuned"]
+    doubles: Any = StandingDouble()
+    row = asyncio.run(answer.measure(doubles, 6))
+    assert sorted(doubles.asked_for) == ["AGG", "AGG-tuned", "OURS-agg", "OURS-disagg", "STOCK", "STOCK-tuned"]
     assert (asked["AGG"], asked["STOCK"], asked["STOCK-tuned"]) == (8, 8, 4)
     goals = {goal.what: goal for goal in row.goals}
     assert len(goals["STOCK against OURS-disagg"].values) == 5 and not row.void
@@ -411,14 +433,10 @@ def test_the_other_prefill_worker_is_asked_in_odd_repeats_and_the_same_one_in_ev
         calls[arm.url] += 1  # the question that is not timed
         yield
 
-    class StandingDouble:
-        def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Any]:
-            return {name: SimpleNamespace(url=name) for name in names}
-
     for name, double in (("ask", answered), ("filler", as_long), ("prompt_tokens", as_long), ("turn", turn)):
         monkeypatch.setattr(repeated, name, double)
-    standing: Any = StandingDouble()
-    row = asyncio.run(repeated.measure(standing, 5))
+    doubles: Any = StandingDouble()
+    row = asyncio.run(repeated.measure(doubles, 5))
     _, other, same, _ = row.goals
     assert other.values == pytest.approx([2.0] * 5) and not other.met
     assert same.values == pytest.approx([1.0] * 5) and same.met, "at least five of each, however few are asked for"
@@ -515,6 +533,13 @@ def test_one_disturbed_repeat_is_the_99th_percentile_of_all_gaps_and_not_the_goa
     goal, together = row.goals[2:]
     assert (goal.limit, goal.median) == (1.1, pytest.approx(1.0)) and row.met
     assert together.values == pytest.approx([50.0])
+
+
+def test_a_stream_that_failed_at_once_is_why_its_row_is_void() -> None:
+    nothing = storm.Pace(told(text=STORY), told(text="", gaps=[], failed="503: gone"), [])
+    row = Row(6, "t", "s")
+    storm.fill(row, {"AGG": [nothing], "OURS-disagg": [nothing]})
+    assert row.void == "AGG: 1 questions of the storm failed: 503: gone"
 
 
 def test_questions_come_at_the_pace_of_the_stream_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,6 +679,34 @@ def test_goodput_counts_good_requests_and_throughput_all() -> None:
         row, arms | {"AGG": goodput.Measured([], [[[good], [told(failed="500: no")]]], [[good]], [1.0])}, limits
     )
     assert row.void == "requests to AGG failed"
+
+
+def test_rows_under_load_measure_the_clients_share_while_requests_come_at_a_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the first turn to the last figure, with answers that come at once."""
+
+    async def answered(client: Any, url: str, body: Any) -> Told:
+        tokens = body["max_tokens"]
+        await asyncio.sleep(0.01)
+        return told(0.2 if url == "AGG" else 0.1, "s" * tokens, [0.01] * (tokens - 1))
+
+    async def woken(*_: Any) -> None:
+        """It was awake."""
+
+    for module in (goodput, storm):
+        monkeypatch.setattr(module, "ask", answered)
+        monkeypatch.setattr(module, "picture", str)
+    monkeypatch.setattr(standing, "_wake", woken)
+    monkeypatch.setattr(goodput, "WINDOW", 0.2)
+    doubles: Any = StandingDouble()
+    row = asyncio.run(goodput.measure(doubles, 5))
+    assert len(row.client) == 5 * len(goodput.ARMS), "not while it was calibrated, nor in bursts"
+    assert not row.void and [len(goal.values) for goal in row.goals] == [5, 5, 5]
+    assert "AGG: 7 threads on cores 0, 1; 2 threads on core 1" in row.notes
+    row = asyncio.run(storm.measure(doubles, 5))
+    assert len(row.client) == 6 * len(storm.ARMS) and not row.void
+    assert [len(goal.values) for goal in row.goals] == [5, 1, 5, 1]
 
 
 # Row 8

@@ -129,7 +129,8 @@ def fill(row: Row, paces: Mapping[str, Sequence[Pace]]) -> None:
             row.void = row.void or f"{name}: {len(failed)} questions of the storm failed: {failed[0]}"
         other = sum(pace.quiet.text != pace.stormy.text for pace in of)
         asked = sum(len(pace.storm) for pace in of) / len(of)
-        row.notes.append(f"{name}: {shown(asked)} questions in a storm, one every {shown(TOKENS / asked)} tokens")
+        every = f", one every {shown(TOKENS / asked)} tokens" if asked else ""
+        row.notes.append(f"{name}: {shown(asked)} questions in a storm{every}")
         if other:
             row.notes.append(f"{name}: {other} of {len(of)} streams said something else in the storm")
     if row.void:
