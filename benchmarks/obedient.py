@@ -18,6 +18,11 @@ FAILURES = (RuntimeError, OSError, subprocess.CalledProcessError)
 """With which a peer fails that could not be installed or started, or has ended: it costs its own figures, no others."""
 
 
+def last_line(error: BaseException) -> str:
+    """What failed, in short: a log's end is in it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 class Obedient:
     """The commanding end. Calls wait for the other process's answer."""
 

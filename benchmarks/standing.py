@@ -22,6 +22,7 @@ from benchmarks import checkpoints
 from benchmarks.arms import Arm, agg, close_all, ours_agg, ours_disagg, stock
 from benchmarks.figures import Row
 from benchmarks.load import Told, ask, chat, within
+from benchmarks.obedient import last_line
 
 START: Mapping[str, Callable[[Path], Arm]] = {
     "AGG": lambda model: agg(model, tuned=False),
@@ -123,7 +124,7 @@ class Standing:
 
 def _not_started(who: str, error: Exception) -> str:
     """A note."""
-    return f"{who}: not started: {str(error).strip().splitlines()[-1]}"
+    return f"{who}: not started: {last_line(error)}"
 
 
 @asynccontextmanager
@@ -164,7 +165,7 @@ def note_masks(row: Row, arms: Mapping[str, Arm]) -> None:
     """Notes where each arm's threads may run. All inherit the client's cores; who binds a thread does so by itself."""
     for name, arm in arms.items():
         shares = [
-            f"{threads} threads on core{'s' * (len(cores) > 1)} {', '.join(map(str, cores))}"
+            f"{threads} thread{'s' * (threads > 1)} on core{'s' * (len(cores) > 1)} {', '.join(map(str, cores))}"
             for cores, threads in sorted(arm.masks().items(), key=lambda one: -len(one[0]))
         ]
         row.notes.append(f"{name}: {'; '.join(shares) or 'no threads are left'}")

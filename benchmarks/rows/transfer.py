@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from benchmarks.figures import Goal, Row, Samples, ratios
-from benchmarks.obedient import FAILURES
+from benchmarks.obedient import FAILURES, last_line
 from benchmarks.owners import MIB, ROOM, Owner, check, content, owner
 from benchmarks.standing import rotated
 
@@ -109,7 +109,7 @@ async def _arms(source: Owner, row: Row) -> AsyncIterator[dict[str, Take]]:
 
 
 def _failed(row: Row, error: Exception) -> None:
-    row.notes.append(f"{CONNECTOR} failed: {str(error).strip().splitlines()[-1]}")
+    row.notes.append(f"{CONNECTOR} failed: {last_line(error)}")
 
 
 @asynccontextmanager
