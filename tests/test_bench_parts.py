@@ -17,6 +17,8 @@ import pytest
 
 from benchmarks import checkpoints, fire, scale
 from benchmarks.arms import ROOT
+from benchmarks.load import picture
+from benchmarks.obedient import Obedient
 from benchmarks.rows import pictures, texts
 from benchmarks.scale import Point
 from dynamo_epd.batching import Batcher
@@ -152,6 +154,43 @@ assert crowd.CrowdEncodeWorker().config.picture_seconds
 
 def test_engines_and_workers_that_are_doubles_are_as_real_ones() -> None:
     subprocess.run([sys.executable, "-c", DOUBLES], cwd=ROOT, check=True, timeout=120)
+
+
+ENCODE_STAGE = """
+import asyncio, sys
+import numpy, torch
+from benchmarks import encoders
+from dynamo_epd.engine import encoder
+
+class EncoderDouble:
+    def process(self, image):
+        return torch.tensor(numpy.array(image.resize((4, 4))), dtype=torch.float32)
+
+    def embed(self, items):
+        return list(items) if sys.argv[1] == "right" else [*items[1:], items[0]]
+
+    def metadata(self, item):
+        return {}
+
+encoder.load_encoder = lambda engine_args: EncoderDouble()
+asyncio.run(encoders.ours("none"))
+"""
+"""The encode worker and its arena are the real ones, its tower is a double: it may mix the pictures of a batch up."""
+
+
+@pytest.mark.parametrize(("tower", "alike"), [("right", True), ("mixed up", False)])
+def test_an_encode_stage_tells_how_far_a_batch_is_from_one_a_forward(tower: str, alike: bool, tmp_path: Path) -> None:
+    urls = [picture(number) for number in range(6)]
+    command = [sys.executable, "-c", ENCODE_STAGE, tower]
+    stage = Obedient("an encode stage", command, directory=ROOT, log=tmp_path / "log")
+    try:
+        stage.answer()
+        apart = stage.ask("compare", pictures=urls)["apart"]
+        assert apart == 0.0 if alike else apart > 0.01
+        assert stage.ask("encode", pictures=urls, most=None)["images"] == 6, "no other tenant's are there"
+        assert stage.ask("encode", pictures=urls, most=1)["images"] == 0, "and these are"
+    finally:
+        stage.kill()
 
 
 def test_texts_come_out_alike_every_way() -> None:
