@@ -26,8 +26,9 @@ class MediaConfig:
     """Width times height of one picture."""
     max_images: int = 8
     """Pictures in one request."""
-    timeout: float = 5.0
-    """Seconds for one fetch: resolving, connecting, redirects and the last byte together."""
+    timeout: float = 4.5
+    """Seconds for one fetch: resolving, connecting, redirects and the last byte together. A refusal is then with its
+    client within five."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "allowed_hosts", tuple(host.lower().rstrip(".") for host in self.allowed_hosts))

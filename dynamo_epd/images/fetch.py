@@ -175,17 +175,20 @@ class Fetcher:
             raise MediaError(f"the image's server answered {response.status}")
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
             # Asked not to, so nothing honest is lost; and a small body that unpacks to a huge one stays packed.
-            raise MediaError("the image's server compressed its reply")
+            raise MediaTooLarge("the image's server compressed its reply, whose size nobody knows then")
         bound = self.media.max_bytes
         too_large = MediaTooLarge(f"the image has more than {bound} bytes")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > bound:
             raise too_large
         body = bytearray()
-        async for chunk in response.aiter_stream():
-            body += chunk
-            if len(body) > bound:
-                raise too_large
+        try:
+            async for chunk in response.aiter_stream():
+                body += chunk
+                if len(body) > bound:
+                    raise too_large
+        except (httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
+            raise MediaTimeout("the image did not arrive whole") from error
         return bytes(body)
 
     async def _system_resolve(self, host: str, port: int) -> list[str]:
