@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -307,6 +307,8 @@ class Seen:
     """Answers that were not the expected ones, with these."""
     again: Counter[str] = field(default_factory=Counter)
     """Why a patient client asked again for a stream that had begun. What came of it in the end is an outcome."""
+    unexplained: list[str] = field(default_factory=list)
+    """Streams that broke off though nothing had been done to what alone can end one: `ENDS_A_STREAM`."""
     began: float = field(default_factory=time.monotonic)
 
     def note(self, who: str, kind: Kind, outcome: str, began: float) -> None:
@@ -322,14 +324,21 @@ class Seen:
                 if fault.recovered is None and began >= fault.at and fault.stage in (*kind.stages, NATS):
                     fault.recovered = now
 
-    def frontend_lost(self, since: float) -> bool:
-        """Whether a frontend was killed or stopped: the streams that go through it have nobody to end them."""
+    def struck(self, stages: Collection[str], began: float) -> bool:
+        """Whether something was done to one of these that a stream can have met which ``began`` then. Who was killed
+        before could not hold it; who stands still is ended later, and NATS comes back later."""
         with self.lock:
-            return any(fault.stage == "Frontend" and fault.at > since for fault in self.faults)
+            return any(
+                fault.stage in stages
+                and fault.at > (began if fault.what == "kill" and fault.stage != NATS else began - STANDS_STILL)
+                for fault in self.faults
+            )
 
 
 STANDS_STILL = 15.0
-"""Seconds within which a frontend that stands still is ended, with what goes through it."""
+"""Seconds within which a worker that stands still is ended, with what goes through it."""
+ENDS_A_STREAM = ("Frontend", "Processor", NATS)
+"""What a stream cannot go on without, once it has begun. From any other worker that is lost it goes on elsewhere."""
 
 
 ERROR_EVENT = "failed (error event"
@@ -357,11 +366,14 @@ def outcome_of(kind: Kind, client: openai.OpenAI, number: int, expected: str, se
 
 def failure(error: Exception, seen: Seen, began: float) -> str:
     """The outcome of a request that ``began`` then and raised this."""
-    if isinstance(error, CutOff) and seen.frontend_lost(began - STANDS_STILL):
+    if isinstance(error, CutOff) and seen.struck(["Frontend"], began):  # nobody is left to end its streams
         return f"{CUT_OFF})"
     if isinstance(error, SilentEnd | CutOff):
         return "silent end"
     if isinstance(error, ErrorEvent):
+        if not seen.struck(ENDS_A_STREAM, began):
+            with seen.lock:
+                seen.unexplained.append(f"{error}; at {time.monotonic() - seen.began:.1f} s")
         return f"{ERROR_EVENT}: {error})"[:160]
     return f"failed ({getattr(error, 'status_code', None) or type(error).__name__}: {error})"[:160]
 

@@ -77,10 +77,34 @@ def test_each_outcome_has_its_name(ask: Callable[[], str], outcome: str) -> None
 
 def test_a_stream_that_is_cut_off_is_no_silent_end_where_its_frontend_was_lost() -> None:
     seen, now = Seen(), time.monotonic()
-    seen.faults += [Fault("kill", "Processor", now), Fault("kill", "Frontend", now - 2 * STANDS_STILL)]
-    assert came_of(seen, raising(CutOff())) == "silent end"
-    seen.faults.append(Fault("stop", "Frontend", now))
+    seen.faults += [Fault("kill", "Processor", now + 9), Fault("stop", "Frontend", now - 2 * STANDS_STILL)]
+    seen.faults.append(Fault("kill", "Frontend", now - 5))
+    assert came_of(seen, raising(CutOff())) == "silent end", "who was killed before it began did not cut it"
+    seen.faults.append(Fault("stop", "Frontend", now - 5))
     assert came_of(seen, raising(CutOff())) == "failed (cut off with its frontend)"
+
+
+@pytest.mark.parametrize(
+    ("what", "stage", "after", "explained"),
+    [
+        ("kill", "Processor", 1.0, True),
+        ("kill", "Frontend", 1.0, True),
+        ("kill", NATS, -1.0, True),
+        ("cut", NATS, -1.0, True),
+        ("stop", "Processor", -5.0, True),
+        ("kill", "Processor", -1.0, False),
+        ("stop", "Processor", -2 * STANDS_STILL, False),
+        ("kill", "DecodeWorker", 1.0, False),
+        ("kill", "PrefillWorker", 1.0, False),
+    ],
+)
+def test_a_stream_may_end_only_with_what_it_cannot_go_on_without(
+    what: str, stage: str, after: float, explained: bool
+) -> None:
+    seen = Seen()
+    seen.faults.append(Fault(what, stage, time.monotonic() + after))
+    assert came_of(seen, raising(ErrorEvent("a worker was lost"))) == "failed (error event: a worker was lost)"
+    assert (not seen.unexplained) is explained
 
 
 def test_a_stage_is_back_with_the_first_request_that_began_later_crossed_it_and_was_right() -> None:
