@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,7 +35,7 @@ FETCHED_SECONDS = 0.05
 MEET_SECONDS = 0.5
 """From one look for owners that are new to the next."""
 MEET_AGAIN_SECONDS = 10.0
-"""Until an owner that could not be met is tried again: most often it has died, and discovery does not know yet."""
+"""At least, until an owner that could not be met is tried again: most often it has died, and nobody knows yet."""
 
 
 class CardQuery(msgspec.Struct, frozen=True):
@@ -68,19 +68,35 @@ class ArenaOwner:
             self._meeting = asyncio.create_task(self._meet_owners())
 
     async def _meet_owners(self) -> None:
-        """Shakes hands with each owner once it is there."""
-        due: dict[str, float] = {}
+        """Shakes hands with each owner once it is there; one that does not answer keeps no other waiting."""
+        meetings: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                there = set(owners())
+                # One whose owner has gone ends by itself: its handshake may be under way.
+                meetings = {owner: task for owner, task in meetings.items() if owner in there or not task.done()}
+                for owner in there - meetings.keys():
+                    meetings[owner] = asyncio.create_task(self._meet(owner))
+                await asyncio.sleep(MEET_SECONDS)
+        finally:
+            for task in meetings.values():
+                task.cancel()
+            await asyncio.gather(*meetings.values(), return_exceptions=True)
+
+    async def _meet(self, owner: str) -> None:
+        """Shakes hands with ``owner``, in as many tries as that takes while it is there."""
         while True:
-            now = asyncio.get_running_loop().time()
-            due = {owner: due.get(owner, now) for owner in owners()}
-            for owner in [one for one, when in due.items() if when <= now]:
-                try:
-                    await self.arena.connect(owner)
-                    due[owner] = math.inf
-                except EpdError as error:  # it is met again, at the latest by the first who READs from it
-                    log.info("%s is not met: %s", owner, error.message)
-                    due[owner] = now + MEET_AGAIN_SECONDS
-            await asyncio.sleep(MEET_SECONDS)
+            try:
+                await self.arena.connect(owner)
+            except EpdError as error:  # it is met again, at the latest by the first who READs from it
+                log.info("%s is not met: %s", owner, error.message)
+            except Exception:
+                log.exception("%s is not met", owner)
+            else:
+                return
+            await asyncio.sleep(MEET_AGAIN_SECONDS)
+            if owner not in owners():
+                return
 
     @on_drain
     async def fetched(self) -> None:
@@ -92,8 +108,7 @@ class ArenaOwner:
         """Refuses what waits and gives the memory back."""
         if self._meeting is not None:
             self._meeting.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._meeting
+            await asyncio.gather(self._meeting, return_exceptions=True)
         await self.arena.close()
 
     @endpoint(addressed=True)

@@ -45,7 +45,8 @@ class ClientDouble:
 
 
 def test_owners_are_met_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anybody READs from them; one that cannot be met is tried again, and keeps nobody else."""
+    """Before anybody READs from them; one that cannot be met is tried again, and keeps nobody else, and neither does
+    one that does not answer, or a defect."""
     monkeypatch.setattr(exchange, "MEET_SECONDS", 0.01)
     monkeypatch.setattr(exchange, "MEET_AGAIN_SECONDS", 0.1)
     client = ClientDouble(1)
@@ -59,8 +60,12 @@ def test_owners_are_met_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
 
         async def resolve(name: str) -> bytes:
             asked[name] += 1
-            if name not in arenas:
+            if name == "ns/EncodeWorker/0":
+                await asyncio.sleep(3600)
+            if name == "ns/EncodeWorker/2":
                 raise WorkerLost("it is gone")
+            if name == "ns/EncodeWorker/4":
+                raise ZeroDivisionError("a defect")
             return arenas[name].metadata()
 
         reader = ArenaOwner()
@@ -73,11 +78,13 @@ def test_owners_are_met_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
                     await asyncio.sleep(0.01)
 
         await peers(1)
-        client.there = [1, 2, 3]
-        await peers(2)
+        client.there = [0, 1, 2, 4]
         async with asyncio.timeout(20):
-            while asked["ns/EncodeWorker/2"] < 2:
+            while min(asked[f"ns/EncodeWorker/{instance}"] for instance in (2, 4)) < 2:
                 await asyncio.sleep(0.01)
+        client.there.append(3)
+        await peers(2)
+        assert asked["ns/EncodeWorker/0"] == 1, "its first try still waits"
         assert asked["ns/EncodeWorker/1"] == asked["ns/EncodeWorker/3"] == 1
         stats = reader.arena.stats()
         assert (stats.transfers, stats.transfer_failures) == (0, 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
@@ -273,3 +274,47 @@ def test_an_embedding_is_copied_out_of_the_arena() -> None:
     (given,) = multi_modal_data([ImageInput("u", lies)])
     lies.fill_(1.0)
     assert not given.any()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [ImageInput("u", torch.zeros(4, 8)), ImageInput("v", torch.zeros(4, 9))],
+        [ImageInput("u", torch.zeros(4, 8)), ImageInput("v", torch.zeros(4, 8, dtype=torch.bfloat16))],
+        [ImageInput("u", torch.zeros(4, 4, 3, dtype=torch.uint8)), ImageInput("v", torch.zeros(4, 8))],
+        [ImageInput("u", None, {"image_grid_thw": [1, 4, 4]}), ImageInput("v", None, {"image_sizes": [4, 4]})],
+        [ImageInput("u", None, {"image_grid_thw": [1, 4, 4]}), ImageInput("v", None, {"image_grid_thw": [4, 4]})],
+        [ImageInput("u", None, {"image_grid_thw": [1, 4, 4]}), ImageInput("v", torch.zeros(4, 8))],
+    ],
+    ids=["width", "dtype", "pixels", "names", "lengths", "some names"],
+)
+def test_images_that_do_not_go_together_are_refused(images: list[ImageInput]) -> None:
+    with pytest.raises(InvalidRequest, match="does not go together"):
+        multi_modal_data(images)
+
+
+def test_pictures_of_any_size_go_together() -> None:
+    sizes = [(4, 6), (8, 2)]
+    pictures = [ImageInput("u", torch.zeros(height, width, 3, dtype=torch.uint8)) for width, height in sizes]
+    assert [one.size for one in multi_modal_data(pictures)] == sizes
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), VLLMValidationError("no"), AssertionError("no"), RuntimeError("no")], ids=repr
+)
+def test_a_prompt_without_a_place_for_its_image_is_the_clients_to_mend(error: Exception) -> None:
+    double = EngineDouble()
+
+    async def refuse(*_: Any) -> list[Any]:
+        raise error
+
+    double.renderer.render_cmpl_async = refuse
+    engine = LanguageEngine(double, "both", silence=1.0)
+
+    async def ask(images: list[ImageInput]) -> None:
+        await engine._rendered([1], images, None, SimpleNamespace(), [])
+
+    with pytest.raises(InvalidRequest, match="one place for each of its images"):
+        asyncio.run(ask([ImageInput("u", torch.zeros(4, 8))]))
+    with pytest.raises(type(error), match="no"):
+        asyncio.run(ask([]))

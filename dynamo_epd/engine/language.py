@@ -341,14 +341,12 @@ class LanguageEngine:
         streamed: Sequence[int],
     ) -> Any:
         """The prompt as vLLM takes it; ``params`` are cut to what fits behind it."""
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         if images:
-            try:
-                prompt["multi_modal_data"] = {"image": multi_modal_data(images)}
-            except (KeyError, ValueError, RuntimeError) as error:  # other names, or shapes that torch cannot join
-                raise InvalidRequest("what is said of the images does not go together") from error
+            prompt["multi_modal_data"] = {"image": multi_modal_data(images)}
             prompt["multi_modal_uuids"] = {"image": [image.uuid for image in images]}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
@@ -357,8 +355,11 @@ class LanguageEngine:
             (rendered,) = await renderer.render_cmpl_async(
                 [prompt], renderer.default_cmpl_tok_params.with_kwargs(max_length=None)
             )
-        except ValueError as error:
-            # Placeholders and images that do not match: a template that drops an image, or a prompt of token ids.
+        except (ValueError, VLLMClientError, AssertionError, RuntimeError) as error:
+            # Placeholders and images that do not match: a template that drops an image, or a prompt of token ids. vLLM
+            # raises one or the other, by the model's processor and by where it notices.
+            if not images:
+                raise
             raise InvalidRequest("the prompt does not hold one place for each of its images") from error
         rendered["prompt_token_ids"] = [*rendered["prompt_token_ids"], *streamed]
         length = len(rendered["prompt_token_ids"])
@@ -421,15 +422,27 @@ def queued(output: Any) -> float:
 
 
 def multi_modal_data(images: Sequence[ImageInput]) -> Any:
-    """The ``image`` entry of vLLM's ``multi_modal_data`` for images that all came the same way."""
+    """The ``image`` entry of vLLM's ``multi_modal_data`` for images that all came the same way.
+
+    Raises InvalidRequest for others: a message of somebody who is no encode worker of this graph.
+    """
     import torch
 
     tensors = [image.tensor for image in images if image.tensor is not None]
-    if tensors and tensors[0].dtype == torch.uint8:
+    names = images[0].metadata.keys()
+    lengths = {name: {len(image.metadata.get(name, ())) for image in images} for name in names}
+    pixels = bool(tensors) and tensors[0].dtype == torch.uint8
+    if (
+        any(image.metadata.keys() != names for image in images)
+        or any(len(found) > 1 for found in lengths.values())
+        or len({tensor.dtype for tensor in tensors}) > 1
+        or (not pixels and len({tensor.shape[1:] for tensor in tensors}) > 1)
+    ):
+        raise InvalidRequest("what is said of the images does not go together")
+    if pixels:
         from PIL import Image
 
         return [Image.fromarray(tensor.numpy()) for tensor in tensors]
-    names = images[0].metadata.keys()
     if not names:
         # One tensor an image: (tokens, hidden). vLLM knows embeddings from pixels by their two dimensions. Copied: it
         # sends them to EngineCore from where they lie, and that may be over later than the request, whose place in the
