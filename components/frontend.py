@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -49,7 +48,7 @@ from dynamo_epd.http.embeddings import EMBEDDINGS
 from dynamo_epd.http.errors import error_body
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.images import IMAGES, JOB
-from dynamo_epd.http.limits import RequestBounds, guard
+from dynamo_epd.http.limits import RequestBounds, guard, request_log
 from dynamo_epd.http.openapi import describe
 from dynamo_epd.http.predict import PREDICT
 from dynamo_epd.http.rates import Rates
@@ -154,9 +153,6 @@ class FrontendConfig:
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only metrics and log ever see it."""
 
-request_log = logging.getLogger("dynamo_epd.request")
-request_log.setLevel(logging.INFO)
-
 app = FastAPI(title="dynamo-epd", docs_url=None, redoc_url=None)
 
 BODIES = {
@@ -194,6 +190,7 @@ class Frontend(BesideChat):
         self.config = service_config(FrontendConfig)
         self.in_flight = 0
         self._looks: Flights[None] = Flights()
+        self._named: Flights[dict[str, Any]] = Flights()
         self._health: tuple[bool, dict[str, int]] = (False, {})
         self._looked = -math.inf
         for path, route, method in (
@@ -284,7 +281,11 @@ class Frontend(BesideChat):
         return self.processor
 
     async def models(self) -> Response:
-        """``GET /v1/models``: of every linked stage that clients name a model to."""
+        """``GET /v1/models``: of every linked stage that clients name a model to. However many ask, the stages are
+        asked once at a time."""
+        return JSONResponse(await self._named.join("models", self._models))
+
+    async def _models(self) -> dict[str, Any]:
         query = ModelsQuery()
         models: dict[str, Any] = {"object": "list", "data": []}
         if self.processor:
@@ -295,7 +296,7 @@ class Frontend(BesideChat):
             models["data"] += [
                 {"id": name, "object": "model", "created": 0, "owned_by": "dynamo-epd"} for name in named.names
             ]
-        return JSONResponse(models)
+        return models
 
     def _beside(self) -> list[Any]:
         """The linked stages beside the chat chain: without them chat goes on."""

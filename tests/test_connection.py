@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import resource
 import socket
@@ -135,6 +136,21 @@ def refused(said: bytes, status: int, code: str) -> None:
     assert b"connection: close" in head
     assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head + b"\r\n")
     assert json.loads(body)["error"]["code"] == code
+
+
+def test_a_refusal_has_an_id_of_its_own_and_a_line_with_it(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Also behind an answered request, whose client may be another one behind a proxy."""
+    caplog.set_level(logging.INFO, "dynamo_epd.request")
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(GET + b"x-request-id: mine\r\n\r\n")
+        answers(connection)
+        connection.sendall(b"\r\n")
+        said = connection.recv(65536)
+    refused(said, 408, "request_timeout")
+    (found,) = re.findall(rb"x-request-id: (\S+)", said)
+    assert [one.getMessage() for one in caplog.records if one.name == "dynamo_epd.request"] == [
+        f"{found.decode()} 408 request_timeout"
+    ]
 
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"

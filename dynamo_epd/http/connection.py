@@ -31,7 +31,7 @@ from dynamo_epd.errors import (
     UrlTooLong,
 )
 from dynamo_epd.http.errors import error_response
-from dynamo_epd.http.limits import request_id_of
+from dynamo_epd.http.limits import request_id_of, request_log
 
 MAX_CONNECTIONS = 16384
 """Of one process, however many descriptors it has: each takes some ten kilobytes."""
@@ -181,6 +181,8 @@ class BoundedConnection(HttpToolsProtocol):
             self.data_received(ahead)
         if self.timeout_keep_alive_task is not None:
             self._idle[self] = None
+        if self._rests and not self._in_head:
+            self.scope = None  # type: ignore[assignment]  # a refusal of what comes next is not this request's
         if self.transport.get_write_buffer_size():  # too little of it to pause for, perhaps
             self._watch_reader()
 
@@ -313,8 +315,9 @@ class BoundedConnection(HttpToolsProtocol):
             cycle = None  # type: ignore[assignment]
         if cycle is None or cycle.response_complete:  # else bytes of a reply are on their way
             reply = error_response(error)
-            request_id = request_id_of(dict(self.scope) if self.scope else None).encode()
-            headers = [*reply.raw_headers, (b"x-request-id", request_id), (b"connection", b"close")]
+            request_id = request_id_of(dict(self.scope) if self.scope else None)
+            request_log.info("%s %d %s", request_id, error.status, error.code)
+            headers = [*reply.raw_headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
             head = f"HTTP/1.1 {error.status} {error.code}\r\n".encode()
             head += b"".join(name + b": " + value + b"\r\n" for name, value in headers)
             self.transport.write(head + b"\r\n" + bytes(reply.body))

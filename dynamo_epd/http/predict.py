@@ -69,7 +69,6 @@ def predicted_pictures(instances: list[dict[str, Any]], model: str) -> list[Want
     return [wanted_picture(INSTANCE.check(instance | {"model": model})) for instance in instances]
 
 
-def predicted_texts(instances: list[dict[str, Any]]) -> list[Any]:
+def predicted_texts(instances: list[dict[str, Any]]) -> list[str]:
     """The texts of instances that are to be embedded."""
-    texts = Fields({"prompt": Check(lambda value, _: value, {})})
-    return [texts.check(instance).get("prompt") for instance in instances]
+    return [TEXT_INSTANCE.check(instance)["prompt"] for instance in instances]
