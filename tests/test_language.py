@@ -318,3 +318,20 @@ def test_a_prompt_without_a_place_for_its_image_is_the_clients_to_mend(error: Ex
         asyncio.run(ask([ImageInput("u", torch.zeros(4, 8))]))
     with pytest.raises(type(error), match="no"):
         asyncio.run(ask([]))
+
+
+def test_weights_are_safetensors_unless_the_operator_wants_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def arguments(*, load_format: str, **_: Any) -> None:
+        given.append(load_format)
+        raise Enough
+
+    monkeypatch.setattr("vllm.engine.arg_utils.AsyncEngineArgs", arguments)
+    for engine_args in ({}, {"load_format": "dummy"}):
+        with pytest.raises(Enough):
+            asyncio.run(LanguageEngine.start(engine_args, "both", 1.0))
+    assert given == ["safetensors", "dummy"]

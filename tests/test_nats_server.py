@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_epd.sdk import nats_server
-from dynamo_epd.sdk.nats_server import LocalNats, state_dir
+from dynamo_epd.sdk.nats_server import LocalNats, discovery_dir, state_dir
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,15 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(nats_server, "_free_port", lambda: 4222)
     return state_dir()
+
+
+def test_nobody_else_enters_where_workers_find_each_other(state: Path) -> None:
+    """Who writes there is a worker of the graph."""
+    nats = LocalNats(join=False)
+    assert nats.discovery.is_relative_to(state)
+    assert discovery_dir("nats://elsewhere:4222").is_relative_to(state)
+    assert state.stat().st_mode & 0o777 == nats.discovery.parent.stat().st_mode & 0o777 == 0o700
+    nats.close()
 
 
 def test_a_dead_server_of_this_processs_number_is_no_other_one(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

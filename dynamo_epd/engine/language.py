@@ -120,6 +120,8 @@ class LanguageEngine:
             # Embeddings bypass it, and it would hold every image twice (front and EngineCore).
             "mm_processor_cache_gb": 0,
             "use_tqdm_on_load": False,
+            # vLLM's own choice unpickles where a checkpoint has no safetensors.
+            "load_format": "safetensors",
         }
         if current_platform.is_cpu():
             # Without it vLLM adds a Worker process that spins for a second after every step.
