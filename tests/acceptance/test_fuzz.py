@@ -24,7 +24,7 @@ def test_twenty_thousand_bodies_break_nothing(seeing: Graph) -> None:
         drawn = shots(COUNT, SEED, document_of(seeing.url), door.canary.port)
         found = Fuzzer(seeing.url, door.neighbour.asks).run(drawn, report.say)
         report.note(statuses={str(status): count for status, count in sorted(found.statuses.items())})
-        report.note(faults=found.faults, slowest_seconds=found.slowest)
+        report.note(faults=found.faults, slowest_seconds=found.slowest, slowest=found.slowest_shot)
         report.goal("every body is answered or refused rightly, every neighbour too", not found.faults, str(found))
         report.goal("no body is without a reply", sum(found.statuses.values()) == COUNT)
         failed = sum(count for status, count in found.statuses.items() if status >= 500)

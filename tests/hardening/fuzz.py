@@ -355,6 +355,8 @@ class Report:
     statuses: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     slowest: float = 0.0
+    slowest_shot: str = ""
+    """What was asked of which route, and what came of it."""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -429,7 +431,9 @@ class Fuzzer:
                 used = time.monotonic()
             with self._lock:
                 self.report.statuses[reply.status] += 1
-                self.report.slowest = max(self.report.slowest, reply.seconds)
+                if reply.seconds > self.report.slowest:
+                    self.report.slowest = reply.seconds
+                    self.report.slowest_shot = f"{shot.path} {shot.body[:2000]!r}: {reply.status} {reply.body[:300]!r}"
             try:
                 fault = judged(reply)
             except Exception as error:  # a thread that ended of it would leave the others' work undone
