@@ -46,6 +46,7 @@ from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.nats import connect_options, split_credentials
 from dynamo_epd.sdk.nats_server import nats_binary
 from dynamo_epd.store import Store, StoreConfig, Stored
+from tests.certificates import Certificates
 from tests.serving import Graph, eventually, untrained
 from tests.toys.running import ROOT, Served, clean_environment, free_port
 
@@ -594,31 +595,9 @@ def test_without_keys_everyone_is_one_tenant(tmp_path: Path) -> None:
 # --- TLS
 
 
-class Certificates:
-    """A root, and what it signs for this machine."""
-
-    def __init__(self, directory: Path):
-        self.root, self.cert, self.key = (directory / name for name in ("root.pem", "cert.pem", "key.pem"))
-        root_key, request, more = (directory / name for name in ("root-key.pem", "request.pem", "more"))
-        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        openssl("req", "-x509", *curve, "-keyout", root_key, "-out", self.root, "-days", "2", "-subj", "/CN=root")
-        openssl("req", *curve, "-keyout", self.key, "-out", request, "-subj", "/CN=here")
-        more.write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
-        by: list[str | Path] = ["-CA", self.root, "-CAkey", root_key, "-CAcreateserial", "-days", "2"]
-        openssl("x509", "-req", "-in", request, *by, "-extfile", more, "-out", self.cert)
-
-    @property
-    def trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self.root))
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
+    return Certificates(tmp_path_factory.mktemp("certificates"), "DNS:localhost")
 
 
 def test_the_frontend_speaks_tls_and_nothing_else(certificates: Certificates, tmp_path: Path) -> None:
