@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,24 @@ HELD = {
 
 
 @contextlib.contextmanager
-def serve(graph: str, config: str, *overrides: str, model: Path | None = None, **environment: str) -> Iterator[Graph]:
+def serve(
+    graph: str,
+    config: str,
+    *overrides: str,
+    model: Path | None = None,
+    within: Sequence[str] = (),
+    **environment: str,
+) -> Iterator[Graph]:
     """A graph that is up. It is ended by Ctrl-C: exit status 0 and nothing left, or the test fails.
 
-    ``model`` is served instead of the configuration's. ``environment`` is added to that of the command.
+    ``model`` is served instead of the configuration's. ``within`` is what the command runs within, as `Served` has it.
+    ``environment`` is added to that of the command.
     """
     home = Path(tempfile.mkdtemp(prefix="epd"))
     if model is not None:
         overrides = (f"--Common.model={model}", *overrides)
     try:
-        with Graph(home, graph, "-f", config, *overrides, **environment) as served:
+        with Graph(home, graph, "-f", config, *overrides, within=within, **environment) as served:
             served.wait_for(r"^http://", START_SECONDS)
             if "has not come up" in served.text:
                 warnings.warn(f"a worker's start stood still:\n{served.text}", stacklevel=3)
@@ -73,7 +81,7 @@ class Graph(Served):
     """One ``dynamo serve``, of the graph that the first argument names. ``home`` is a short path, for it holds
     sockets."""
 
-    def __init__(self, home: Path, *arguments: str, **environment: str):
+    def __init__(self, home: Path, *arguments: str, within: Sequence[str] = (), **environment: str):
         self.name = arguments[0]
         self._temporary = home / "tmp"
         self._temporary.mkdir()
@@ -86,7 +94,7 @@ class Graph(Served):
             "DYN_SYSTEM_PORT": str(system_port),
             "DYNAMO_START_SECONDS": WORKER_SECONDS,
         }
-        super().__init__(home / "state", *arguments, **own | environment)
+        super().__init__(home / "state", *arguments, within=within, **own | environment)
 
     def __enter__(self) -> Graph:
         return self

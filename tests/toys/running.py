@@ -16,6 +16,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,18 @@ MEANT_TO_STAY = frozenset({"jetstream", "store", "signing.key"})
 
 
 class Served:
-    """``with Served(state_dir, graph, *arguments) as served``. ``lines`` grows with what it prints, errors included."""
+    """``with Served(state_dir, graph, *arguments) as served``. ``lines`` grows with what it prints, errors included.
 
-    def __init__(self, state: Path, *arguments: str, **environment: str):
+    ``within`` is a command that becomes the one that follows it, as ``env`` does.
+    """
+
+    def __init__(self, state: Path, *arguments: str, within: Sequence[str] = (), **environment: str):
         self.state = state
         self.port = free_port()
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", *arguments, "-p", str(self.port)],
+            [*within, sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", *arguments, "-p", str(self.port)],
             cwd=ROOT,
             env=clean_environment() | {"XDG_STATE_HOME": str(state)} | environment,
             stdout=subprocess.PIPE,
