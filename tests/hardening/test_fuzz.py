@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few hundred fuzzed bodies; `tests/acceptance/test_fuzz.py` sends 20 000."""
+"""A few hundred fuzzed bodies; `tests/acceptance/test_fuzz.py` sends 20 000, and the disaggregated graph 4 000."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import pytest
 
 from tests.document import document
-from tests.hardening.edge import Door, Reply
-from tests.hardening.fuzz import Drawn, Fuzzer, document_of, judged, shots
+from tests.hardening.edge import CHAT, COMPLETIONS, Door, Reply
+from tests.hardening.fuzz import RIGHT, Drawn, Fuzzer, document_of, judged, narrowed, shots
 
 COUNT = 300
 SEED = 7
@@ -34,11 +34,18 @@ def test_a_seed_gives_the_same_bodies_again() -> None:
 def test_every_path_that_takes_a_post_is_shot_at() -> None:
     whole = document()
     posted = {path for path, operations in whole["paths"].items() if "post" in operations}
-    assert Drawn(whole, PORT).paths == posted
+    drawn = Drawn(whole, PORT)
+    assert drawn.paths == posted
+    assert set(RIGHT) == {one for some in drawn.right.values() for one in some}
     found = list(shots(400, SEED, whole, PORT))
     hit = {path for path in posted for shot in found if re.fullmatch(pattern(path), shot.path.partition("?")[0])}
     assert hit == posted
     assert sum(str(PORT).encode() in shot.body for shot in found) > 40, "the canary's port is in many"
+
+
+def test_of_a_narrowed_document_no_other_path_is_shot_at() -> None:
+    found = list(shots(50, SEED, narrowed(document(), CHAT.path, COMPLETIONS.path), PORT))
+    assert {shot.path for shot in found} == {CHAT.path, COMPLETIONS.path}
 
 
 def pattern(path: str) -> str:
