@@ -291,6 +291,28 @@ class Peaks:
         return found
 
 
+class Work:
+    """CPU time that a graph, and this process as its client, have taken since this was made."""
+
+    def __init__(self, door: Door):
+        self._processes = [psutil.Process(), *(one for one in door.graph.tree() if one.is_running())]
+        self._before = self._taken()
+
+    def seconds(self) -> list[float]:
+        """By process."""
+        return [now - before for now, before in zip(self._taken(), self._before, strict=True)]
+
+    def _taken(self) -> list[float]:
+        times = [one.cpu_times() for one in self._processes]
+        return [one.user + one.system for one in times]
+
+
+def waited_for(work: list[float], cores: int) -> float:
+    """Seconds in which these cores have done work of so many seconds of each process, if none stood still while there
+    was any: Graham's bound of a list schedule, Bell System Technical Journal 45 (1966). A process is one chain."""
+    return sum(work) / cores + max(work) * (1 - 1 / cores)
+
+
 def _well_known() -> list[Canary]:
     """Where a URL without a port leads to. Most users may not listen there: then the refusal's code has to do."""
     found = []
