@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of HARDENING.md about servers that misbehave. This graph may fetch from this machine, and from nowhere worse.
 
-What a name server that changes its mind can do is in `test_fetch`: nobody can make a real one do so here.
+Names that change, TLS and lists of hosts need a graph that is told of them: `tests/acceptance/test_media_rules.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,14 +43,17 @@ Say = Callable[[socket.socket], None]
 
 
 class Scripted:
-    """A server on this machine that answers every request with what ``say`` writes, and counts connections."""
+    """A server on this machine that answers every request with what ``say`` writes, and counts connections, and of
+    those the ones on which something was asked."""
 
-    def __init__(self, say: Say):
+    def __init__(self, say: Say, tls: ssl.SSLContext | None = None):
         self._say = say
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.connections = 0
-        self.url = f"http://127.0.0.1:{self.port}/x.png"
+        self.asked = 0
+        self.url = self.url_of("127.0.0.1")
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -62,12 +66,23 @@ class Scripted:
             threading.Thread(target=self._one, args=(connection,), daemon=True).start()
 
     def _one(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            connection.settimeout(30)
+        connection.settimeout(30)
+        with suppress(OSError), self._secured(connection) as opened:
             asked = b""
             while b"\r\n\r\n" not in asked:
-                asked += connection.recv(4096)
-            self._say(connection)
+                piece = opened.recv(4096)
+                if not piece:
+                    return
+                asked += piece
+            self.asked += 1
+            self._say(opened)
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        return connection if self._tls is None else self._tls.wrap_socket(connection, server_side=True)
+
+    def url_of(self, host: str) -> str:
+        """Of a picture on it, for those whom ``host`` leads here."""
+        return f"{'https' if self._tls else 'http'}://{host}:{self.port}/x.png"
 
     def close(self) -> None:
         self._listener.close()
