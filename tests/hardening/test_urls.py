@@ -26,6 +26,9 @@ from tests.questions import data_url, picture, user
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
+FIELDS = ("image_url", "image", "images", "url", "callback_url", "webhook")
+"""That others have for an address, and no body of ours."""
+
 
 @pytest.mark.usefixtures("neighbour")
 class TestAddresses:
@@ -52,8 +55,11 @@ class TestAddresses:
         url = f"http://127.0.0.1:{door.canary.port}/x.png"
         refused(door.post(CHAT, CHAT.with_(messages=messages(url), stream=stream)), 400, "url_not_allowed")
 
+
+@pytest.mark.usefixtures("neighbour")
+class TestFields:
     @pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.name)
-    @pytest.mark.parametrize("field", ["image_url", "image", "images", "url", "callback_url", "webhook"])
+    @pytest.mark.parametrize("field", FIELDS)
     def test_no_other_field_takes_an_address(self, door: Door, entry: Entry, field: str) -> None:
         url = f"http://127.0.0.1:{door.canary.port}/x.png"
         refused(door.post(entry, entry.with_(**{field: url})), 400, "unsupported_parameter", field)
