@@ -8,6 +8,7 @@ under load batches grow by themselves.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ class _Waiting(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Calls ``run`` in one thread of its own, with as many items as ``most`` allows.
 
-    ``failures`` says whether ``run`` still works at all.
+    ``failures`` says whether ``run`` still works at all, and comes back.
 
     Args:
         run: takes a list of items, returns one result an item, in order. It blocks. An exception fails its whole batch.
@@ -49,6 +50,7 @@ class Batcher(Generic[Item, Result]):
         waiting: items that may wait; one more is refused with Overloaded.
         weight: of an item; by default each weighs 1.
         observe: told the size of each batch before it runs.
+        silence: seconds that one batch may take, before it counts as hung.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Batcher(Generic[Item, Result]):
         waiting: int,
         weight: Callable[[Item], int] = lambda item: 1,
         observe: Callable[[int], None] = lambda size: None,
+        silence: float = math.inf,
     ):
         self._run = run
         self._most = most
@@ -68,7 +71,7 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self._loop: asyncio.Task[None] | None = None
-        self.failures = Failures()
+        self.failures = Failures(silence)
 
     def __len__(self) -> int:
         """Items that wait."""
@@ -101,7 +104,7 @@ class Batcher(Generic[Item, Result]):
             self._observe(len(batch))
             began = perf_counter()
             try:
-                with self.failures.counted():
+                with self.failures.counted(), self.failures.under_way():
                     results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
                 if len(results) != len(batch):  # else some would wait for ever
                     raise ValueError(f"{len(results)} results of {len(batch)} items")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_epd import failures
 from tests.collector import Collector
 from tests.exporters import Exporters
+from tests.fake_clock import FakeClock
 from tests.reference import Reference, plain_engine
 from tests.serving import Graph, serve, untrained
 
@@ -41,6 +43,14 @@ def disagg(reference: Reference) -> Iterator[Graph]:
 def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch compiles in this process, although a stage that was tried in it has switched that off."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """By which it is judged whether a computation hangs."""
+    clock = FakeClock()
+    monkeypatch.setattr(failures, "monotonic", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import pytest
 
 from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import InvalidRequest, Overloaded
-from dynamo_epd.failures import IN_A_ROW
+from dynamo_epd.failures import IN_A_ROW, Hung
+from tests.fake_clock import FakeClock
 
 
 class Doubling:
@@ -195,6 +196,26 @@ def test_waiting_and_running_are_told_apart():
         before, after = await first, await second
         assert before.run_seconds >= 0.5 and before.run_seconds > before.queue_seconds
         assert after.queue_seconds >= 0.5 and after.queue_seconds > after.run_seconds
+        batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_hangs_is_known_although_its_caller_has_left(clock: FakeClock):
+    async def main() -> None:
+        run = Doubling()
+        batcher = Batcher(run, most=1, waiting=100, silence=60)
+        asked = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(run.began.wait, 10)
+        asked.cancel()
+        clock.now += 60
+        assert batcher.failures.alive()
+        clock.now += 1
+        with pytest.raises(Hung):
+            batcher.failures.alive()
+        run.go.set()
+        assert (await batcher.submit(1)).result == 2
+        assert batcher.failures.alive()
         batcher.close()
 
     asyncio.run(main())

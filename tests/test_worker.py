@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_epd.failures import Hung
 from dynamo_epd.sdk import wire, worker
 from dynamo_epd.sdk.config import Document, resolve
 from dynamo_epd.sdk.context import dynamo_context
@@ -215,6 +216,22 @@ def test_nobody_reaches_a_worker_that_is_not_alive_while_its_shutdown_takes_long
     events.with_name("events.end").unlink()
 
 
+def test_a_worker_whose_computation_hangs_is_lost_to_who_waits_and_made_again(relay: Served, events: Path) -> None:
+    """As one that was killed: none of its hooks runs, which could wait for what hangs."""
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances")
+    events.write_text("")
+    before = relay.workers("Back")
+    hung = relay.call({"mode": "compute", "number": 1})["results"][0]
+    assert (hung["ticks"], hung["error"]["class"]) == ([0], "WorkerLost")
+    meanwhile = relay.call(*[{"number": 1}] * 6)
+    assert [one["error"] for one in meanwhile["results"] if "error" in one] == []
+    assert hung["instance"] not in meanwhile["instances"]
+    relay.wait_for(r"Back hangs and is ended: nothing has been heard for 1 s of what is computed")
+    eventually(lambda: relay.workers("Back").get(hung["worker"]) not in (None, before[hung["worker"]]), "a new worker")
+    eventually(lambda: len(relay.call()["instances"]) == 3, "three instances again")
+    assert "shutdown" not in events.read_text()
+
+
 def test_a_worker_that_is_told_to_end_once_it_is_registered_finishes_what_it_has_accepted(tmp_path: Path) -> None:
     told = tmp_path / "told"
     with Served(tmp_path / "state", "tests/toys/hasty.py:Front", TOLD=str(told)) as served:
@@ -297,6 +314,42 @@ def test_one_that_breaks_leaves_discovery_before_its_hooks_and_is_ended_where_th
         asyncio.run(one.run())
     leaving = ["bounded", "leaves False", "leaves True"]
     assert order == ["connects", "on_start", "serves", *leaving, "on_shutdown"]
+
+
+def test_one_that_hangs_leaves_discovery_and_is_ended_without_its_hooks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_end_after", lambda _: None)
+    monkeypatch.setattr(worker.faulthandler, "dump_traceback", lambda: order.append("shows its threads"))
+    order: list[str] = []
+
+    class Ended(BaseException):
+        """In place of the end of this process."""
+
+    def end() -> None:
+        order.append("ends")
+        raise Ended
+
+    async def noted(what: str) -> None:
+        order.append(what)
+
+    async def hangs() -> None:
+        raise Hung("nothing has been heard")
+
+    graph = load_graph(GRAPH)
+    one = worker.Worker(graph, resolve(graph, Document()), "Middle", 0)
+    monkeypatch.setattr(worker, "_end_now", end)
+    monkeypatch.setattr(one, "_connect", lambda: noted("connects"))
+    monkeypatch.setattr(one, "_run_hooks", noted)
+    monkeypatch.setattr(one, "_serve", lambda: noted("serves"))
+    monkeypatch.setattr(one, "_wait", hangs)
+    monkeypatch.setattr(one, "_leave_discovery", lambda *, addressed: noted(f"leaves {addressed}"))
+    with pytest.raises(Ended):
+        asyncio.run(one.run())
+    ended = order.index("ends")
+    assert order[:ended] == ["connects", "on_start", "serves", "leaves False", "leaves True", "shows its threads"]
+    assert "Middle hangs and is ended: nothing has been heard" in caplog.text
 
 
 def test_a_worker_that_was_paused_is_passed_over_and_comes_back(relay: Served) -> None:

@@ -91,7 +91,8 @@ on_shutdown = _moment("on_shutdown")
 on_shutdown.__doc__ = "Runs after the last request has finished; hooks run in the reverse of their order of definition."
 liveness = _moment("liveness")
 liveness.__doc__ = (
-    "Marks a function that tells whether the service lives: on a no the process ends, to be started again."
+    "Marks a function that tells whether the service lives: on a no the process ends, to be started again; without its "
+    "shutdown hooks where `Hung` is raised."
 )
 readiness = _moment("readiness")
 readiness.__doc__ = (

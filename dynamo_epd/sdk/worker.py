@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_epd import dropped
+from dynamo_epd.failures import Hung
 from dynamo_epd.sdk.client import client_for
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
 from dynamo_epd.sdk.context import dynamo_context
@@ -125,6 +126,11 @@ class Worker:
                 await self._serve()
                 await self._wait()
                 await self._drain()
+            except Hung as error:
+                await self._give_up()
+                faulthandler.dump_traceback()  # before the line that says why: the supervisor shows the last ones
+                log.error("%s hangs and is ended: %s", self.settings.name, error)
+                _end_now()  # hooks would wait for what hangs, and so would Python at its own end
             except Exception:
                 await self._give_up()
                 raise

@@ -8,12 +8,14 @@ import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from dynamo_epd.batching import Batcher
 from dynamo_epd.errors import EpdError, InvalidRequest
 from dynamo_epd.sdk import (
     api,
@@ -30,7 +32,7 @@ from dynamo_epd.sdk import (
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """``mode``: count, hang, refuse, break, die, ail, or identity."""
+    """``mode``: count, hang, refuse, break, die, ail, compute, or identity."""
 
     mode: str = "count"
     number: int = 3
@@ -62,15 +64,21 @@ def may_end(config: BackConfig) -> bool:
     return Path(config.events + ".end").exists()
 
 
+def compute_for_ever(items: Sequence[int]) -> Sequence[int]:
+    threading.Event().wait()
+    return items
+
+
 @service(config=BackConfig)
 class Back:
     def __init__(self) -> None:
         self.config = service_config(BackConfig)
         self.ailing = False
+        self.batcher = Batcher(compute_for_ever, most=1, waiting=8, silence=1.0)
 
     @liveness
     def alive(self) -> bool:
-        return not self.ailing
+        return not self.ailing and self.batcher.failures.alive()
 
     @async_on_start
     async def start(self) -> None:
@@ -84,7 +92,7 @@ class Back:
 
     @on_shutdown
     async def first_hook(self) -> None:
-        while self.ailing and not may_end(self.config):  # a thread that hangs, say
+        while self.ailing and not may_end(self.config):
             await asyncio.sleep(0.05)
         note(self.config, "shutdown first")
 
@@ -110,6 +118,8 @@ class Back:
                     raise InvalidRequest("not this one", param="mode", code="no_thanks")
                 if ask.mode == "break":
                     raise RuntimeError("secret of the inside")
+                if ask.mode == "compute":
+                    await self.batcher.submit(0)
                 if ask.mode == "ail":
                     self.ailing = True
                 if ask.mode == "die":
