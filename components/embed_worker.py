@@ -43,6 +43,9 @@ class EmbedConfig:
     """How long states wait for their READ."""
     max_waiting: int = 8192
     """Texts that may wait for a forward; one more is refused."""
+    engine_silence: float = 240.0
+    """Seconds that one batch of texts may take, after which it counts as hung and the worker ends. More than the
+    longest takes; less than ``admission.deadline`` leaves time to ask another worker."""
 
 
 @service(dynamo={"namespace": "dynamo"}, config=EmbedConfig)
@@ -75,6 +78,7 @@ class EmbedWorker(ArenaOwner):
             waiting=config.max_waiting,
             weight=len,  # without padding: the encoder splits what would be too much with it, by length
             observe=metrics.embed_batch_size().observe,
+            silence=config.engine_silence,
         )
         await self.open_arena(config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
@@ -120,8 +124,8 @@ class EmbedWorker(ArenaOwner):
 
     @liveness
     def alive(self) -> bool:
-        """A stage that fails whatever it is asked ends, and is started again."""
-        return not self.batcher.failures.too_many
+        """A stage that fails whatever it is asked, or hangs, ends and is started again."""
+        return self.batcher.failures.alive()
 
     @on_shutdown
     async def stop(self) -> None:

@@ -37,6 +37,9 @@ class EncodeConfig:
     """Images in one forward of the vision tower."""
     max_waiting: int = 1024
     """Images that may wait for the tower; one more is refused."""
+    engine_silence: float = 240.0
+    """Seconds that one forward of the vision tower may take, after which it counts as hung and the worker ends. More
+    than the longest takes; less than ``admission.deadline`` leaves time to ask another worker."""
     media: MediaConfig = field(default_factory=MediaConfig)
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -70,6 +73,7 @@ class EncodeWorker(ArenaOwner):
             most=self.config.max_batch,
             waiting=self.config.max_waiting,
             observe=metrics.batch_size().observe,
+            silence=self.config.engine_silence,
         )
         self.flights: Flights[tuple[Entry, float]] = Flights()
         self.fetcher = Fetcher(self.config.media)
@@ -101,8 +105,8 @@ class EncodeWorker(ArenaOwner):
 
     @liveness
     def alive(self) -> bool:
-        """A stage that fails whatever it is asked ends, and is started again."""
-        return not self.batcher.failures.too_many
+        """A stage that fails whatever it is asked, or hangs, ends and is started again."""
+        return self.batcher.failures.alive()
 
     @on_shutdown
     async def stop(self) -> None:

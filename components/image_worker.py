@@ -113,6 +113,10 @@ class ImageConfig:
     """How long a picture waits for its READ, and this worker for a prompt's token states."""
     max_waiting: int = 256
     """Pictures that may wait for their turn; one more is refused. By default as many as a frontend lets in at once."""
+    engine_silence: float = 600.0
+    """Seconds without a denoise step or a picture while some are made, after which the pipeline counts as hung and the
+    worker ends. More than the longest step takes, with ``compile`` the first of a new size; a pipeline that does not
+    tell of its steps is heard of once a picture."""
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -132,7 +136,7 @@ class ImageWorker(ArenaOwner):
         self.names = ModelNames.of(self.config.served_model_name, self.config.model)
         self.name = self.names.names[0]
         self.waiting = 0
-        self.failures = Failures()
+        self.failures = Failures(self.config.engine_silence)
 
     @async_on_start
     async def start(self) -> None:
@@ -231,8 +235,8 @@ class ImageWorker(ArenaOwner):
 
     @liveness
     def alive(self) -> bool:
-        """A stage that fails whatever it is asked ends, and is started again."""
-        return not self.failures.too_many
+        """A stage that fails whatever it is asked, or hangs, ends and is started again."""
+        return self.failures.alive()
 
     @on_shutdown
     async def stop(self) -> None:
@@ -322,7 +326,8 @@ class _Making:
         def work() -> Made:
             if self.stop.is_set():  # its client left while it waited
                 raise asyncio.CancelledError
-            return worker.generator.generate(wanted, self._on_step, self.stop, begins)
+            with worker.failures.under_way():
+                return worker.generator.generate(wanted, self._on_step, self.stop, begins)
 
         limit = self._request.deadline - time.time() if self._request.deadline else None
         task = asyncio.ensure_future(worker.loop.run_in_executor(worker.threads, work))
@@ -363,6 +368,7 @@ class _Making:
                 getter.cancel()
 
     def _on_step(self, step: int, steps: int, preview: Any) -> None:
+        self._worker.failures.heard()
         now = perf_counter()
         self._worker.steps.observe(now - self._last)
         self._last = now

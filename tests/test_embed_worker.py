@@ -24,9 +24,11 @@ from components.embed_worker import AT_ONCE, MOST_CHARACTERS, EmbedConfig, Embed
 from components.protocol import StatesRequest
 from dynamo_epd import metrics
 from dynamo_epd.errors import InvalidRequest
+from dynamo_epd.failures import Hung
 from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.text.t5 import TextEncoder
 from models import world
+from tests.fake_clock import FakeClock
 from tests.serving import Graph, serve
 from tests.toys.running import ROOT
 
@@ -246,3 +248,35 @@ def test_batch_tokens_bound_a_forward_with_its_padding(
     assert sum(lengths) <= 256 < len(lengths) * max(lengths)
     asyncio.run(main())
     assert sorted(shapes) == expected
+
+
+def test_a_worker_whose_forward_hangs_says_that_it_does_not_live(
+    monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    monkeypatch.setattr(metrics, "Metrics", MagicMock())
+    monkeypatch.setitem(dynamo_context, "namespace", "tests")
+    worker = object.__new__(EmbedWorker)
+    config = EmbedConfig(str(DIRECTORY), engine_silence=60.0)
+    vars(worker).update(config=config, open_arena=AsyncMock(), arena=SimpleNamespace(stats=None))
+    began, go = threading.Event(), threading.Event()
+
+    def hang(module: Any, args: Any) -> None:
+        began.set()
+        assert go.wait(60)
+
+    async def main() -> None:
+        await worker.start()
+        worker.encoder._model.register_forward_pre_hook(hang)
+        asked = asyncio.create_task(worker.batcher.submit([5]))
+        assert await asyncio.to_thread(began.wait, 60)
+        clock.now += 60
+        assert worker.alive()
+        clock.now += 1
+        with pytest.raises(Hung):
+            worker.alive()
+        go.set()
+        await asked
+        assert worker.alive()
+        worker.batcher.close()
+
+    asyncio.run(main())

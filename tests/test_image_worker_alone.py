@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +24,11 @@ from components.image_worker import ImageConfig, ImageWorker
 from components.protocol import GenerateRequest, ModelNames
 from dynamo_epd.diffusion.text_encoder import Row
 from dynamo_epd.errors import InvalidRequest, NotFound, Overloaded, StageUnavailable
-from dynamo_epd.failures import IN_A_ROW, Failures
+from dynamo_epd.failures import IN_A_ROW, Failures, Hung
 from dynamo_epd.metrics import StageMetrics
 from dynamo_epd.planning.observing import stage_samples
 from dynamo_epd.store import Store, StoreConfig, new_id
+from tests.fake_clock import FakeClock
 from tests.test_jobs import Server, over, queue, submitted
 
 BOUND = 60.0
@@ -103,7 +104,9 @@ def image_worker(config: ImageConfig, **made_at_start: Any) -> ImageWorker:
     """One that was constructed, and given what its start hook would have made."""
     worker = object.__new__(ImageWorker)
     names = ModelNames.of(config.served_model_name, config.model)
-    vars(worker).update(config=config, names=names, name=names.names[0], waiting=0, failures=Failures())
+    vars(worker).update(
+        config=config, names=names, name=names.names[0], waiting=0, failures=Failures(config.engine_silence)
+    )
     vars(worker).update(loop=asyncio.get_running_loop(), **made_at_start)
     return worker
 
@@ -187,6 +190,48 @@ def test_pictures_that_fail_together_are_no_reason_to_end(together: int) -> None
                 asked = [*waiting]
                 lived.append(worker.alive())
         assert lived == ([True] if together > 1 else [turn < IN_A_ROW for turn in range(1, AT_ONCE + 1)])
+
+    run(scenario)
+
+
+class HangingGenerator:
+    """A double whose denoise steps take ``SILENCE`` each by ``clock``; in the last it hangs until it is let go."""
+
+    def __init__(self, clock: FakeClock, steps: int) -> None:
+        self.clock, self.steps, self.let_go = clock, steps, threading.Event()
+
+    def generate(self, wanted: Any, on_step: Any, stop: threading.Event, on_begin: Callable[[], None]) -> Any:
+        on_begin()
+        for step in range(1, self.steps):
+            self.clock.now += SILENCE
+            on_step(step, self.steps, None)
+        assert self.let_go.wait(BOUND)
+        raise RuntimeError("the picture is not wanted any more")
+
+
+SILENCE = 60.0
+
+
+def test_a_picture_that_hangs_is_known_although_its_client_has_left(clock: FakeClock) -> None:
+    """And not while its steps are taken, however long all of them take."""
+
+    async def scenario() -> None:
+        generator = HangingGenerator(clock, steps=8)
+        with ThreadPoolExecutor(1) as threads:
+            worker = image_worker(
+                ImageConfig("tiny-image", engine_silence=SILENCE), generator=generator, metrics=FakeMetrics(),
+                threads=threads, steps=SimpleNamespace(observe=lambda seconds: None),
+            )  # fmt: skip
+            async with aclosing(worker._generated(WANTED, REQUEST)) as events:  # type: ignore[arg-type]
+                async for event in events:
+                    if event.step == generator.steps - 1:
+                        break
+            assert worker.alive(), "its last step has just begun"
+            clock.now += SILENCE + 1
+            with pytest.raises(Hung):
+                worker.alive()
+            generator.let_go.set()
+        assert worker.alive()
 
     run(scenario)
 
