@@ -335,3 +335,21 @@ def test_weights_are_safetensors_unless_the_operator_wants_others(monkeypatch: p
         with pytest.raises(Enough):
             asyncio.run(LanguageEngine.start(engine_args, "both", 1.0))
     assert given == ["safetensors", "dummy"]
+
+
+def test_an_engine_that_says_nothing_while_requests_wait_does_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    waiting = [0]
+    monkeypatch.setattr(language.time, "monotonic", lambda: now[0])
+    double = EngineDouble()
+    vars(double).update(errored=False, output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: waiting[0]))
+    engine = LanguageEngine(double, "decode", silence=60.0)
+    now[0] += 61.0
+    assert engine.alive, "nobody has asked it"
+    waiting[0] = 1
+    assert not engine.alive
+    engine._heard = now[0]
+    now[0] += 60.0
+    assert engine.alive
+    now[0] += 1.0
+    assert not engine.alive
