@@ -5,7 +5,6 @@ whose pictures find no room on the disk."""
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -29,12 +28,13 @@ from dynamo_epd.metrics import StageMetrics
 from dynamo_epd.planning.observing import stage_samples
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.fake_clock import FakeClock
+from tests.small_disk import enlarge, small_disk
 from tests.test_jobs import Server, over, queue, submitted
 
 BOUND = 60.0
 SIDE = 320
 """Of a picture of noise: its PNG has 300 KB, and three of them fit into `DISK`."""
-DISK, FIT, PICTURES = "size=1m", 3, 6
+DISK, FIT, PICTURES = "1m", 3, 6
 
 
 class SilentEmbedWorker:
@@ -341,12 +341,8 @@ def server(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", DISK, "tmpfs", path]).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with small_disk(tmp_path / "disk", DISK) as path:
+        yield path
 
 
 def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(server: Any, disk: Path) -> None:
@@ -372,8 +368,7 @@ def test_a_job_whose_pictures_find_no_room_waits_and_shows_none_of_them_in_part(
                 for name in job.pictures[FIT:]:
                     with pytest.raises(NotFound):
                         await store.get("", name)
-                room = ["mount", "-o", "remount,size=16m", str(disk)]
-                await asyncio.to_thread(lambda: subprocess.run(room, check=True))
+                await asyncio.to_thread(enlarge, disk, "16m")
                 ended = await over(front, job.id)
         assert (ended.status, ended.attempts, ended.error) == ("completed", 1, None)
         assert len(lain) == 1, "the job lay once"

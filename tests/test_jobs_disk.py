@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from dynamo_epd.errors import StageUnavailable
+from tests.small_disk import small_disk
 from tests.test_jobs import Server, nothing, over, queue, submitted
 
 LONG = "a red star " * 2000
@@ -21,12 +21,8 @@ LONG = "a red star " * 2000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path]).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with small_disk(tmp_path / "disk", "8m") as path:
+        yield path
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ import pytest
 from dynamo_epd.errors import EpdError, Gone, InternalError, InvalidRequest, NotFound, PayloadTooLarge, StageUnavailable
 from dynamo_epd.store import Store, StoreConfig, Stored, new_id
 from tests.s3_server import CREDENTIALS, S3Server, s3_server
+from tests.small_disk import enlarge, small_disk
+from tests.torn import Torn
 from tests.toys.running import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40
@@ -439,9 +441,7 @@ def test_what_no_room_is_left_for_is_not_there_and_can_be_stored_later(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = how == "a full disk"
-    if disk and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "1m") if disk else contextlib.nullcontext():
         config = StoreConfig(url=str(tmp_path / "store"))
         held = Held(config, None)
         arguments = [sys.executable, "-c", FILLING, json.dumps([asdict(config), 0 if disk else 100_000])]
@@ -463,17 +463,12 @@ def test_what_no_room_is_left_for_is_not_there_and_can_be_stored_later(
 
         run(test)
         if disk:
-            subprocess.run(["mount", "-o", "remount,size=8m", tmp_path], check=True)
+            enlarge(tmp_path, "8m")
         run(later)
-    finally:
-        if disk:
-            subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_full_disk_is_swept(tmp_path: Path) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
+    with small_disk(tmp_path, "1m"):
 
         async def test() -> None:
             store = Store(StoreConfig(url=str(tmp_path / "store")))
@@ -488,8 +483,6 @@ def test_a_full_disk_is_swept(tmp_path: Path) -> None:
             await store.put("ann", "img-2", bytes(200_000), "image/png", {})
 
         run(test)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_annotations_of_many_are_all_kept(held: Held) -> None:
@@ -873,50 +866,6 @@ def test_a_put_that_waits_for_the_server_ends_when_it_is_back() -> None:
             assert stored == await store.head("", "img-1")
 
         run(test)
-
-
-class Torn:
-    """A TCP proxy before an S3 server that passes on so many bytes of a connection, and then cuts both its sides."""
-
-    def __init__(self, server: S3Server):
-        self._server = server
-        self.sent: int | None = None
-        """Bytes that a client may send; None: all."""
-        self.received: int | None = None
-        """Bytes that it may receive."""
-        self.cuts = 0
-
-    async def __aenter__(self) -> Torn:
-        self._listening = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
-        self.port = self._listening.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._listening.close()
-
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
-        copies = [
-            asyncio.create_task(self._copy(reader, back, self.sent)),
-            asyncio.create_task(self._copy(there, writer, self.received)),
-        ]
-        with contextlib.suppress(asyncio.CancelledError):  # the test is over
-            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
-        for copy in copies:
-            copy.cancel()
-        for one in (back, writer):
-            one.transport.abort()
-
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int | None) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536 if left is None else min(65536, left)):
-                writer.write(data)
-                await writer.drain()
-                if left is not None:
-                    left -= len(data)
-                    if left == 0:
-                        self.cuts += 1
-                        return
 
 
 @pytest.mark.parametrize("at", [100, 900, 2000, 60_000])
