@@ -4,7 +4,7 @@
 Greedy tokens and seeded pictures are the same every time, so each answer is first had in peace and then compared. What
 is not here has its own place: decode workers killed in mid-stream, clients that leave and a NATS that is out of reach
 (`tests/acceptance`), jobs (`tests/acceptance/test_jobs.py`), corrupt hand-offs (`test_handoffs.py`), stores
-(`tests/test_store.py`).
+(`tests/acceptance/test_store_faults.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pytest
 
 from tests.hardening.chaos import WORKERS, whole
 from tests.hardening.load import (
+    CHAT,
     KINDS,
     LEASES_END,
     NATS,
@@ -40,6 +41,7 @@ from tests.hardening.load import (
     image,
     kinds,
     numbers_of,
+    streamed_chat,
 )
 from tests.hardening.load import in_peace as answers_in_peace
 from tests.hardening.report import Clock, Report
@@ -195,6 +197,135 @@ def test_a_killed_worker_is_not_seen(graph: Graph, in_peace: Answers, report: Re
             return
     said = [line for line in list(graph.lines) if " lost: " in line]
     pytest.fail(f"none of {KILLS} kills of a {stage} met a request; callers last said {said[-KILLS:]}")
+
+
+RAN = "epd_stage_run_seconds_count"
+REPLIED = 0.1
+"""Seconds for a reply to reach its caller: a stage counts what it has done before it says it."""
+AWAITED = 0.3
+"""Seconds for an engine that was given a KV cache to ask where it lies."""
+ENDED = re.compile(r"components\.processor: \S+ attempt \d+: (.*)")
+"""What a processor says of an attempt at an answer that came to nothing."""
+
+
+class Replies:
+    """Tells which worker of a stage is the next to reply. Looks for their processes before: that takes a while."""
+
+    def __init__(self, graph: Graph, stage: str):
+        self._graph, self._stage = graph, stage
+        self._pids = graph.workers(stage)
+        self._before = {index: self._done(index) for index in self._pids}
+
+    def next(self) -> int:
+        """Its process, once the caller has the reply."""
+
+        def found() -> list[int]:
+            return [pid for index, pid in self._pids.items() if self._done(index) > self._before[index]]
+
+        pid = int(eventually(found, f"a {self._stage} has replied", 60, pause=0.01)[0])
+        time.sleep(REPLIED)
+        return pid
+
+    def _done(self, index: int) -> float:
+        return self._graph.metrics(self._stage, index).total(RAN)
+
+
+@contextmanager
+def standing_still(graph: Graph, stage: str) -> Iterator[None]:
+    """All workers of a stage: what they are asked waits. For less time than it takes until one is missed."""
+    pids = graph.workers(stage).values()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def attempts_ended(graph: Graph) -> list[str]:
+    """Why, by the processors' own words."""
+    return [found[1] for line in list(graph.lines) if (found := ENDED.search(line))]
+
+
+def renewed(graph: Graph, stage: str) -> None:
+    """Has another process in the place of every worker of a stage."""
+    old = graph.workers(stage)
+    for pid in old.values():
+        os.killpg(pid, signal.SIGKILL)
+
+    def new() -> bool:
+        now = graph.workers(stage)
+        return now.keys() == old.keys() and not set(now.values()) & set(old.values())
+
+    eventually(new, f"each {stage} is started again", BACK, pause=0.5)
+    eventually(lambda: whole(graph) == set(STAGES), f"each {stage} is back", BACK, pause=0.5)
+
+
+@pytest.mark.parametrize("asked", ["EncodeWorker", "PrefillWorker", "DecodeWorker"])
+def test_a_processor_killed_before_the_first_chunk_of_a_stream_is_not_seen(
+    graph: Graph, in_peace: Answers, asked: str
+) -> None:
+    """While it waits for an embedding, for a KV cache, and for the first token: those whom it has asked stand still."""
+    number, before = numbers_of(in_peace)[0], lost(graph, "Processor")
+    asked_before = CHAT[CHAT.index(asked) - 1]
+    replies = Replies(graph, asked_before) if asked_before != "Processor" else None
+    with ThreadPoolExecutor(1) as client:
+        with standing_still(graph, asked):
+            stream = client.submit(streamed_chat, client_of(graph, retries=0), number)
+            if replies is not None:
+                replies.next()
+            os.kill(at_work(graph, "Processor")[1], signal.SIGKILL)
+        assert alike(stream.result(), in_peace["streamed chat", number])
+    eventually(lambda: lost(graph, "Processor") > before, "its caller says that it was lost")
+
+
+@pytest.mark.parametrize(("giver", "taker"), [("EncodeWorker", "PrefillWorker"), ("PrefillWorker", "DecodeWorker")])
+def test_a_worker_killed_between_its_reply_and_the_read_is_not_seen(
+    graph: Graph, in_peace: Answers, report: Report, giver: str, taker: str
+) -> None:
+    """It has given a handle, or said where a KV cache lies; those who are to READ it stand still until it is gone, and
+    its engine with it. Tried again where they stood still for so long that they were given up too."""
+    number = numbers_of(in_peace)[0]
+    for turn in range(TRIES):
+        eventually(lambda: whole(graph) == set(STAGES), "every stage is whole", BACK, pause=0.5)
+        before, ended, replies = lost(graph, giver), len(attempts_ended(graph)), Replies(graph, giver)
+        with ThreadPoolExecutor(1) as client:
+            with standing_still(graph, taker):
+                stream = client.submit(streamed_chat, client_of(graph, retries=0), number)
+                os.killpg(replies.next(), signal.SIGKILL)
+            assert alike(stream.result(), in_peace["streamed chat", number])
+        said = attempts_ended(graph)[ended:]
+        report.say(f"kill {turn + 1} of a {giver} after its reply; attempts ended: {said}")
+        if lost(graph, giver) == before and said and not any(taker in one or "in time" in one for one in said):
+            return
+    pytest.fail(f"none of {TRIES} kills of a {giver} came between its reply and the READ")
+
+
+def test_a_prefill_worker_killed_while_its_kv_cache_is_taken_over_is_not_seen(
+    graph: Graph, in_peace: Answers, report: Report
+) -> None:
+    """Engines that meet for the first time ask each other where the KV cache lies. The one that is asked stands still,
+    and the decode engine waits for it, when it is killed."""
+    number = numbers_of(in_peace)[0]
+    for turn in range(TRIES):
+        renewed(graph, "PrefillWorker")
+        ended, replies = len(attempts_ended(graph)), Replies(graph, "PrefillWorker")
+        with ThreadPoolExecutor(1) as client:
+            with standing_still(graph, "DecodeWorker"):
+                stream = client.submit(streamed_chat, client_of(graph, retries=0), number)
+                prefilled = replies.next()
+                os.killpg(prefilled, signal.SIGSTOP)
+            at_work(graph, "DecodeWorker")
+            time.sleep(AWAITED)
+            os.killpg(prefilled, signal.SIGKILL)
+            assert alike(stream.result(), in_peace["streamed chat", number])
+        said = attempts_ended(graph)[ended:]
+        report.say(f"kill {turn + 1} of a PrefillWorker in a hand-off; attempts ended: {said}")
+        if any("lost the KV cache" in one for one in said):
+            return
+    pytest.fail(f"none of {TRIES} kills of a PrefillWorker met a decode engine that waited for it")
 
 
 def kill_who_fetches(graph: Graph, port: int) -> None:
