@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accepted image jobs are finished, once each, whatever is killed; on a directory and on a real S3 server.
 
-``JOBS`` in the environment may lower their number, and with it the number of kills.
+A worker that is killed between a picture's bytes and its record leaves bytes that belong to nobody. No client can see
+them, and a sweep removes them once no live writer can be at them (`store.leftover-seconds`, an hour): that of the end
+does, on a clock that is two hours ahead. ``JOBS`` in the environment may lower their number, and with it that of kills.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -22,11 +25,13 @@ from typing import Any
 import httpx
 import pytest
 
+from dynamo_epd.store import Store, StoreConfig
 from tests.hardening.report import Report
 from tests.pixels import pixels, same_picture
 from tests.s3_server import CREDENTIALS, REGION, S3Server, s3_server
 from tests.serving import Graph, eventually, serve, untrained
 from tests.test_image_worker import CONFIG
+from tests.test_store import sweep_later
 
 JOBS = int(os.environ.get("JOBS", "1000"))
 NATS = "nats"
@@ -110,13 +115,19 @@ def whole(graph: Graph) -> bool:
     return False
 
 
-def test_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path) -> None:
+def test_jobs_outlive_whatever_is_killed(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two image workers, two embed workers, the frontend and NATS, killed -9 in turn while jobs come and run.
 
     Jobs come in as many shares as there are kills: a share's kill strikes while it is accepted or worked off.
     """
     with Report("jobs", jobs=JOBS, kills=KILLS, seed=SEED) as report:
         outlive(graph, tmp_path, report)
+        store = tmp_path / "store"
+        names = sorted(path.stem for path in (store / "about" / "everyone").glob("*.json"))
+        asyncio.run(sweep_later(Store(StoreConfig(url=str(store))), monkeypatch))
+        left = sorted(path.name.partition(".")[0] for path in (store / "data" / "everyone").iterdir())
+        report.goal("a sweep leaves each picture's own bytes, and no others", left == names, len(left))
+        assert not report.missed, report.missed
 
 
 def outlive(graph: Graph, tmp_path: Path, report: Report) -> None:
