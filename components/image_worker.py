@@ -187,10 +187,7 @@ class ImageWorker(ArenaOwner):
         async for event in self._generated(wanted, request):
             yield event
 
-    async def _generated(
-        self, wanted: Wanted, request: GenerateRequest, lain: float | None = None
-    ) -> AsyncGenerator[Generated, None]:
-        """``lain``: seconds that its job lay in the queue, where they are to count."""
+    async def _generated(self, wanted: Wanted, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
         self.waiting += 1
         making = _Making(self, wanted, request)
         try:
@@ -200,21 +197,23 @@ class ImageWorker(ArenaOwner):
         finally:
             making.stop.set()
             self.waiting -= 1
-            if lain is not None:  # together with its visit: the planner divides the one by the number of the others
-                self.job_queue.observe(lain)
 
-    async def _job(self, job: Job) -> None:
-        """Makes and stores the pictures of a job; those that an earlier delivery stored stand."""
-        lain = job.waited
+    async def _job(self, job: Job, lain: float) -> None:
+        """Makes and stores the pictures of a job; those that an earlier delivery stored stand.
+
+        ``lain``: seconds that it lay in the queue. They count with its first picture: whoever finds that stored knows
+        that they have been counted.
+        """
         for index, name in enumerate(job.pictures):
             with suppress(NotFound):
                 await self.store.head(job.tenant, name)
                 continue
             request = generate_request(job.id, job.wanted, index, tenant=job.tenant, keep=name)
-            async with aclosing(self._generated(self._wanted(request), request, lain)) as events:
+            async with aclosing(self._generated(self._wanted(request), request)) as events:
                 async for _ in events:
                     pass
-            lain = None  # the others waited for those before them, not for a worker
+            if index == 0:  # right after its visit: the planner divides the one by the number of the others
+                self.job_queue.observe(lain)
 
     @endpoint(addressed=True)
     async def release(self, request: ReleaseRequest) -> AsyncIterator[Completed]:

@@ -24,9 +24,6 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     """Unix seconds."""
     digest: str = ""
     """As its state has it."""
-    waited: float | None = None
-    """Seconds in the queue, for the worker who is given the job first. None in the queue itself, and at each further
-    delivery: that job has not waited for a worker alone, and has been counted."""
 
 
 class JobState(msgspec.Struct, frozen=True, omit_defaults=True):

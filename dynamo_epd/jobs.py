@@ -103,8 +103,9 @@ class KeyReused(InvalidRequest):
     code = "idempotency_key_reused"
 
 
-Run = Callable[[Job], Awaitable[None]]
-"""Makes and stores a job's pictures. Raises `StageUnavailable` and the like where a later try may succeed."""
+Run = Callable[[Job, float], Awaitable[None]]
+"""Makes and stores a job's pictures, which has lain in the queue for so many seconds. Raises `StageUnavailable` and the
+like where a later try may succeed."""
 
 
 class JobQueue:
@@ -328,7 +329,7 @@ class JobQueue:
                 return
             try:
                 with tracing.span("job", {"job.id": job.id}, kind="consumer", carrier=message.headers or {}):
-                    await run(msgspec.structs.replace(job, waited=_waited(message, job)))
+                    await run(job, _lain(message))
             except asyncio.CancelledError:  # this worker leaves, also where NATS is away: then it is delivered again
                 with contextlib.suppress(NatsError, OSError):
                     await self._give_back(message, before, revision, None)
@@ -403,10 +404,10 @@ class JobQueue:
             telling.cancel()
 
 
-def _waited(message: Any, job: Job) -> float | None:
-    """Seconds in the queue at the first delivery, those in which no graph ran among them. Whoever submitted it may have
-    a clock that is ahead of ours."""
-    return max(0.0, time.time() - job.created) if message.metadata.num_delivered == 1 else None
+def _lain(message: Any) -> float:
+    """Seconds since a message came into the queue, however often it was delivered since, those in which no graph ran
+    among them. NATS may have a clock that is ahead of ours."""
+    return max(0.0, time.time() - message.metadata.timestamp.timestamp())
 
 
 def waited_too_long() -> EpdError:

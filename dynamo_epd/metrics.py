@@ -71,7 +71,9 @@ class Metrics:
         return self._histogram("epd_embed_batch_size", "Texts in one batch", (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
     def job_queue(self) -> Any:
-        """Apart from the stage's waits: alerts go by those, jobs may wait."""
+        """Apart from the stage's waits: alerts go by those, jobs may wait. Once for a job, when its first picture is
+        there: the time from its arrival in the queue, whoever had to give it back, until that picture's worker took it.
+        """
         return self._histogram("epd_job_queue_seconds", "Seconds a job lay in the queue", JOB_SECONDS)
 
     def images(self) -> Any:

@@ -29,7 +29,7 @@ from dynamo_epd.planning.observing import stage_samples
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.fake_clock import FakeClock
 from tests.small_disk import enlarge, small_disk
-from tests.test_jobs import Server, over, queue, submitted
+from tests.test_jobs import QUICK, Server, over, queue, submitted
 
 BOUND = 60.0
 SIDE = 320
@@ -275,7 +275,10 @@ def test_the_time_that_jobs_lie_in_the_queue_counts_once_for_each(server: Any, t
                 metrics=StageMetrics(depth, queued, ran), threads=threads, _wanted=lambda request: WANTED,
             )  # fmt: skip
             async with queue(server) as front, queue(server) as working:
-                jobs = [await submitted(front, str(number)) for number in range(JOBS)]
+                jobs, came = [], []
+                for number in range(JOBS):
+                    jobs.append(await submitted(front, str(number)))
+                    came.append(time.time())
                 working.work(worker._job)
                 for _ in jobs:
                     assert await asyncio.to_thread(generator.begun.acquire, timeout=BOUND)
@@ -285,13 +288,52 @@ def test_the_time_that_jobs_lie_in_the_queue_counts_once_for_each(server: Any, t
         samples = stage_samples(generate_latest(registry))
         assert samples is not None
         assert (samples["queue_seconds_count"], samples["run_seconds_count"]) == (JOBS, JOBS)
-        least = sum(end - job.created for job, (_, end) in zip(jobs[1:], generator.took, strict=False))
+        least = sum(end - there for there, (_, end) in zip(came[1:], generator.took, strict=False))
         most = sum(begun - job.created for job, (begun, _) in zip(jobs, generator.took, strict=True))
         lay = registry.get_sample_value("epd_job_queue_seconds_sum")
         waited = registry.get_sample_value("epd_stage_queue_seconds_sum")
         assert lay is not None and waited is not None
         assert least < lay <= most
         assert samples["queue_seconds_sum"] == pytest.approx(lay + waited)
+
+    run(scenario)
+
+
+class StoreThatIsAwayOnce(Store):
+    """A double in one thing: whoever asks first for ``what`` does not reach it."""
+
+    def __init__(self, config: StoreConfig, what: str):
+        super().__init__(config)
+        self.asked = 0
+        reached = getattr(self, what)
+
+        async def asked(*arguments: Any) -> Any:
+            self.asked += 1
+            if self.asked == 1:
+                raise StageUnavailable("the object store cannot be reached")
+            return await reached(*arguments)
+
+        setattr(self, what, asked)
+
+
+@pytest.mark.parametrize("what", ["head", "put"])
+def test_the_time_in_the_queue_counts_though_the_store_was_away(server: Any, tmp_path: Path, what: str) -> None:
+    """Once: when the job's first picture is there, and none of it is lost."""
+
+    async def scenario() -> None:
+        store, lain = StoreThatIsAwayOnce(StoreConfig(url=str(tmp_path / "store")), what), list[float]()
+        metrics = FakeMetrics()
+        with ThreadPoolExecutor(1) as threads:
+            worker = image_worker(
+                ImageConfig("tiny-image"), store=store, generator=FakeGenerator(), metrics=metrics, images=metrics,
+                threads=threads, _wanted=lambda request: WANTED, job_queue=SimpleNamespace(observe=lain.append),
+            )  # fmt: skip
+            async with queue(server) as front, queue(server) as working:
+                job = await submitted(front, n=2)
+                working.work(worker._job)
+                assert (await over(front, job.id)).status == "completed"
+        assert len(lain) == 1
+        assert lain[0] > QUICK.retry_seconds
 
     run(scenario)
 
