@@ -49,6 +49,7 @@ from dynamo_epd.sdk import (
     dynamo_context,
     endpoint,
     liveness,
+    on_drain,
     on_shutdown,
     service,
     service_config,
@@ -169,7 +170,7 @@ class ImageWorker(ArenaOwner):
         self.store = Store(config.store, on_stored=metrics.stored().inc)
         self.jobs = JobQueue(dynamo_context["namespace"], config.jobs)
         await self.jobs.open(nats_url())
-        self.jobs.work(self._job)
+        self.jobs.work(self._job, dynamo_context["stopping"])
 
     @endpoint()
     async def check(self, request: GenerateRequest) -> AsyncIterator[Completed]:
@@ -236,6 +237,12 @@ class ImageWorker(ArenaOwner):
     def alive(self) -> bool:
         """A stage that fails whatever it is asked, or hangs, ends and is started again."""
         return self.failures.alive()
+
+    @on_drain
+    async def finish_job(self) -> None:
+        """The one that it has, which is no request that would be waited for. What it does not finish within the drain
+        is given back by `stop`."""
+        await self.jobs.finished()
 
     @on_shutdown
     async def stop(self) -> None:

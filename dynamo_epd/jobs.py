@@ -56,8 +56,9 @@ PING_SECONDS = 2
 """From one question whether NATS is there to the next; without two answers it counts as away."""
 REQUEST_SECONDS = 5.0
 """For one answer of NATS."""
-FETCH_SECONDS = 5.0
-"""A worker asks again after this long without a job."""
+FETCH_SECONDS = 1.0
+"""A worker asks again after this long without a job. One that leaves waits for the answer: a job that crossed with the
+calling off would lie here until this worker is taken for dead."""
 DEDUPLICATION_SECONDS = 120.0
 """JetStream's own default: a message that is sent again within this long is there once."""
 TRIES = 10
@@ -264,23 +265,28 @@ class JobQueue:
     def _is_forgotten(self, state: JobState) -> bool:
         return state.ended is not None and time.time() > state.ended + self._config.keep_seconds
 
-    def work(self, run: Run) -> None:
-        """Takes jobs, one after the other, until `close`."""
+    def work(self, run: Run, leaving: asyncio.Event | None = None) -> None:
+        """Takes jobs, one after the other, until `close`, or until the one under way once ``leaving`` is set."""
         dropped.watch(dropped.JOBS)
-        self._working = asyncio.create_task(self._work(run))
+        self._working = asyncio.create_task(self._work(run, leaving or asyncio.Event()))
 
-    async def _work(self, run: Run) -> None:
-        while True:
+    async def finished(self) -> None:
+        """Waits for the job that runs here when this worker leaves. Called off, it leaves that one running."""
+        if self._working is not None:
+            await asyncio.wait([self._working])
+
+    async def _work(self, run: Run, leaving: asyncio.Event) -> None:
+        while not leaving.is_set():
             try:
-                await self._take(run)
+                return await self._take(run, leaving)
             except (NatsError, OSError) as error:  # a job whose end could not be said is delivered again
                 log.warning("the queue is asked anew: %s", error)
             except Exception:
                 log.exception("the queue is asked anew")
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def _take(self, run: Run) -> None:
-        """Takes jobs until something fails. What somebody has deleted meanwhile is made again."""
+    async def _take(self, run: Run, leaving: asyncio.Event) -> None:
+        """Takes jobs until ``leaving``, or something fails. What somebody has deleted meanwhile is made again."""
         await self._make(bounds=False)
         consumer = ConsumerConfig(
             name=self._name,
@@ -291,11 +297,14 @@ class JobQueue:
         await self._stream.add_consumer(self._name, consumer)  # or updates the one that is there
         taking = await self._stream.pull_subscribe_bind(consumer=self._name, stream=self._name)
         try:
-            while True:
+            while not leaving.is_set():
                 try:
                     (message,) = await taking.fetch(1, timeout=FETCH_SECONDS)
                 except TimeoutError:  # no job, or no NATS: it reconnects by itself
                     continue
+                if leaving.is_set():
+                    await message.nak()
+                    return
                 async with self._kept(message):
                     await self._one(message, run)
         finally:

@@ -26,10 +26,11 @@ from dynamo_epd.errors import InvalidRequest, NotFound, Overloaded, StageUnavail
 from dynamo_epd.failures import IN_A_ROW, Failures, Hung
 from dynamo_epd.metrics import StageMetrics
 from dynamo_epd.planning.observing import stage_samples
+from dynamo_epd.sdk.service import info_of
 from dynamo_epd.store import Store, StoreConfig, new_id
 from tests.fake_clock import FakeClock
 from tests.small_disk import enlarge, small_disk
-from tests.test_jobs import QUICK, Server, over, queue, submitted
+from tests.test_jobs import PATIENT, QUICK, Server, nothing, over, queue, submitted
 
 BOUND = 60.0
 SIDE = 320
@@ -367,6 +368,55 @@ def test_a_worker_that_leaves_still_answers_its_threads() -> None:
         assert said == ["of the text"]
 
     run(scenario)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_worker_that_leaves_takes_no_job_more_and_finishes_the_one_it_has(
+    server: Any, tmp_path: Path, in_time: bool
+) -> None:
+    """One that does not get done within the drain gives it back at once, to be made by another."""
+
+    async def scenario() -> None:
+        generator, metrics, leaving = GatedGenerator(), FakeMetrics(), asyncio.Event()
+        with ThreadPoolExecutor(1) as threads:
+            async with (
+                queue(server, PATIENT) as front,
+                queue(server, PATIENT) as working,
+                queue(server, PATIENT) as other,
+            ):
+                worker = image_worker(
+                    ImageConfig("tiny-image"), store=Store(StoreConfig(url=str(tmp_path / "store"))), jobs=working,
+                    generator=generator, metrics=metrics, images=metrics, threads=threads,
+                    _wanted=lambda request: WANTED, job_queue=SimpleNamespace(observe=lambda seconds: None),
+                    arena=SimpleNamespace(stats=lambda: SimpleNamespace(leases=0)),
+                )  # fmt: skip
+                working.work(worker._job, leaving)
+                has, waits = [await submitted(front, str(number)) for number in range(2)]
+                assert await asyncio.to_thread(generator.begun.acquire, timeout=BOUND)
+                leaving.set()
+                draining = asyncio.create_task(drained(worker))
+                assert not (await asyncio.wait([draining], timeout=0.5))[0], "it leaves in the middle of a picture"
+                if in_time:
+                    generator.let_go.release()
+                    await draining
+                    assert (await front.state("", has.id)).status == "completed"
+                else:
+                    draining.cancel()
+                    await working.close()
+                    assert (await front.state("", has.id)).status == "queued"
+                    generator.let_go.release()
+                assert (await front.state("", waits.id)).status == "queued"
+                other.work(nothing)
+                assert [(await over(front, job.id)).attempts for job in (has, waits)] == [1, 1]
+                assert not generator.begun.acquire(blocking=False)
+
+    run(scenario)
+
+
+async def drained(worker: ImageWorker) -> None:
+    """What its process does before it closes anything."""
+    for name in info_of(ImageWorker).marked("on_drain"):
+        await getattr(worker, name)()
 
 
 def test_no_pictures_at_once_are_refused_at_the_start() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import nats
 import pytest
+from nats.js.errors import NotFoundError
 
 from dynamo_epd.errors import Gone, InternalError, InvalidRequest, NotFound, Overloaded, StageUnavailable, WorkerLost
 from dynamo_epd.http.images import MAX_IMAGES, MAX_PROMPT, check_images
@@ -352,9 +353,7 @@ def test_an_ended_job_is_gone_after_its_time_and_its_key_is_free_again(server):
 
 
 @pytest.mark.parametrize("what", ["the consumer", "the queue", "the states", "everything"])
-def test_what_is_deleted_under_a_worker_is_made_again(server, what, monkeypatch):
-    monkeypatch.setattr("dynamo_epd.jobs.FETCH_SECONDS", 1.0)
-
+def test_what_is_deleted_under_a_worker_is_made_again(server, what):
     async def scenario():
         async with queue(server) as front, queue(server) as worker, operator(server) as stream:
             worker.work(nothing)
@@ -556,9 +555,13 @@ def test_what_somebody_else_has_said_of_a_jobs_end_stays(server):
     run(scenario())
 
 
+PATIENT = replace(QUICK, silence_seconds=600.0)
+"""Nobody is taken for dead meanwhile: what is delivered again was given back."""
+
+
 def test_a_worker_that_leaves_gives_its_job_back(server):
     async def scenario():
-        async with queue(server) as front:
+        async with queue(server, PATIENT) as front:
             state = await submitted(front)
             begun = asyncio.Event()
 
@@ -566,19 +569,49 @@ def test_a_worker_that_leaves_gives_its_job_back(server):
                 begun.set()
                 await asyncio.sleep(BOUND)
 
-            async with queue(server) as leaving:
+            async with queue(server, PATIENT) as leaving:
                 leaving.work(long)
                 await begun.wait()
             assert (await front.state("", state.id)).status == "queued"
-
-            async def make(job, lain):
-                pass
-
-            async with queue(server) as worker:
-                worker.work(make)
+            async with queue(server, PATIENT) as worker:
+                worker.work(nothing)
                 assert (await over(front, state.id)).attempts == 1
 
     run(scenario())
+
+
+def test_a_job_that_is_given_to_a_worker_that_turns_to_leave_is_anothers(server):
+    """Its question for one is open still."""
+
+    async def scenario():
+        async with queue(server, PATIENT) as front, queue(server, PATIENT) as other, operator(server) as stream:
+            taken, leave = [], asyncio.Event()
+
+            async def make(job, lain):
+                taken.append(job.id)
+
+            async with queue(server, PATIENT) as leaving:
+                leaving.work(make, leave)
+                async with asyncio.timeout(BOUND):
+                    while not await is_asked(stream):
+                        await asyncio.sleep(0.01)
+                leave.set()
+                state = await submitted(front)
+                await leaving.finished()
+            given = (await stream.consumer_info(STREAM, STREAM)).delivered.consumer_seq
+            assert given == 1, "nobody else was there"
+            other.work(nothing)
+            assert (await over(front, state.id)).attempts == 1
+            assert taken == []
+
+    run(scenario())
+
+
+async def is_asked(stream):
+    """Somebody waits for a job."""
+    with contextlib.suppress(NotFoundError):  # nobody has yet
+        return (await stream.consumer_info(STREAM, STREAM)).num_waiting > 0
+    return False
 
 
 def test_a_worker_leaves_in_mid_job_where_nats_is_away(server, monkeypatch):
