@@ -3,12 +3,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from components.processor import Leased, Processor, continued, prompt_image, resumable, tenant_salt, texts_of
-from components.protocol import DecodeRequest, Encoded, Handle, PrefillReply
+from components.processor import (
+    ENDED_WORKERS,
+    Conversation,
+    Leased,
+    Processor,
+    ProcessorConfig,
+    continued,
+    prompt_image,
+    resumable,
+    tenant_salt,
+    texts_of,
+)
+from components.protocol import DecodeRequest, Delta, Encoded, Handle, PrefillReply
+from dynamo_epd.errors import EpdError, HandOffFailed, Preempted, StageUnavailable, WorkerLost
 from dynamo_epd.families import FAMILIES
 
 
@@ -106,3 +122,101 @@ def test_every_text_of_a_body_is_looked_at():
     assert texts_of({"prompt": ["a", "b"]}) == ["a", "b"]
     assert texts_of({"prompt": "a"}) == ["a"]
     assert texts_of({"prompt": [[1, 2]]}) == []
+
+
+class CallDouble:
+    """A call of ``instance``, which took it: these tokens, then ``end``; None is the end of the answer."""
+
+    taken = True
+
+    def __init__(self, instance: int, tokens: list[int], end: EpdError | None):
+        self.instance, self._tokens, self._end = instance, tokens, end
+
+    async def __anext__(self) -> Delta:
+        if self._tokens:
+            return Delta([self._tokens.pop(0)])
+        raise self._end or StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
+
+
+class DecodeWorkersDouble:
+    """Decode workers, each of which is asked once: it gives one token if it is to, and ends as ``ends`` says.
+
+    ``asked``: what they were asked, in order.
+    """
+
+    def __init__(self, *ends: EpdError | None, tokens: int = 0):
+        self.asked: list[DecodeRequest] = []
+        self._ends = ends
+        self._tokens = tokens
+
+    def generate(self, request: DecodeRequest, *, blocks: Any) -> CallDouble:
+        self.asked.append(request)
+        turn = len(self.asked)
+        end = self._ends[turn - 1]
+        return CallDouble(turn, [turn] * (self._tokens if end else 1), end)
+
+
+def conversed(workers: DecodeWorkersDouble, sampling: str = "{}", **config: Any) -> list[int]:
+    """The tokens of an answer that these workers give."""
+    unobserved = SimpleNamespace(observe=lambda _: None)
+    conductor: Any = SimpleNamespace(
+        config=ProcessorConfig(**config),
+        metrics=SimpleNamespace(first_token=unobserved, inter_token=unobserved),
+        prefills_apart=lambda *_: False,
+        blocks_of=lambda *_: (),
+        decode_worker=workers,
+    )
+    request: Any = SimpleNamespace(pictures=[], deadline=time.time() + 60, request_id="q", tenant="")
+    prompt: Any = SimpleNamespace(request_id="q", token_ids=[1], images=[], sampling=sampling, reasoning=None)
+
+    async def main() -> list[int]:
+        async with Conversation(conductor, request) as conversation:
+            return [token async for delta in conversation.answer(prompt) for token in delta.token_ids]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+@pytest.mark.parametrize(
+    "lost", [HandOffFailed("its bytes were wrong"), Preempted("no room")], ids=lambda one: one.code
+)
+def test_an_answer_is_begun_in_vain_as_often_as_attempts_say_and_no_more(attempts: int, lost: EpdError) -> None:
+    workers = DecodeWorkersDouble(*[lost] * 9)
+    with pytest.raises(StageUnavailable, match=f"{lost.message}; the request can be sent again"):
+        conversed(workers, attempts=attempts)
+    assert [one.request_id for one in workers.asked] == [f"q.{attempt}" for attempt in range(attempts)]
+
+
+def test_by_default_the_third_attempt_is_the_last() -> None:
+    lost = HandOffFailed("its bytes were wrong")
+    assert conversed(DecodeWorkersDouble(lost, lost, None)) == [3]
+    with pytest.raises(StageUnavailable):
+        conversed(DecodeWorkersDouble(lost, lost, lost, None))
+
+
+def test_an_attempt_that_got_further_before_it_was_preempted_is_none_in_vain() -> None:
+    """Any other loss costs one of the attempts, however far the answer was."""
+    from vllm import SamplingParams
+
+    from dynamo_epd.engine.language import encode_sampling
+
+    greedy = encode_sampling(SamplingParams(temperature=0.0, max_tokens=16))
+    preempted, lost = Preempted("no room"), HandOffFailed("its bytes were wrong")
+    workers = DecodeWorkersDouble(*[preempted] * 4, None, tokens=1)
+    assert conversed(workers, greedy, attempts=2) == [1, 2, 3, 4, 5]
+    assert [one.streamed for one in workers.asked] == [[*range(1, turn)] for turn in range(1, 6)]
+    workers = DecodeWorkersDouble(*[lost] * 4, None, tokens=1)
+    with pytest.raises(StageUnavailable):
+        conversed(workers, greedy, attempts=2)
+    assert len(workers.asked) == 2
+
+
+def test_a_request_that_ended_two_workers_is_given_no_third_whatever_its_attempts() -> None:
+    """On a graph: `tests/hardening/test_faults.py`."""
+    workers = DecodeWorkersDouble(*[WorkerLost("the DecodeWorker that was asked went away")] * 9)
+    with pytest.raises(StageUnavailable, match="the request is given up"):
+        conversed(workers, attempts=9)
+    assert len(workers.asked) == ENDED_WORKERS == 2
