@@ -213,7 +213,7 @@ def test_a_public_name_with_a_private_address_is_not_dialled() -> None:
     asyncio.run(run())
 
 
-class RebindingResolver:
+class RebindingResolverDouble:
     """A name server that answers with a public address to whoever checks and with a private one ever after."""
 
     def __init__(self, first: str, then: str):
@@ -230,7 +230,7 @@ def test_the_address_that_was_checked_is_the_one_dialled() -> None:
     async def run() -> None:
         # 127.0.0.1 passes here; a second look would find 127.0.0.2, where nothing listens.
         async with serving(reply(b"picture")) as server:
-            rebinding = RebindingResolver("127.0.0.1", "127.0.0.2")
+            rebinding = RebindingResolverDouble("127.0.0.1", "127.0.0.2")
             async with Fetcher(OPEN, resolve=rebinding) as fetcher:
                 assert await fetcher.fetch(f"http://images.example:{server.port}/") == b"picture"
             assert rebinding.asked == 1
@@ -243,7 +243,7 @@ def test_a_name_that_turns_private_between_two_hops_is_refused() -> None:
     async def run() -> None:
         async with serving(reply(b"secret")) as canary, serving(to("/again")) as server:
             media = replace(OPEN, max_bytes=1000)
-            rebinding = RebindingResolver("127.0.0.1", "169.254.169.254")
+            rebinding = RebindingResolverDouble("127.0.0.1", "169.254.169.254")
             error = await failing(f"http://images.example:{server.port}/", media, resolve=rebinding)
             assert isinstance(error, UrlNotAllowed)
             assert rebinding.asked == 2 and server.connections == 1 and canary.connections == 0

@@ -224,8 +224,8 @@ def go(writers: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
     return writers
 
 
-class TwoHoursLater:
-    """Stands for the clock of a sweep, so that nobody has to wait until a dead writer is known for dead."""
+class LaterClockDouble:
+    """Stands for the clock of a sweep two hours later: nobody has to wait until a dead writer is known for dead."""
 
     @staticmethod
     def time() -> float:
@@ -235,7 +235,7 @@ class TwoHoursLater:
 async def sweep_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patched:
         for module in ("store", "backend"):  # of files that were being written the backend itself says how old they are
-            patched.setattr(f"dynamo_epd.store.{module}.time", TwoHoursLater)
+            patched.setattr(f"dynamo_epd.store.{module}.time", LaterClockDouble)
         return await store.sweep()
 
 
