@@ -28,10 +28,10 @@ def open_door(disagg: Graph) -> Iterator[Door]:
 
 
 @pytest.fixture
-def unharmed(door: Door) -> Iterator[None]:
+def unharmed(door: Door, request: pytest.FixtureRequest) -> Iterator[None]:
     """For every case."""
-    yield
-    door.unharmed()
+    with door.case(request.node.name):
+        yield
 
 
 @pytest.fixture(scope="class")
@@ -42,9 +42,9 @@ def neighbour(door: Door) -> Iterator[None]:
 
 
 @pytest.fixture
-def open_unharmed(open_door: Door) -> Iterator[None]:
-    yield
-    open_door.unharmed()
+def open_unharmed(open_door: Door, request: pytest.FixtureRequest) -> Iterator[None]:
+    with open_door.case(request.node.name):
+        yield
 
 
 @pytest.fixture(scope="class")

@@ -12,7 +12,7 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ MARK = "zq7mark"
 """Stands in values that a test sends. No refusal may repeat it."""
 
 LONGEST_REFUSAL = 2048
+LATE_DIAL_SECONDS = 1.0
+"""In which a dial shows that comes after its reply, at the end of all cases."""
 BOUND = 120.0
 """Seconds for any reply: these tests ask what is answered, on machines of any speed."""
 
@@ -256,22 +258,42 @@ class Door:
         self.canary = Canary()
         self.canaries = [self.canary, *_well_known()]
         self._dialled = 0
+        self._last = "its start"
         self._processes = graph.tree()
         assert len(self._processes) > 6, graph.text
 
     def post(self, entry: Entry, body: Any) -> Reply:
         return send(self.graph, "POST", entry.path, body)
 
+    @contextlib.contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """Around one case. A dial between it and the one before it is that one's, which is named."""
+        self._not_dialled(f"after {self._last}")
+        yield
+        try:
+            self.unharmed()
+        finally:
+            self._last = name
+
     def unharmed(self) -> None:
         """Fails if a process is gone, or anything has dialled a canary."""
         lost = [one for one in self._processes if not one.is_running() or one.status() == psutil.STATUS_ZOMBIE]
         assert not lost, f"{lost}\n{self.graph.text[-3000:]}"
+        self._not_dialled(f"now, or late after {self._last}")
+
+    def _not_dialled(self, when: str) -> None:
+        """Since it was last looked."""
         before, self._dialled = self._dialled, sum(one.dialled() for one in self.canaries)
-        assert self._dialled == before
+        assert self._dialled == before, f"a canary was dialled {when}"
 
     def close(self) -> None:
-        for one in self.canaries:
-            one.__exit__(None, None, None)
+        """Fails where a canary is dialled after the last case: nobody looks after that."""
+        try:
+            time.sleep(LATE_DIAL_SECONDS)
+            self._not_dialled(f"after {self._last}")
+        finally:
+            for one in self.canaries:
+                one.__exit__(None, None, None)
 
 
 class Peaks:
