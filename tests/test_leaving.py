@@ -41,6 +41,12 @@ class Client:
             self._received += more
             assert not self._received.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), self._received
 
+    def read_to_the_end(self) -> list[str]:
+        """What the events of a stream say; a connection that breaks off is none of its ends."""
+        self.read_until(1, b"\r\n0\r\n\r\n")
+        assert self._received.endswith(b"\r\n0\r\n\r\n"), self._received
+        return re.findall(r"^data: (.*?)\r?$", self.body(), re.MULTILINE)
+
     def body(self) -> str:
         """What has been received of the reply's body."""
         return self._received.partition(b"\r\n\r\n")[2].decode()

@@ -9,6 +9,7 @@ is not here has its own place: decode workers killed in mid-stream, clients that
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -328,11 +329,11 @@ def test_a_prefill_worker_killed_while_its_kv_cache_is_taken_over_is_not_seen(
     pytest.fail(f"none of {TRIES} kills of a PrefillWorker met a decode engine that waited for it")
 
 
-def kill_who_fetches(graph: Graph, port: int) -> None:
+def who_fetches(graph: Graph, port: int) -> int:
     """The encode worker at this end of a connection to a server of pictures."""
     (pid,) = (one.pid for one in psutil.net_connections("tcp") if one.laddr[1:] == (port,) and one.pid)
     assert pid in graph.workers("EncodeWorker").values()
-    os.kill(pid, signal.SIGKILL)
+    return pid
 
 
 def test_a_worker_killed_while_it_fetches_is_not_seen(graph: Graph, in_peace: Answers) -> None:
@@ -349,7 +350,7 @@ def test_a_worker_killed_while_it_fetches_is_not_seen(graph: Graph, in_peace: An
             asked = client.submit(httpx.post, path, json=body | {"ignore_eos": True}, timeout=120)
             fetch, (_, port) = listener.accept()
             with fetch:
-                kill_who_fetches(graph, port)
+                os.kill(who_fetches(graph, port), signal.SIGKILL)
             again, _ = listener.accept()
             with again:
                 assert again.recv(65536).startswith(b"GET /never.png")
@@ -368,7 +369,7 @@ def test_a_request_that_ends_two_workers_is_given_no_third(graph: Graph) -> None
             for _ in range(2):
                 fetch, (_, port) = listener.accept()
                 with fetch:
-                    kill_who_fetches(graph, port)
+                    os.kill(who_fetches(graph, port), signal.SIGKILL)
             reply = asked.result()
         assert reply.status_code == 503, reply.text
         assert reply.json()["error"]["code"] == "stage_unavailable"
@@ -384,7 +385,9 @@ def test_a_stream_whose_processor_is_killed_ends_in_an_error_event(graph: Graph)
     client = Client(graph, body | {"stream": True})
     client.read_until(5)
     os.kill(at_work(graph, "Processor")[1], signal.SIGKILL)
-    client.read_until(1, b'data: {"error"')
+    *said, last = client.read_to_the_end()
+    assert "error" in json.loads(last)
+    assert all("error" not in json.loads(one) for one in said), "one event says it"
     client.leave()
 
 
