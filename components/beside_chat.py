@@ -61,6 +61,9 @@ Result = TypeVar("Result")
 
 READ_SECONDS = 30.0
 """For the READ of one picture from its image worker."""
+LAST_WORD_SECONDS = 0.5
+"""After a request's deadline. Each stage says for itself that the time is up; what does not, a READ or a store that
+hangs, is not waited for any longer."""
 
 
 class BesideChat(Results, ArenaOwner):
@@ -77,7 +80,7 @@ class BesideChat(Results, ArenaOwner):
             held.enter_context(self.admitted())
             body = await parsed(await request.body(), check_embeddings)
             message = EmbedRequest(request.state.request_id, list(body.texts), body.model)
-            found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+            found = await self._in_time(request, self._asked(self.embed_worker.embed, message))
             pieces = embeddings_reply(found.vectors, found.tokens, found.model, encoded=body.base64)
             account.status = 200
             return HeldStream(
@@ -101,12 +104,12 @@ class BesideChat(Results, ArenaOwner):
                 for index in range(body.n)
             ]
             if body.stream:
-                call, head = await unless_gone(request, first_reply(self.image_worker.generate, messages[0]))
+                call, head = await self._in_time(request, first_reply(self.image_worker.generate, messages[0]))
                 await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
                 account.status = 200
                 stream = self._image_events(chained(head, call), wanted, account)
                 return HeldStream(stream, held.pop_all(), seconds=self.config.admission.to_read)
-            made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
+            made = await self._in_time(request, all_of(self._picture(request, message) for message in messages))
             account.status = 200
             usage = sum((usage_of(last) for _, last in made[1:]), usage_of(made[0][1]))
             pictures = [shown | {"seed": one.seed} for (shown, _), one in zip(made, messages, strict=True)]
@@ -130,12 +133,14 @@ class BesideChat(Results, ArenaOwner):
                 )
             ]
             if body.stream:
-                call, head = await unless_gone(request, first_reply(self.processor.validate, messages[0]))
+                call, head = await self._in_time(request, first_reply(self.processor.validate, messages[0]))
                 await held.enter_async_context(aclosing(call))
                 account.status = 200
                 stream = self._validation_events(request, chained(head, call), messages[0], body, account)
                 return HeldStream(stream, held.pop_all(), seconds=self.config.admission.to_read)
-            found = await unless_gone(request, all_of(self._validated(request, message, body) for message in messages))
+            found = await self._in_time(
+                request, all_of(self._validated(request, message, body) for message in messages)
+            )
             account.status = 200
             return JSONResponse(
                 {
@@ -154,13 +159,13 @@ class BesideChat(Results, ArenaOwner):
             if await self._serves(self.embed_worker, model):
                 texts = check_embeddings({"input": predicted_texts(instances)}).texts
                 message = EmbedRequest(request.state.request_id, list(texts), model)
-                found = await unless_gone(request, self._asked(self.embed_worker.embed, message))
+                found = await self._in_time(request, self._asked(self.embed_worker.embed, message))
                 predictions: list[Any] = [array("f", vector).tolist() for vector in found.vectors]
             elif await self._serves(self.image_worker, model):
                 pictures = predicted_pictures(instances, model)
                 account.images = len(pictures)
                 messages = [self._generate(request, picture, 0) for picture in pictures]
-                made = await unless_gone(request, all_of(self._picture(request, message) for message in messages))
+                made = await self._in_time(request, all_of(self._picture(request, message) for message in messages))
                 predictions = [
                     {
                         "model_name": model,
@@ -305,6 +310,10 @@ class BesideChat(Results, ArenaOwner):
             account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
             yield b"data: " + error_body(error) + b"\n\n"
 
+    async def _in_time(self, request: Request, work: Awaitable[Result]) -> Result:
+        """`unless_gone`, for as long as a request has."""
+        return await unless_gone(request, work, self.config.admission.deadline + LAST_WORD_SECONDS)
+
     async def _asked(self, stage: Callable[..., Any], message: Any) -> Any:
         """The one reply of a stage."""
         try:
@@ -358,12 +367,15 @@ async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any
     return await twice(begun)
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of ``work``, which is cancelled when the client goes away first. Raises ClientDisconnect then."""
+async def unless_gone(request: Request, work: Awaitable[Result], seconds: float) -> Result:
+    """The result of ``work``, which is cancelled when the client goes away first, or ``seconds`` have gone. Raises
+    ClientDisconnect or DeadlineExceeded then."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise DeadlineExceeded("the request's time is up")
         if not task.done():
             raise ClientDisconnect
         return task.result()

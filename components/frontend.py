@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.requests import ClientDisconnect
 
-from components.beside_chat import BesideChat, first_reply, unless_gone
+from components.beside_chat import BesideChat, first_reply
 from components.embed_worker import EmbedWorker
 from components.image_worker import ImageWorker
 from components.planner import Planner
@@ -355,7 +355,7 @@ class Frontend(BesideChat):
                 await held.enter_async_context(self._pictures(request, images, deadline)),
                 deadline,
             )
-            call, head = await unless_gone(request, first_reply(stage, message))
+            call, head = await self._in_time(request, first_reply(stage, message))
             await held.enter_async_context(aclosing(call))
             account.status = head.status or 500
             if head.body is not None:
@@ -418,7 +418,7 @@ class Frontend(BesideChat):
             yield pictures
             return
         seconds = max(0.0, deadline - time.time())
-        with await unless_gone(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
+        with await self._in_time(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
             leases = []
             try:
                 for slot, (index, data) in zip(slots, bodies, strict=True):

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +19,10 @@ from fastapi import FastAPI, Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from components import frontend
+from components import beside_chat, frontend
 from components.frontend import Account, Admission, Frontend, events
 from components.protocol import Generated, Handle, HttpReply, Stage, Validated
-from dynamo_epd.errors import NotFound, StageUnavailable
+from dynamo_epd.errors import DeadlineExceeded, NotFound, StageUnavailable
 from dynamo_epd.http.body import ImageRef
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.transfer.allocator import ALIGNMENT
@@ -73,6 +74,42 @@ class StageDouble:
 
     async def only(self) -> Any:
         return SimpleNamespace(names=[f"model of {self.name}"])
+
+
+class SilentStageDouble:
+    """One whose workers say that they live, and never answer. ``asked`` and ``left`` count its calls."""
+
+    instance = None
+
+    def __init__(self) -> None:
+        self.asked = self.left = 0
+
+    def ask(self, _: Any) -> SilentStageDouble:
+        self.asked += 1
+        return self
+
+    chat = complete = embed = generate = validate = ask
+
+    def models(self, _: Any) -> Any:
+        async def only() -> Any:
+            return SimpleNamespace(names=["model"])
+
+        return SimpleNamespace(only=only)
+
+    def __aiter__(self) -> SilentStageDouble:
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.Event().wait()
+
+    async def only(self) -> Any:
+        try:
+            await anext(self)
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        self.left += 1
 
 
 @pytest.fixture
@@ -142,6 +179,52 @@ def test_a_request_without_pictures_asks_for_no_room(one: Frontend) -> None:
             assert pictures == []
 
     asyncio.run(main())
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
+PICTURE = {"prompt": "a star"}
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("chat", CHAT),
+        ("chat", CHAT | {"stream": True}),
+        ("complete", {"prompt": "Hello"}),
+        ("embed", {"input": "Hello"}),
+        ("generate_images", PICTURE | {"n": 2}),
+        ("generate_images", PICTURE | {"stream": True}),
+        ("validate", PICTURE | {"n": 2}),
+        ("validate", PICTURE | {"stream": True}),
+        ("predict", {"instances": ["a text"]}),
+    ],
+)
+def test_a_stage_that_does_not_say_that_the_time_is_up_is_not_waited_for(
+    one: Frontend, monkeypatch: pytest.MonkeyPatch, route: str, body: dict[str, Any]
+) -> None:
+    """It is left, and the place is free. Stages that do say it: `tests/hardening/test_deadline.py`."""
+    monkeypatch.setattr(beside_chat, "LAST_WORD_SECONDS", 0.05)
+    one.config = replace(one.config, admission=Admission(deadline=0.05))
+    stage: Any = SilentStageDouble()
+    one.processor = one.image_worker = one.embed_worker = stage
+    more = {"model": "model"} if route == "predict" else {}
+
+    async def sent() -> AsyncGenerator[Message, None]:
+        yield {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        messages = sent()
+        state = {"request_id": "id", "tenant": ""}
+        async with asyncio.timeout(20):
+            with pytest.raises(DeadlineExceeded):
+                await getattr(one, route)(Request(SCOPE | {"state": state}, messages.__anext__), **more)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert stage.asked == stage.left == body.get("n", 1)
+    assert one.in_flight == 0
+    assert one.metrics.statuses == [504]  # type: ignore[attr-defined]
 
 
 async def replies(count: int, error: Exception | None = None) -> AsyncIterator[HttpReply]:
