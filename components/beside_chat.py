@@ -155,6 +155,7 @@ class BesideChat(Results, ArenaOwner):
     async def predict(self, request: Request, model: str) -> Response:
         """``POST /v1/models/{model}:predict``."""
         with self.accounted(request.state.request_id) as account, self.admitted():
+            began = time.time()  # to ask who serves the model takes of the request's time
             instances = await parsed(await request.body(), check_predict)
             if await self._serves(self.embed_worker, model):
                 texts = check_embeddings({"input": predicted_texts(instances)}).texts
@@ -164,7 +165,10 @@ class BesideChat(Results, ArenaOwner):
             elif await self._serves(self.image_worker, model):
                 pictures = predicted_pictures(instances, model)
                 account.images = len(pictures)
-                messages = [self._generate(request, picture, 0) for picture in pictures]
+                until = began + self.config.admission.deadline
+                messages = [
+                    msgspec.structs.replace(self._generate(request, picture, 0), deadline=until) for picture in pictures
+                ]
                 made = await self._in_time(request, all_of(self._picture(request, message) for message in messages))
                 predictions = [
                     {

@@ -8,6 +8,7 @@ import base64
 import json
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -225,6 +226,39 @@ def test_a_stage_that_does_not_say_that_the_time_is_up_is_not_waited_for(
     assert stage.asked == stage.left == body.get("n", 1)
     assert one.in_flight == 0
     assert one.metrics.statuses == [504]  # type: ignore[attr-defined]
+
+
+def test_to_ask_who_serves_a_model_takes_of_the_time_that_a_prediction_has(one: Frontend) -> None:
+    until: list[float] = []
+
+    class SlowlyNamedDouble(SilentStageDouble):
+        def models(self, _: Any) -> Any:
+            async def only() -> Any:
+                await asyncio.sleep(0.2)
+                return SimpleNamespace(names=["model"])
+
+            return SimpleNamespace(only=only)
+
+        def generate(self, message: Any) -> SilentStageDouble:  # type: ignore[override]
+            until.append(message.deadline)
+            raise NotFound("enough is known")
+
+    async def sent() -> AsyncGenerator[Message, None]:
+        yield {"type": "http.request", "body": json.dumps({"instances": [PICTURE]}).encode(), "more_body": False}
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        messages = sent()
+        state = {"request_id": "id", "tenant": ""}
+        with pytest.raises(NotFound, match="enough"):
+            await one.predict(Request(SCOPE | {"state": state}, messages.__anext__), model="model")
+
+    one.config = replace(one.config, admission=Admission(deadline=60.0))
+    one.image_worker, one.embed_worker = SlowlyNamedDouble(), None  # type: ignore[assignment]
+    began = time.time()
+    asyncio.run(main())
+    assert until[0] <= time.time() - 0.2 + 60.0
+    assert until[0] >= began + 60.0
 
 
 async def replies(count: int, error: Exception | None = None) -> AsyncIterator[HttpReply]:

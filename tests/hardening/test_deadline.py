@@ -2,9 +2,8 @@
 """The time that a request has (`admission.deadline`), at every entry: who has no answer by then is told so, and what
 the request held is free.
 
-All that is asked here takes far longer on any machine: thousands of tokens of a model with random weights, which ends
-no answer by itself, for a caption too; pictures of a thousand steps; two thousand texts; a picture on a server that is
-silent.
+All that is asked here takes far longer on any machine: answers of thousands of tokens, captions that wait for a slot
+which such an answer has, pictures of a thousand steps, two thousand texts, a picture on a server that is silent.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -49,6 +49,11 @@ LATE = 1.0
 PLACES = 12
 """Of the frontend. All of them are taken after each test: one that is still held would be missed."""
 LENGTH, TOKENS = 8192, 8000
+SLOTS = 2
+"""Of the decode worker. A chat and a completion have them, each until its time is up, which is when that of a
+validation is that was asked a moment later: its caption waits for a slot, and then has no time for all it would say."""
+PAUSE = 0.02
+"""From one question to the next."""
 STEPS = 1000
 KV_CACHE = "vllm:kv_cache_usage_perc"
 TIME_IS_UP = {
@@ -59,26 +64,26 @@ TIME_IS_UP = {
 }
 
 ENDLESS = {"max_tokens": TOKENS, "ignore_eos": True}
-SLOW = {"num_inference_steps": STEPS, "size": "256x256"}
+SLOW = {"num_inference_steps": STEPS, "size": "128x128"}
 LONG_CHAT = CHAT.with_(**chat_with(data_url(picture(120_000)))) | ENDLESS
 TEXTS = [f"{STAR} " * 50] * 2048
 
 NEVER_ANSWERED = (
     Entry("a chat", CHAT.path, LONG_CHAT),
     Entry("a completion", COMPLETIONS.path, COMPLETIONS.with_(**ENDLESS)),
+    Entry("a validation in its caption", VALIDATIONS.path, VALIDATIONS.body),
     Entry("embeddings", EMBEDDINGS.path, EMBEDDINGS.with_(input=TEXTS)),
     Entry("pictures", IMAGES.path, IMAGES.with_(**SLOW, n=2)),
     Entry("predictions", PREDICT.path, PREDICT.with_(instances=[SHORT | SLOW])),
     Entry("a validation in its picture", VALIDATIONS.path, VALIDATIONS.with_(**SLOW)),
     Entry("a streamed validation in its picture", VALIDATIONS.path, VALIDATIONS.with_(**SLOW, stream=True)),
-    Entry("a validation in its caption", VALIDATIONS.path, VALIDATIONS.body),
 )
 """Beside these, whatever needs a picture that never comes."""
 NEVER_ENDED = {
     Entry("a chat", CHAT.path, LONG_CHAT | {"stream": True}): "chat.completion.chunk",
     Entry("a completion", COMPLETIONS.path, COMPLETIONS.with_(**ENDLESS, stream=True)): "text_completion",
-    Entry("a picture", IMAGES.path, IMAGES.with_(**SLOW, stream=True)): None,
     Entry("a validation in its caption", VALIDATIONS.path, VALIDATIONS.with_(stream=True)): "validation.image",
+    Entry("a picture", IMAGES.path, IMAGES.with_(**SLOW, stream=True)): None,
 }
 """Streams, and what each has said when its time is up: of a picture's steps nothing is told."""
 ANSWERED = (CHAT, COMPLETIONS, EMBEDDINGS, IMAGES, PREDICT, PREDICT_TEXT)
@@ -97,6 +102,7 @@ def graph() -> Iterator[Graph]:
         f"--Frontend.admission.deadline={DEADLINE}",
         f"--Frontend.admission.max-in-flight={PLACES}",
         f"--Processor.validation.max-tokens={TOKENS}",
+        f"--DecodeWorker.max-num-seqs={SLOTS}",
         f"--ImageWorker.max-steps={STEPS}",
         "--EncodeWorker.ServiceArgs.workers=2",
         "--ImageWorker.ServiceArgs.workers=2",
@@ -123,10 +129,15 @@ def kv_blocks(graph: Graph) -> float:
 
 
 def at_once(graph: Graph, entries: Iterable[Entry]) -> list[Reply]:
-    """In order."""
+    """In order, one after the other begun."""
     asked = list(entries)
+
+    def ask(turn: int, entry: Entry) -> Reply:
+        time.sleep(turn * PAUSE)
+        return send(graph, "POST", entry.path, entry.body)
+
     with ThreadPoolExecutor(len(asked)) as clients:
-        return list(clients.map(lambda one: send(graph, "POST", one.path, one.body), asked))
+        return list(clients.map(ask, range(len(asked)), asked))
 
 
 def describing(url: str) -> Entry:
@@ -134,6 +145,7 @@ def describing(url: str) -> Entry:
 
 
 def in_time(reply: Reply, clock: Clock, name: str) -> None:
+    print(f"{name}: {reply.status} and {len(events(reply))} events, its end after {reply.seconds:.2f} s")
     assert reply.seconds < DEADLINE + LATE + clock.late(), f"{name} after {reply.seconds:.2f} s"
 
 
