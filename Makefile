@@ -8,7 +8,8 @@ READY := $(VENV)/.ready
 GRAPH ?= graphs.cova:Frontend
 CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
-LONG := tests/acceptance tests/hardening/test_faults.py
+# Not in `make test`: minutes each.
+LONG := $(wildcard tests/acceptance/test_*.py) tests/hardening/test_deadline.py tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models benchmarks deploy tools tests build_hook.py
 
 .PHONY: serve setup check test acceptance chaos soak bench models t5-recipe vae-recipe llava-recipe image-recipe clean
@@ -49,7 +50,7 @@ image-recipe: t5-recipe vae-recipe
 
 # Each file by itself: graphs of two of them do not fit on one machine (memory, a user's inotify instances).
 acceptance: setup
-	@status=0; for one in tests/acceptance/test_*.py tests/hardening/test_faults.py; do \
+	@status=0; for one in $(LONG); do \
 	  echo "$$one"; $(BIN)/pytest -q $$one $(ARGS) || status=1; \
 	done; exit $$status
 
