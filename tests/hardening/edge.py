@@ -321,7 +321,7 @@ class Work:
         self._before = self._taken()
 
     def seconds(self) -> list[float]:
-        """By process."""
+        """By process, this one first."""
         return [now - before for now, before in zip(self._taken(), self._before, strict=True)]
 
     def _taken(self) -> list[float]:
