@@ -6,7 +6,6 @@ The T5 is the trained one. Noise shows as well as pictures do whether every pixe
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -25,12 +23,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dynamo_epd.sdk.control import ask as control
 from models import world
 from tests.pixels import pixels, same_picture
 from tests.questions import Refused, post
-from tests.serving import Graph, at_rest, eventually, serve, untrained
-from tests.toys.calling import door
+from tests.serving import Graph, at_rest, serve, untrained
 
 MODEL = "tiny-image"
 STAR = "a large red star on a blue background"
@@ -188,30 +184,3 @@ def test_a_client_that_leaves_stops_the_denoising(graph: Graph) -> None:
     time.sleep(1)
     assert steps() == stopped
     assert 25 <= stopped - before < 100
-
-
-JOB = {"prompt": STAR, "n": 4, "num_inference_steps": 100}
-"""So long that it is far from done when its worker is told to leave."""
-
-
-def test_a_worker_that_leaves_finishes_its_job(graph: Graph) -> None:
-    """Each worker has one. The one that stays makes no picture of the other's; in the end it is alone."""
-
-    def steps(index: int) -> float:
-        return graph.metrics("ImageWorker", index).total("epd_denoise_step_seconds_count")
-
-    def stored() -> float:
-        return graph.metrics("ImageWorker").total("epd_images_stored_total")
-
-    def states() -> list[dict[str, Any]]:
-        return [httpx.get(f"{graph.url}/v1/images/jobs/{id}", timeout=30).json() for id in ids]
-
-    before, stored_before = (steps(0), steps(1)), stored()
-    accepted = [httpx.post(f"{graph.url}/v1/images/jobs", json=JOB, timeout=30) for _ in range(2)]
-    ids = [reply.json()["id"] for reply in accepted]
-    eventually(lambda: steps(0) > before[0] and steps(1) > before[1], "each has a job")
-    asyncio.run(control(door(graph.state), do="scale", service="ImageWorker", workers=1))
-    assert [one["status"] for one in states()] == ["in_progress"] * 2
-    eventually(lambda: set(graph.workers("ImageWorker")) == {0}, "the second has left", 60)
-    eventually(lambda: [one["status"] for one in states()] == ["completed"] * 2, "both are done", 60)
-    assert stored() - stored_before == JOB["n"]
