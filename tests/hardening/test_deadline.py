@@ -9,12 +9,9 @@ which such an answer has, pictures of a thousand steps, two thousand texts, a pi
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from typing import Any
 
@@ -36,7 +33,7 @@ from tests.hardening.edge import (
     send,
 )
 from tests.hardening.report import Clock
-from tests.hardening.test_faults import at_work, who_fetches
+from tests.hardening.test_faults import at_work, stopped, who_fetches
 from tests.picture_server import silent
 from tests.questions import data_url, picture
 from tests.serving import Graph, at_rest, eventually, serve, untrained
@@ -189,18 +186,6 @@ def test_a_stream_that_is_not_whole_in_time_ends_in_one_error_event(graph: Graph
             assert json.loads(last) == {"error": TIME_IS_UP}, entry.name
             kinds = {one.get("object") or one.get("type") for one in map(json.loads, said)}
             assert kinds == ({kind} if kind else set()), entry.name
-
-
-@contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def drawn(graph: Graph) -> dict[int, float]:

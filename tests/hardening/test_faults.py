@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -232,9 +232,8 @@ class Replies:
 
 
 @contextmanager
-def standing_still(graph: Graph, stage: str) -> Iterator[None]:
-    """All workers of a stage: what they are asked waits. For less time than it takes until one is missed."""
-    pids = graph.workers(stage).values()
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes that stand still."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -243,6 +242,11 @@ def standing_still(graph: Graph, stage: str) -> Iterator[None]:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def standing_still(graph: Graph, stage: str) -> AbstractContextManager[None]:
+    """All workers of a stage: what they are asked waits. For less time than it takes until one is missed."""
+    return stopped(*graph.workers(stage).values())
 
 
 def attempts_ended(graph: Graph) -> list[str]:
