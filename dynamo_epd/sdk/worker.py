@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import inspect
 import itertools
 import json
@@ -121,6 +122,10 @@ class Worker:
             while not await self._all_say_yes("readiness"):
                 await self._raise_unless_alive()
                 await asyncio.sleep(READINESS_SECONDS)
+            # What the start has made stays: walking it would stop a frontend for 70 ms and a worker for 460 (measured),
+            # at a moment of the collector's choosing. vLLM does so in its own processes.
+            gc.collect()
+            gc.freeze()
             self._accepts = True
             try:
                 await self._serve()
