@@ -301,10 +301,13 @@ def overload(graph: Graph, report: Report) -> None:
     met = sum(seen.seconds > own for seen, own in zip(refusals, judged, strict=True))
     report.say(f"the clients stood still for {still:.1%} of the time, {len(found.stalls)} times; {met} refusals met it")
     _, refused_high = shown(report, "to the refusal, without what the clients stood still of it", judged)
-    unusual = [one for one in found.probes if not one.right or one.seconds > USUAL * usual]
+    probes = [(one, waited(one, found.stalls)) for one in found.probes]
+    unusual = [(one, seconds) for one, seconds in probes if not one.right or seconds > USUAL * usual]
     # The first of the probes that were all answered in the usual time was sent right after the last that was not.
-    back = max((one.began - stopped + PROBE_EVERY for one in unusual), default=0.0)
+    back = max((one.began - stopped + PROBE_EVERY for one, _ in unusual), default=0.0)
     report.say(f"{len(unusual)} probes met the end of the load")
+    for one, seconds in unusual:
+        report.say(f"sent {one.began - stopped:.1f} s after it: {one.status} in {seconds * 1e3:.1f} ms")
 
     others = Counter((one.status, one.right) for one in load if not one.refused and not one.right)
     report.goal(
