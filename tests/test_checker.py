@@ -30,12 +30,12 @@ def right(count: int, side: int, blur: float, seed: int) -> float:
 
 
 def test_drawn_scenes_are_read() -> None:
-    assert right(2000, 64, 0, 1) >= 0.998
+    assert right(500, 64, 0, 1) >= 0.998
 
 
 def test_soft_pictures_are_read() -> None:
     """As a decoder of latents paints them."""
-    assert right(2000, 64, 0.6, 2) >= 0.995
+    assert right(500, 64, 0.6, 2) >= 0.995
 
 
 @pytest.mark.parametrize("side", [48, 96, 160, 512])
