@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 GRAPH ?= graphs.cova:Frontend
 CONFIG ?= configs/tiny-cova.yaml
 ARGS ?=
-# Not in `make test`: minutes each.
+# Not in `make test`: half a minute to many minutes each.
 LONG := $(wildcard tests/acceptance/test_*.py) tests/hardening/test_deadline.py tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models benchmarks deploy tools tests build_hook.py
 

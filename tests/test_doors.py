@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's doors: Kubernetes over HTTP with its own client. The supervisor's is in test_planner.py, in a graph."""
+"""The planner's doors: Kubernetes over HTTP with its own client. The supervisor's: acceptance/test_planner_load.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks.gpu` on a CPU: the toy run as a user starts it, the count of work against torch's own, and what is said
-when something cannot be run."""
+"""`benchmarks.gpu` on a CPU: a toy run as a user starts it, the count of work against torch's own, and what is said
+when something cannot be run. The toy run of every model: acceptance/test_gpu_benchmark.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,12 +50,13 @@ def tower(name: str, *, real: bool = False) -> Tower:
     return next(one for one in (towers.real() if real else towers.toy()) if one.name == name)
 
 
-def test_the_toy_run_reports_every_model_in_both_modes(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "gpu.json"
-    done = run("--toy", "--json", str(path), "--repeats", "5")
+def has_reported(names: Sequence[str], directory: Path, *arguments: str) -> None:
+    """A toy run with ``arguments`` runs the models of these ``names`` and no other, and says everything of each."""
+    path = directory / "made" / "gpu.json"
+    done = run("--toy", "--json", str(path), "--repeats", "5", *arguments)
     assert done.returncode == 0, done.stderr
     made = json.loads(path.read_text())
-    assert [model["name"] for model in made["models"]] == NAMES
+    assert [model["name"] for model in made["models"]] == names
     assert "No figures of a GPU have been recorded" in made["status"]
     assert made["status"] in done.stdout
     assert made["device"] in done.stdout
@@ -62,7 +64,7 @@ def test_the_toy_run_reports_every_model_in_both_modes(tmp_path: Path) -> None:
     assert made["versions"]["torch"] == torch.__version__
     assert [line.partition(" times: ")[2] for line in made["goals"]] == ["not measured: toy sizes"] * 3
     assert all(f"- {line}" in done.stdout for line in made["goals"])
-    assert [bool(model["base"]) for model in made["models"]] == [name == "flux" for name in NAMES]
+    assert [bool(model["base"]) for model in made["models"]] == [name == "flux" for name in names]
     for model in made["models"]:
         assert model["title"] in done.stdout
         assert [(one["mode"], one["batch"]) for one in model["runs"]] == [
@@ -79,6 +81,11 @@ def test_the_toy_run_reports_every_model_in_both_modes(tmp_path: Path) -> None:
             assert 0 < min(shares) <= max(shares) < 1.5
             assert one["bound"] == ("arithmetic" if shares[0] >= shares[1] else "bandwidth")
             assert (one["compile_seconds"] is None) == (one["mode"] == "eager")
+
+
+def test_the_toy_run_reports_a_model_in_both_modes(tmp_path: Path) -> None:
+    """Of all four, the one that has a base."""
+    has_reported(["flux"], tmp_path, "--models", "flux")
 
 
 def test_real_sizes_are_refused_without_a_gpu() -> None:
@@ -228,18 +235,6 @@ def test_compiling_is_proposed_where_it_pays(items: float, worth: str) -> None:
     runs = [rate("eager", 1, 1.0), rate("eager", 2, 9.0), rate("compiled", 1, items)]
     (line,) = report.settings(Swept(tower("flux"), runs=runs))
     assert line == f"`ImageWorker.compile: {worth}` (cova): {items:.3g} times eager"
-
-
-def test_precision_counts_where_its_goal_does() -> None:
-    """On a CPU bfloat16 may be slower: that both were run is shown, and not which one is faster."""
-    swept = sweep.sweep(tower("flux"), replace(SETUP, dtype=torch.bfloat16))
-    assert swept.base is not None and (swept.base.mode, swept.base.batch) == ("eager", 1)
-    assert swept.base.items_per_second and swept.base.of_matmul is None, "the floors are another precision's"
-    assert swept.base.seconds != swept.runs[0].seconds and swept.parameter_bytes == 2 * swept.parameters
-    assert "Eager in float32, batch 1" in report.markdown([swept], SETUP, toy=True)
-    alike = sweep.sweep(tower("flux"), SETUP)
-    assert alike.base is not None and alike.base.seconds == alike.runs[0].seconds, "it was run already"
-    assert sweep.sweep(tower("clip"), SETUP).base is None
 
 
 def judged(swept: list[Swept], **changed: Any) -> list[str]:

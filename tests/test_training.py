@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop that the recipes train with."""
+"""The loop that the recipes train with. Its compiled layers: acceptance/test_fused_layers.py."""
 
 from __future__ import annotations
 
 import itertools
 import platform
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,28 +26,6 @@ class Layer(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return rows + nn.functional.silu(self.linear(rows)) * 0.5
-
-
-@pytest.mark.usefixtures("compiling")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="layers are compiled by a C++ compiler")
-def test_a_fused_layer_computes_and_learns_the_same() -> None:
-    torch.manual_seed(0)
-    layer = Layer()
-    found = []
-    for length in (3, 5, 9):
-        rows = torch.randn(length, 8)
-        layer.zero_grad()
-        value = layer(rows)
-        value.square().sum().backward()
-        assert layer.linear.weight.grad is not None
-        found.append((rows, value.detach(), layer.linear.weight.grad.clone()))
-    training.fuse([layer])
-    for rows, value, gradient in found:
-        layer.zero_grad()
-        fused = layer(rows)
-        fused.square().sum().backward()
-        torch.testing.assert_close(fused.detach(), value)
-        torch.testing.assert_close(layer.linear.weight.grad, gradient)
 
 
 @pytest.mark.usefixtures("threads_as_before")
