@@ -5,6 +5,9 @@
     python -m benchmarks --row 3 --row 1     # some of them
     python -m benchmarks --plan              # what would be measured, in which order, and how long it takes
 
+Models are written and Dynamo's own stages installed before the clock starts. Then a run takes half an hour, or
+``--minutes``, and no more: a row that by the plan does not fit into what is left is left out, and the report says so.
+
 Writes `report.md`, `report.json` and a plot a row, anew after each row: what was measured is kept, whatever comes
 later. A row that cannot be measured says why, and the next one is measured all the same. Exit status 0 when every goal
 of the rows is met, 1 when one is not or was not measured, 2 for what cannot be run.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import shlex
 import signal
@@ -27,13 +31,17 @@ from typing import Any, NoReturn
 
 from benchmarks import plan, report
 from benchmarks.arms import WORK
-from benchmarks.figures import Row
+from benchmarks.figures import Row, shown
 from benchmarks.plan import Step
+from benchmarks.preparing import prepare
 from benchmarks.rows import goodput
 from benchmarks.standing import Standing
 
 ROW_SECONDS, TIMES_LONGER = 240.0, 3
 """Bound of a row, the larger of the two: nothing is waited for for ever."""
+RUN_MINUTES = 30.0
+ENDING_SECONDS = 30.0
+"""Of a whole run, for what comes after its last row: arms that end, plots."""
 AGAIN_SECONDS = 120.0
 """Between one `Late` and the next: longer than arms take to end, which the first one lets them do."""
 
@@ -59,12 +67,17 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--row", type=int, action="append", choices=sorted(ROWS), default=[], help="only this row")
     parser.add_argument("--repeats", type=int, help="of every row, instead of its own number; 5 at least")
     parser.add_argument("--tuned", action="store_true", help="row 7 beside the tuned arms too: minutes more")
+    parser.add_argument(
+        "--minutes", type=float, default=RUN_MINUTES, help="of the run: rows that do not fit are left out"
+    )
     parser.add_argument("--plan", action="store_true", help="show what would be measured, and end")
     parser.add_argument("--record", action="store_true", help="put the whole report into benchmarks/README.md")
     parser.add_argument("--output", type=Path, default=WORK / "report")
     options = parser.parse_args(arguments)
     if options.repeats is not None and options.repeats < 5:
         parser.error("--repeats: 5 at least")
+    if not 1 <= options.minutes < math.inf:
+        parser.error("--minutes: 1 at least")
     if options.record and options.row:
         parser.error("--record: a report of some rows is none")
     return options
@@ -77,18 +90,25 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(plan.table(steps)), file=sys.stdout if options.plan else sys.stderr, flush=True)
     if options.plan:
         return 0
-    command, about, began = shlex.join(["python", "-m", "benchmarks", *given]), report.machine(), time.monotonic()
+    command, about = shlex.join(["python", "-m", "benchmarks", *given]), report.machine()
+    print("preparing: what is there already takes no time", file=sys.stderr, flush=True)
+    prepare(steps)
+    began = time.monotonic()
     ways = {**ROWS, **TUNED} if options.tuned else ROWS
     rows: list[Row] = []
     text = ""
     with closing(STANDING):
         for place, step in enumerate(steps):
             print(f"row {step.number}: {step.title}, about {step.seconds} s", file=sys.stderr, flush=True)
-            if not step.stands:
-                STANDING.close()
-            row = measured(step, ways[step.number], options.repeats or step.repeats)
-            if row.missing or row.void:  # arms in whatever state it left them in: one may be dead, or hang
-                STANDING.close()
+            left = 60 * options.minutes - ENDING_SECONDS - (time.monotonic() - began)
+            if step.seconds > left:
+                row = left_out(step, left, options.minutes)
+            else:
+                if not step.stands:
+                    STANDING.close()
+                row = measured(step, ways[step.number], options.repeats or step.repeats, left)
+                if row.missing or row.void:  # arms in whatever state it left them in: one may be dead, or hang
+                    STANDING.close()
             rows = sorted([*rows, row], key=lambda one: one.number)
             text = report.write(rows, command, options.output, about, new=row, began=began)
             print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)
@@ -98,15 +118,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(row.met for row in rows) else 1
 
 
+def left_out(step: Step, left: float, minutes: float) -> Row:
+    """A row that would not be done in time. ``left``: seconds of the run's ``minutes``."""
+    why = f"left out: it takes about {step.seconds} s, and {max(0.0, left):.0f} s of {minutes:g} minutes were left"
+    return Row(step.number, step.title, "", missing=why)
+
+
 class Late(BaseException):
     """A row took too long. No Exception: whatever the row waits for when it rings would be believed to have failed."""
 
 
-def measured(step: Step, measure: Measure, repeats: int) -> Row:
-    """The row, or why there is none."""
+def measured(step: Step, measure: Measure, repeats: int, left: float = math.inf) -> Row:
+    """The row, or why there is none: one is that it takes longer than its own bound, or than what is ``left``."""
     before, began = os.getloadavg()[0], time.monotonic()
     try:
-        with bounded(max(ROW_SECONDS, TIMES_LONGER * step.seconds)):
+        with bounded(min(left, max(ROW_SECONDS, TIMES_LONGER * step.seconds))):
             row = asyncio.run(measure(repeats))
     except (Exception, Late) as error:  # the boundary: one row's, whatever it is
         traceback.print_exc()
@@ -122,7 +148,7 @@ def bounded(seconds: float) -> Iterator[None]:
     goes on: one that rings in a callback of the event loop, or in a finalizer, is logged there and goes no further."""
 
     def late(*_: object) -> NoReturn:
-        raise Late(f"it was not done after {seconds:g} s")
+        raise Late(f"it was not done after {shown(seconds)} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)

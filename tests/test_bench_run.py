@@ -16,13 +16,24 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import fire, plan, report, scale
+from benchmarks import fire, plan, preparing, report, scale
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.obedient import Obedient
 
 READMES = (ROOT / "README.md").read_text() + (report.HERE / "README.md").read_text()
+
+
+PREPARED: list[int] = []
+"""Rows that `prepare`, here a double, was told of."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models would be written, and Dynamo's stages installed."""
+    PREPARED.clear()
+    monkeypatch.setattr(command, "prepare", lambda steps: PREPARED.extend(step.number for step in steps))
 
 
 class StandingDouble:
@@ -95,6 +106,61 @@ def test_the_arms_of_a_void_row_are_ended_too(monkeypatch: pytest.MonkeyPatch, t
     assert log == ["close", "9 by 10", "close"], "whatever failed there is not asked again"
 
 
+def test_a_row_that_does_not_fit_is_left_out_and_a_shorter_one_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+    planned = {step.number: step.seconds for step in plan.PLAN}
+    left = planned[8] + 5.0
+    gone = 60 * command.RUN_MINUTES - command.ENDING_SECONDS - left
+    clock = [1_000.0]
+
+    async def taking(repeats: int) -> Row:
+        clock[0] += gone
+        return await measuring(log, 1)(repeats)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(command, "ROWS", {1: taking} | {number: measuring(log, number) for number in (8, 12)})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "8", "--row", "12"]) == 1
+    assert log == ["1 by 10", "8 by 5", "close"], "and the arms that stand are left alone for the next one"
+    assert PREPARED == [1, 8, 12]
+    one, eight, twelve = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert (one["met"], eight["met"], twelve["met"]) == (True, True, False)
+    assert twelve["missing"] == f"left out: it takes about {planned[12]} s, and {left:.0f} s of 30 minutes were left"
+    assert f"| {twelve['missing']} | **not measured** |" in capsys.readouterr().out
+
+
+def test_a_row_has_no_longer_than_is_left_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def waiting(repeats: int) -> Row:
+        await asyncio.sleep(600)
+        raise AssertionError("it never ends")
+
+    assert command.measured(plan.PLAN[0], waiting, 5, 0.5).missing == "it was not done after 0.5 s"
+
+
+def test_every_row_says_what_it_needs_and_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preparing.NEEDED.keys() == command.ROWS.keys()
+    made: list[str] = []
+
+    def broken() -> None:
+        raise OSError("no space left")
+
+    def whole() -> None:
+        made.append("whole")
+
+    monkeypatch.setattr(preparing, "NEEDED", {1: (broken, whole), 9: (whole,)})
+    assert not preparing.make([1, 9]) and made == ["whole"], "what two rows need is made once"
+    assert preparing.make([9]) and made == ["whole"] * 2
+
+
+def test_what_is_prepared_is_made_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda given, **_: commands.append(given))
+    preparing.prepare(plan.in_order([3, 9]))
+    assert commands == [[sys.executable, "-m", "benchmarks.preparing", "3", "9"]]
+
+
 def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def interrupted(repeats: int) -> Row:
         raise SystemExit(143)
@@ -158,7 +224,10 @@ def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str])
     assert (row[-6:], total) == ("| 45 |", "| | | | | 45 |")
 
 
-@pytest.mark.parametrize("given", [["--repeats", "4"], ["--row", "15"], ["--record", "--row", "1"]])
+@pytest.mark.parametrize(
+    "given",
+    [["--repeats", "4"], ["--row", "15"], ["--record", "--row", "1"], ["--minutes", "0.5"], ["--minutes", "nan"]],
+)
 def test_what_is_no_report_is_refused(given: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.options_of(given)
