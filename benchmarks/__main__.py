@@ -34,6 +34,7 @@ from benchmarks.arms import WORK
 from benchmarks.figures import Row, shown
 from benchmarks.plan import Step
 from benchmarks.preparing import prepare
+from benchmarks.room import lacking
 from benchmarks.rows import goodput
 from benchmarks.standing import Standing
 
@@ -90,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(plan.table(steps)), file=sys.stdout if options.plan else sys.stderr, flush=True)
     if options.plan:
         return 0
+    if why := lacking(arms=any(step.stands for step in steps)):
+        print(f"benchmarks: {why}", file=sys.stderr)
+        return 2
     command, about = shlex.join(["python", "-m", "benchmarks", *given]), report.machine()
     print("preparing: what is there already takes no time", file=sys.stderr, flush=True)
     prepare(steps)

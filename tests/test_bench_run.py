@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import fire, plan, preparing, report, scale
+from benchmarks import fire, plan, preparing, report, room, scale
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples
 from benchmarks.gpu import __main__ as gpu
@@ -34,6 +36,7 @@ def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models would be written, and Dynamo's stages installed."""
     PREPARED.clear()
     monkeypatch.setattr(command, "prepare", lambda steps: PREPARED.extend(step.number for step in steps))
+    monkeypatch.setattr(command, "lacking", lambda *, arms: "")
 
 
 class StandingDouble:
@@ -159,6 +162,54 @@ def test_what_is_prepared_is_made_by_another_process(tmp_path: Path, monkeypatch
     monkeypatch.setattr(subprocess, "run", lambda given, **_: commands.append(given))
     preparing.prepare(plan.in_order([3, 9]))
     assert commands == [[sys.executable, "-m", "benchmarks.preparing", "3", "9"]]
+
+
+@pytest.mark.parametrize(
+    ("arms", "gib", "instances", "load", "said"),
+    [
+        (True, 16.0, 80, 1.9, ""),
+        (True, 15.9, 80, 0.0, "15.9 GiB of memory are left, and 16 are needed: "),
+        (True, 16.0, 79, 0.0, "79 of this user's inotify instances are left, and 80 are needed: "),
+        (True, 16.0, 80, 2.0, "the load average is 2.0 on 2 cores: "),
+        (False, 6.0, 24, 0.0, ""),
+        (False, 5.9, 24, 0.0, "5.9 GiB "),
+        (False, 6.0, 23, 0.0, "23 of this user's "),
+    ],
+)
+def test_a_machine_without_room_is_said_in_one_line(
+    arms: bool, gib: float, instances: int, load: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row with arms that stand needs more than one that starts its own."""
+    memory = SimpleNamespace(available=gib * 2**30)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(room, "free_inotify_instances", lambda: instances)
+    monkeypatch.setattr(room.os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(room.os, "cpu_count", lambda: 2)
+    found = room.lacking(arms=arms)
+    assert "\n" not in found and (found.startswith(said) if said else not found)
+
+
+def test_nothing_is_started_where_there_is_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(command, "ROWS", {1: measuring(log, 1)})
+    monkeypatch.setattr(command, "lacking", lambda *, arms: "5.0 GiB of memory are left" if arms else "")
+    assert command.main(["--output", str(tmp_path / "report"), "--row", "1"]) == 2
+    assert capsys.readouterr().err.endswith("benchmarks: 5.0 GiB of memory are left\n")
+    assert not log and not PREPARED and not (tmp_path / "report").exists(), "what was measured before is still there"
+
+
+def test_instances_that_a_process_of_this_user_takes_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import ctypes, time; ctypes.CDLL(None).inotify_init(); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            monkeypatch.setattr(psutil, "process_iter", lambda: [psutil.Process(process.pid)])
+            assert room.free_inotify_instances() == int(room.INOTIFY.read_text()) - 1
+        finally:
+            process.kill()
 
 
 def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.room import free_inotify_instances
 from tests.hardening.load import (
     CHAT,
     LEASES_END,
@@ -60,7 +61,7 @@ from tests.hardening.load import (
     outcome_of,
     worker_names,
 )
-from tests.hardening.report import Report, free_inotify_instances
+from tests.hardening.report import Report
 from tests.serving import Graph, eventually, serve
 
 WORKERS = 2

@@ -12,16 +12,15 @@ import subprocess
 import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from benchmarks.room import free_inotify_instances
 from tests.toys.running import ROOT
 
 DIRECTORY = ROOT / "build" / "hardening"
-INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 
 
 class Report:
@@ -92,19 +91,6 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "free_inotify_instances": free_inotify_instances(),
     }
-
-
-def free_inotify_instances() -> int:
-    """Of this user. A graph with two workers of each of its seven stages takes about a hundred of the usual 128."""
-    taken = 0
-    for process in psutil.process_iter():
-        try:
-            if process.uids().real == os.getuid():
-                links = (os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd"))
-                taken += sum(link == "anon_inode:inotify" for link in links)
-        except (psutil.Error, OSError):
-            continue
-    return int(INOTIFY.read_text()) - taken
 
 
 class Clock:
