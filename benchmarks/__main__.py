@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = measured(step, ways[step.number], options.repeats or step.repeats, left)
                 if row.missing or row.void:  # arms in whatever state it left them in: one may be dead, or hang
                     STANDING.close()
+            row.model = plan.MODELS[step.number]
             rows = sorted([*rows, row], key=lambda one: one.number)
             text = report.write(rows, command, options.output, about, new=row, began=began)
             print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)

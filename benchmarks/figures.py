@@ -97,6 +97,8 @@ class Row:
     """The machine's load average of a minute, before the row and at its end."""
     seconds: float = 0.0
     """That the row took, starts included."""
+    model: str = ""
+    """At which it is measured, in a word or two."""
 
     @property
     def met(self) -> bool:

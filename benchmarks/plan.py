@@ -12,7 +12,7 @@ A whole run is to take half an hour, with a minute left for what lies between ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -70,6 +70,24 @@ PLAN = (
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
     Step(start, 5, 260, "AGG and OURS-disagg three times, alone, tiny; rows 1 and 9 saw two more pairs", stands=True),
 )
+
+MODELS: Mapping[int, str] = {
+    transfer.NUMBER: "none",
+    weights.NUMBER: "B/32",
+    encoder.NUMBER: "tiny, B/32, one layer of L/14-336",
+    texts.NUMBER: "tiny T5, T5 base",
+    pictures.NUMBER: "tiny",
+    added.NUMBER: "tiny",
+    copies.NUMBER: "a T5 of 400 MB",
+    answer.NUMBER: "tiny",
+    kv.NUMBER: "S/16",
+    repeated.NUMBER: "S/16",
+    storm.NUMBER: "S/16",
+    goodput.NUMBER: "S/16",
+    overlap.NUMBER: "S/16",
+    start.NUMBER: "tiny, S/16 in row 9's",
+}
+"""By row, as the report's table has it."""
 
 
 def in_order(numbers: Sequence[int]) -> list[Step]:

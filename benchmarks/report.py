@@ -132,15 +132,15 @@ def _markdown(
         f"{about['memory_gib']} GiB, load average {load} before; {took / 60:.0f} minutes; {versions}."
     )
     yield ""
-    yield "| # | what | goal and figure: median (lowest … highest) | met |"
-    yield "|---|---|---|---|"
+    yield "| # | what | model | goal and figure: median (lowest … highest) | met |"
+    yield "|---|---|---|---|---|"
     for row in rows:
         for goal in row.goals:
-            yield f"| {row.number} | {row.title}: {goal.what} | {goal} | {_verdict(row, goal)} |"
+            yield f"| {row.number} | {row.title}: {goal.what} | {row.model} | {goal} | {_verdict(row, goal)} |"
         if not row.goals:
             nothing = "**not measured**" if row.missing else "void" if row.void else "**no**"
             why = (row.missing or row.void).replace("|", "/")
-            yield f"| {row.number} | {row.title} | {why} | {nothing} |"
+            yield f"| {row.number} | {row.title} | {row.model} | {why} | {nothing} |"
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"

@@ -75,7 +75,10 @@ def test_rows_that_share_arms_run_together_and_others_without_them(
     assert [row["load"] for row in written["rows"]] == [[pytest.approx(0, abs=1e3)] * 2] * 4
     assert written["command"].endswith("--row 12 --row 2 --row 9 --row 1")
     told = capsys.readouterr()
-    assert "| 12 | title 12: a goal | 1.00 times (1.00 … 1.00); goal ≤ 2.00 times | yes |" in told.out
+    assert (
+        "| 12 | title 12: a goal | tiny, S/16 in row 9's | 1.00 times (1.00 … 1.00); goal ≤ 2.00 times | yes |"
+        in told.out
+    )
     assert "| 9 | prefill to decode, time to first token of a text | 10 |" in told.err, "the plan comes first"
     assert "; 4 of 4 rows, 0 min gone, about 0 left" in told.err.splitlines()[-1]
 
@@ -92,7 +95,7 @@ def test_a_row_that_fails_is_said_and_the_next_one_is_measured(
     failed, measured = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert failed["missing"] == "AGG: a process ended: … ValueError: no | such model"
     assert (failed["met"], measured["met"]) == (False, True)
-    title = "| 1 | whole answer, one client |"
+    title = "| 1 | whole answer, one client | tiny |"
     told = capsys.readouterr()
     assert f"{title} AGG: a process ended: … ValueError: no / such model | **not measured** |" in told.out
     assert "row 1: 0 s of 280 planned, not measured: AGG" in told.err
@@ -131,7 +134,7 @@ def test_a_row_that_does_not_fit_is_left_out_and_a_shorter_one_is_measured(
     one, eight, twelve = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert (one["met"], eight["met"], twelve["met"]) == (True, True, False)
     assert twelve["missing"] == f"left out: it takes about {planned[12]} s, and {left:.0f} s of 30 minutes were left"
-    assert f"| {twelve['missing']} | **not measured** |" in capsys.readouterr().out
+    assert f"| {twelve['model']} | {twelve['missing']} | **not measured** |" in capsys.readouterr().out
 
 
 def test_a_row_has_no_longer_than_is_left_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +264,9 @@ def test_every_row_has_its_place_in_the_plan() -> None:
     rows = {path.stem for path in Path(plan.__file__).with_name("rows").glob("*.py")}
     assert sorted(step.row.__name__.rpartition(".")[2] for step in plan.PLAN) == sorted(rows)
     assert len(command.ROWS) == len(rows)
+    before, *_ = (report.HERE / "README.md").read_text().partition(report.BEGIN)
+    explained = re.findall(r"^\| (\d+) \| .* \| ([^|]*) \|$", before, re.MULTILINE)
+    assert {int(number): model for number, model in explained} == plan.MODELS, "as the README's table says"
     assert min(step.repeats for step in plan.PLAN) >= 5
     stands = [step.stands for step in plan.PLAN]
     assert stands == sorted(stands), "arms that stand would disturb rows that need none"
@@ -289,7 +295,7 @@ def test_a_report_says_under_which_conditions_it_was_made(tmp_path: Path) -> Non
     row = Row(1, "t", "s", goals=[Goal("shown", [2.0])], client=[0.02, 0.08, 0.09], load=[0.5, 2.0], seconds=61.0)
     assert not row.met, "what is shown is no goal"
     text = report.write([row], "a command", tmp_path)
-    assert "| 1 | t: shown | 2.00 times (2.00 … 2.00) | no goal |" in text
+    assert "| 1 | t: shown |  | 2.00 times (2.00 … 2.00) | no goal |" in text
     said = "61 s; load average 0.50 before, 2.00 at the end; the client took 8.0% of a core, 9.0% at most"
     assert f"{said}." in text, "in a closed loop client and server take turns"
     row.open_loop = True

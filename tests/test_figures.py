@@ -15,7 +15,7 @@ from benchmarks.figures import Goal, Row, Samples, percentile, ratios, shown
 def row(limit: float = 1.0, void: str = "") -> Row:
     samples = [Samples("ours", [1.0, 3.0, 2.0], "ms"), Samples("theirs", [4.0, 5.0, 90.0], "ms")]
     goal = Goal("ours against theirs", ratios(samples[0].values, samples[1].values), "≤", limit)
-    return Row(7, "a title", "a setting", samples, [goal], ["a note"], void)
+    return Row(7, "a title", "a setting", samples, [goal], ["a note"], void, model="a model")
 
 
 def test_a_goal_is_met_by_the_median_of_its_pairs() -> None:
@@ -51,7 +51,7 @@ def test_a_worst_value_that_was_not_measured_is_not_met() -> None:
 
 def test_a_void_row_without_goals_says_why_in_the_table(tmp_path: Path) -> None:
     text = report.write([Row(9, "t", "s", void="a | b")], "a command", tmp_path)
-    assert "| 9 | t | a / b | void |" in text and "**Void: a | b.**" in text
+    assert "| 9 | t |  | a / b | void |" in text and "**Void: a | b.**" in text
 
 
 def test_pairs_must_match() -> None:
@@ -78,7 +78,9 @@ def test_figures_are_short(value: float, text: str) -> None:
 
 def test_a_report_says_which_goals_are_missed(tmp_path: Path) -> None:
     text = report.write([row(0.2), row(9.0, void="answers differ")], "python -m benchmarks --row 7", tmp_path)
-    assert "| 7 | a title: ours against theirs | 0.25 times (0.0222 … 0.6); goal ≤ 0.2 times | **no** |" in text
+    assert (
+        "| 7 | a title: ours against theirs | a model | 0.25 times (0.0222 … 0.6); goal ≤ 0.2 times | **no** |" in text
+    )
     assert "| void |" in text and "**Void: answers differ.**" in text
     assert "| theirs | 5.00 (4.00 … 90.00) ms |" in text and "- a note" in text
     written = json.loads((tmp_path / "report.json").read_text())
