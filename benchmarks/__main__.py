@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 from benchmarks import plan, report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row, shown
+from benchmarks.gpu.goals import GOALS
 from benchmarks.plan import Step
 from benchmarks.preparing import prepare
 from benchmarks.room import lacking
@@ -115,7 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
                     STANDING.close()
             row.model = plan.MODELS[step.number]
             rows = sorted([*rows, row], key=lambda one: one.number)
-            text = report.write(rows, command, options.output, about, new=row, began=began)
+            text = report.write(
+                rows, command, options.output, about, new=row, began=began, gpu=() if options.row else GOALS
+            )
             print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)
     if options.record:
         report.record(options.output)

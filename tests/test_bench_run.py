@@ -215,6 +215,22 @@ def test_instances_that_a_process_of_this_user_takes_are_not_free(monkeypatch: p
             process.kill()
 
 
+def test_a_whole_report_names_the_goals_for_a_gpu_as_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(command, "ROWS", {step.number: measuring(log, step.number) for step in plan.PLAN})
+    monkeypatch.setattr(command, "STANDING", StandingDouble(log))
+    assert command.main(["--output", str(tmp_path)]) == 0, "they are goals only where a GPU is at hand"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| GPU |")]
+    whole = json.loads((tmp_path / "report.json").read_text())
+    assert len(lines) == len(whole["gpu"]) == 3 and all(line.endswith("| **not measured** |") for line in lines)
+    assert "nothing measures it yet; goal ≥ 1.8 times" in lines[0]
+    assert "`python -m benchmarks.gpu` measures it; goal ≥ 2.3 times" in lines[1]
+    assert command.main(["--output", str(tmp_path), "--row", "1"]) == 0
+    assert "| GPU |" not in capsys.readouterr().out, "some rows are no report"
+
+
 def test_what_was_measured_is_kept_when_the_run_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def interrupted(repeats: int) -> Row:
         raise SystemExit(143)

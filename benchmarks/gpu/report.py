@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+from benchmarks.gpu.goals import COLOCATED, FASTER, OF_MATMUL, GpuGoal
 from benchmarks.gpu.sweep import Run, Setup, Swept
 
 NOT_MEASURED = "No figures of a GPU have been recorded in this project yet."
@@ -22,8 +23,6 @@ ENOUGH = 0.97
 """Of the best throughput: the smallest batch with this much is proposed. A larger one only makes waits longer."""
 WORTH = 1.05
 """Times eager's throughput: less does not pay for minutes of compiling."""
-COLOCATED, FASTER, OF_MATMUL = 1.8, 2.3, 0.7
-"""Goals: times better, times faster, and a share of the rate of matrix products."""
 
 
 def as_json(swept: Sequence[Swept], setup: Setup, *, toy: bool, command: str) -> dict[str, Any]:
@@ -101,29 +100,16 @@ def goals(swept: Sequence[Swept], setup: Setup, *, toy: bool) -> list[str]:
     unfit = "" if proposes(setup, toy=toy) else "toy sizes" if toy else "there is no GPU here"
     nothing = None, unfit
     return [
-        _judged(
-            "five pictures, encode and decode on one card against aggregated: time to first token",
-            COLOCATED,
-            None,
-            unfit or "this benchmark serves no graph",
-        ),
-        _judged(
-            f"FLUX's transformer, a step, compiled in {setup.roofline.dtype} against eager in float32",
-            FASTER,
-            *(nothing if unfit else _faster(found.get("flux"))),
-        ),
-        _judged(
-            "ViT-L and T5-XXL in their best batches, the lesser of the two, of the measured matmul rate",
-            OF_MATMUL,
-            *(nothing if unfit else _of_matmul(found)),
-        ),
+        _judged(COLOCATED, None, unfit or "this benchmark serves no graph"),
+        _judged(FASTER, *(nothing if unfit else _faster(found.get("flux")))),
+        _judged(OF_MATMUL, *(nothing if unfit else _of_matmul(found))),
     ]
 
 
-def _judged(what: str, limit: float, times: float | None, why: str) -> str:
+def _judged(goal: GpuGoal, times: float | None, why: str) -> str:
     if times is None:
-        return f"{what} ≥ {limit:g} times: not measured: {why}"
-    return f"{what} ≥ {limit:g} times: {'met' if times >= limit else 'not met'}: {times:.3g} times"
+        return f"{goal.what} ≥ {goal.times:g} times: not measured: {why}"
+    return f"{goal.what} ≥ {goal.times:g} times: {'met' if times >= goal.times else 'not met'}: {times:.3g} times"
 
 
 def _faster(flux: Swept | None) -> tuple[float | None, str]:
