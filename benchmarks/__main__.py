@@ -29,7 +29,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks import plan, report
+from benchmarks import plan, recorded, report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row, shown
 from benchmarks.gpu.goals import GOALS
@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(progress(steps, place, row, time.monotonic() - began), file=sys.stderr, flush=True)
     if options.record:
         report.record(options.output)
+        for line in recorded.unexplained():
+            print(f"benchmarks/README.md: {line}", file=sys.stderr)
     print(text)
     return 0 if all(row.met for row in rows) else 1
 

@@ -363,6 +363,36 @@ def test_a_report_is_recorded_as_it_is(tmp_path: Path) -> None:
     assert (kept / "report" / "row-1.png").read_bytes() == (made / "row-1.png").read_bytes()
 
 
+def test_every_goal_that_the_recorded_report_misses_has_its_paragraph_and_no_other() -> None:
+    assert recorded.unexplained() == []
+
+
+def test_a_goal_that_is_missed_wants_a_paragraph_that_no_record_takes_away(tmp_path: Path) -> None:
+    rows = [
+        Row(8, "t", "s", goals=[Goal("with a barrier", [1.0], "≤", 0.7), Goal("shown", [9.0])]),
+        Row(9, "t", "s", goals=[Goal("against AGG", [1.0], "≤", 1.15), Goal("lost", [], "≤", 1.0)]),
+        Row(10, "t", "s", goals=[Goal("faster", [1.0], "≥", 6.0)], void="vectors differ"),
+        Row(12, "t", "s", missing="left out"),
+    ]
+    readme = tmp_path / "README.md"
+    head = f"{recorded.begin('report')}\nnone\n{recorded.END}\n\n{recorded.MISSED}\n\n**The number** comes first.\n\n"
+    readme.write_text(
+        f"{head}**7. raw** is of an older run.\n\n**8. with a barrier** is a barrier.\n\n## At scale\n\n**9. lost**\n"
+    )
+    assert recorded.unexplained(tmp_path) == [
+        f"**{key}**: it has a paragraph, and is not missed" for key in ("7. raw", "8. with a barrier")
+    ], "nothing is recorded yet"
+    report.write(rows, "a command", tmp_path / "made")
+    report.record(tmp_path / "made", tmp_path)
+    assert recorded.unexplained(tmp_path) == [
+        "**9. lost**: it is missed, and has no paragraph",
+        "**7. raw**: it has a paragraph, and is not missed",
+    ], "what stands in another section is none"
+    readme.write_text(readme.read_text().replace("**7. raw** is of an older run.", "**9. lost** was not measured."))
+    report.record(tmp_path / "made", tmp_path)
+    assert recorded.unexplained(tmp_path) == []
+
+
 def test_a_block_is_replaced_alone_and_has_to_be_there(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     blocks = [f"{recorded.begin(name)}\nan older {name}\n{recorded.END}\n" for name in ("fire", "scale")]
