@@ -12,7 +12,7 @@ ARGS ?=
 LONG := $(wildcard tests/acceptance/test_*.py) tests/hardening/test_deadline.py tests/hardening/test_faults.py
 SOURCES := dynamo_epd dynamo components graphs models benchmarks deploy tools tests build_hook.py
 
-.PHONY: serve setup check test acceptance chaos soak bench fire scale models t5-recipe vae-recipe llava-recipe image-recipe clean
+.PHONY: serve setup check test acceptance chaos soak bench fire scale timeline models t5-recipe vae-recipe llava-recipe image-recipe clean
 
 serve: setup
 	@exec $(BIN)/dynamo serve $(GRAPH) -f $(CONFIG) $(ARGS)
@@ -70,12 +70,15 @@ ROW ?=
 bench: setup
 	@$(BIN)/python -m benchmarks $(addprefix --row ,$(ROW)) $(ARGS)
 
-# Figures of their own beside the report's; `ARGS=--record` keeps either, as it keeps a report.
+# Figures of their own beside the report's; `ARGS=--record` keeps each, as it keeps a report.
 fire: setup
 	@$(BIN)/python -m benchmarks.fire $(ARGS)
 
 scale: setup
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
+
+timeline: setup
+	@$(BIN)/python -m benchmarks.timeline $(ARGS)
 
 clean:
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -31,6 +31,8 @@ class Span:
     name: str
     began: float
     ended: float
+    service: str = ""
+    """Whose it is."""
 
 
 class Receiver:
@@ -116,9 +118,18 @@ def overlap(one: Sequence[Span], other: Sequence[Span]) -> float:
 
 
 def _spans_of(request: ExportTraceServiceRequest) -> list[Span]:
-    return [
-        Span(span.trace_id.hex(), span.name, span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9)
-        for of_resource in request.resource_spans
-        for scope in of_resource.scope_spans
-        for span in scope.spans
-    ]
+    found = []
+    for of_resource in request.resource_spans:
+        about = {one.key: one.value.string_value for one in of_resource.resource.attributes}
+        found += [
+            Span(
+                span.trace_id.hex(),
+                span.name,
+                span.start_time_unix_nano / 1e9,
+                span.end_time_unix_nano / 1e9,
+                about.get("service.name", ""),
+            )
+            for scope in of_resource.scope_spans
+            for span in scope.spans
+        ]
+    return found

@@ -770,7 +770,9 @@ def test_spans_are_collected_over_http_until_all_are_there(monkeypatch: pytest.M
 
     def send(collector: Traces, name: str) -> None:
         request = ExportTraceServiceRequest()
-        one = request.resource_spans.add().scope_spans.add().spans.add()
+        resource = request.resource_spans.add()
+        resource.resource.attributes.add(key="service.name").value.string_value = "PrefillWorker"
+        one = resource.scope_spans.add().spans.add()
         one.name, one.trace_id = name, bytes.fromhex(trace)
         one.start_time_unix_nano, one.end_time_unix_nano = 1_500_000_000, 2_000_000_000
         url = f"{collector.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces"
@@ -780,7 +782,7 @@ def test_spans_are_collected_over_http_until_all_are_there(monkeypatch: pytest.M
         for name in ("encode", "encode", "prefill"):
             send(collector, name)
         spans = asyncio.run(collector.trace(trace, {"encode": 2, "prefill": 1}))
-        assert sorted(spans, key=lambda one: one.name)[2] == Span(trace, "prefill", 1.5, 2.0)
+        assert sorted(spans, key=lambda one: one.name)[2] == Span(trace, "prefill", 1.5, 2.0, "PrefillWorker")
         monkeypatch.setattr(traces, "ARRIVE_SECONDS", 0.0)
         with pytest.raises(TimeoutError, match="'encode': 1"):
             asyncio.run(collector.trace(trace, {"encode": 3, "prefill": 1}))

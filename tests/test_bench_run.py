@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import fire, plan, preparing, recorded, report, room, scale
+from benchmarks import fire, plan, preparing, recorded, report, room, scale, timeline
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples
 from benchmarks.gpu import __main__ as gpu
@@ -406,7 +406,7 @@ def test_a_block_is_replaced_alone_and_has_to_be_there(tmp_path: Path) -> None:
 
 def test_the_readme_has_each_block_once() -> None:
     marks = re.findall(r"^<!-- (.*) -->$", (recorded.HERE / "README.md").read_text(), re.MULTILINE)
-    names = ("report", "fire", "scale")
+    names = ("report", "fire", "scale", "timeline")
     assert marks == [mark for name in names for mark in (f"the last {name}", "its end")]
 
 
@@ -428,6 +428,7 @@ def test_make_bench_is_the_run_that_the_readmes_mean(made: str) -> None:
     [
         ("make fire", "benchmarks.fire", fire.main),
         ("make scale", "benchmarks.scale", scale.main),
+        ("make timeline", "benchmarks.timeline", timeline.main),
         (".venv/bin/python -m benchmarks.gpu", "benchmarks.gpu", gpu.main),
     ],
 )
