@@ -57,7 +57,7 @@ TINY = "llava-tiny"
 """Of the rows on what a graph adds, where no arithmetic hides it: whole answers, starts, an echo."""
 SERVED = "llava-s16"
 """Of the other rows that serve: a tower of ViT-S/16's size (22 M parameters, 196 tokens a picture) and a Llama of 13 M.
-By time a picture costs 10 to 30 decode steps (row 8 shows it); by operations it would be more, but a step of so small a
+How many decode steps a picture costs by time shows row 8; by operations it would be more, but a step of so small a
 model is overhead. By operations the prefill of its tokens costs about half of its encode."""
 
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays the recorded trace with the planner's policy and with static peak provisioning, side by side.
 
-``python -m benchmarks.planner.replay`` writes ``results.json`` and ``replay.png`` beside ``trace.json``.
+``python -m benchmarks.planner.replay`` writes ``results.json`` and ``replay.png`` beside ``trace.json``, and the table
+of ``README.md``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recorded import put
 from dynamo_epd.planning.simulator import Replay, Simulator, static_peak
 from dynamo_epd.planning.traces import Trace, read_trace
 
@@ -57,6 +60,21 @@ def _arm(trace: Trace, done: Replay) -> dict[str, Any]:
         "replica_seconds": {stage: round(done.replica_seconds[stage]) for stage in trace.limits},
         "kinds": kinds,
     }
+
+
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+    """What ``README.md`` shows of a `summary`, as lines of Markdown."""
+    yield "| kind | planned | static peak | planned ÷ static |"
+    yield "|---|---|---|---|"
+    planned, static = result["planned"], result["static"]
+    both = {"all": (planned, static)} | {
+        kind: (planned["kinds"][kind], static["kinds"][kind]) for kind in planned["kinds"]
+    }
+    for kind, arms in both.items():
+        ours, peak = (arm["attainment"] for arm in arms)
+        yield f"| {kind} | {ours:.4f} | {peak:.4f} | {ours / peak:.4f} |"
+    yield ""
+    yield f"The planner pays for {result['replica_seconds_ratio']:.0%} of static peak's workers."
 
 
 def draw(trace: Trace, planned: Replay, static: Replay, file: Path) -> None:
@@ -111,6 +129,7 @@ def main() -> None:
     result = summary(trace, planned, static)
     (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     draw(trace, planned, static, HERE / "replay.png")
+    put("replay", "\n".join([*table(result), ""]), HERE / "README.md")
     print(json.dumps({name: value for name, value in result.items() if name not in ("planned", "static")}, indent=2))
 
 
