@@ -35,7 +35,7 @@ from benchmarks.figures import Row, shown
 from benchmarks.gpu.goals import GOALS
 from benchmarks.plan import Step
 from benchmarks.preparing import prepare
-from benchmarks.room import lacking
+from benchmarks.room import lacking, rest
 from benchmarks.rows import goodput
 from benchmarks.standing import Standing
 
@@ -95,10 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     if why := lacking(arms=any(step.stands for step in steps)):
         print(f"benchmarks: {why}", file=sys.stderr)
         return 2
-    command, about = shlex.join(["python", "-m", "benchmarks", *given]), report.machine()
+    command = shlex.join(["python", "-m", "benchmarks", *given])
     print("preparing: what is there already takes no time", file=sys.stderr, flush=True)
     prepare(steps)
-    began = time.monotonic()
+    rest()
+    about, began = report.machine(), time.monotonic()
     ways = {**ROWS, **TUNED} if options.tuned else ROWS
     rows: list[Row] = []
     text = ""

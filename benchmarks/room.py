@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine has room for what is started: memory, inotify instances, and cores that nobody else is using."""
+"""Whether this machine has room for what is started: memory and inotify instances, and cores that nobody else uses."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 
 import psutil
 
+REST_SECONDS, REST_LOOK_SECONDS = 180.0, 15.0
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 ARMS_GIB, ALONE_GIB = 16.0, 6.0
 """Memory that must be left to six arms at once, nine engines and two dozen stages; and to what a row starts alone. With
@@ -28,10 +31,21 @@ def lacking(*, arms: bool) -> str:
             f"{free} of this user's inotify instances are left, and {instances} are needed: end other graphs, or raise "
             "the sysctl fs.inotify.max_user_instances"
         )
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # of the whole machine, both
-    if load >= cores:
-        return f"the load average is {load:.1f} on {cores} cores: wait until others have ended their work"
     return ""
+
+
+def rest() -> None:
+    """Waits until no more processes want to run than there are cores: what made models or installed this project is
+    still in the average. Goes on after `REST_SECONDS`, and says so: whoever reads the report sees the load in it."""
+    cores = os.cpu_count() or 1  # of the whole machine, as the load is
+    end = time.monotonic() + REST_SECONDS
+    while (load := os.getloadavg()[0]) >= cores:
+        left = end - time.monotonic()
+        if left <= 0:
+            print(f"others use this machine (load average {load:.1f}): figures will be worse", file=sys.stderr)
+            return
+        print(f"waiting for a load average below {cores}: it is {load:.1f}", file=sys.stderr, flush=True)
+        time.sleep(min(REST_LOOK_SECONDS, left))
 
 
 def free_inotify_instances() -> int:

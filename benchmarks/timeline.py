@@ -29,7 +29,7 @@ from benchmarks.figures import shown
 from benchmarks.load import Told, ask, chat, picture, session
 from benchmarks.recorded import keep
 from benchmarks.report import headline, machine
-from benchmarks.room import lacking
+from benchmarks.room import lacking, rest
 from benchmarks.traces import Span, Traces, new_trace
 
 WARM_UP, AMONG = 3, 5
@@ -177,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     if why := lacking(arms=False):
         print(f"benchmarks.timeline: {why}", file=sys.stderr)
         return 2
+    rest()
     about, command = machine(), shlex.join(["python", "-m", "benchmarks.timeline", *given])
     try:
         spans, commands = asyncio.run(measure(options.model, options.pictures, options.tokens))

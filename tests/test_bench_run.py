@@ -38,6 +38,7 @@ def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     PREPARED.clear()
     monkeypatch.setattr(command, "prepare", lambda steps: PREPARED.extend(step.number for step in steps))
     monkeypatch.setattr(command, "lacking", lambda *, arms: "")
+    monkeypatch.setattr(command, "rest", lambda: None)
 
 
 class StandingDouble:
@@ -169,28 +170,41 @@ def test_what_is_prepared_is_made_by_another_process(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("arms", "gib", "instances", "load", "said"),
+    ("arms", "gib", "instances", "said"),
     [
-        (True, 16.0, 80, 1.9, ""),
-        (True, 15.9, 80, 0.0, "15.9 GiB of memory are left, and 16 are needed: "),
-        (True, 16.0, 79, 0.0, "79 of this user's inotify instances are left, and 80 are needed: "),
-        (True, 16.0, 80, 2.0, "the load average is 2.0 on 2 cores: "),
-        (False, 6.0, 24, 0.0, ""),
-        (False, 5.9, 24, 0.0, "5.9 GiB "),
-        (False, 6.0, 23, 0.0, "23 of this user's "),
+        (True, 16.0, 80, ""),
+        (True, 15.9, 80, "15.9 GiB of memory are left, and 16 are needed: "),
+        (True, 16.0, 79, "79 of this user's inotify instances are left, and 80 are needed: "),
+        (False, 6.0, 24, ""),
+        (False, 5.9, 24, "5.9 GiB "),
+        (False, 6.0, 23, "23 of this user's "),
     ],
 )
 def test_a_machine_without_room_is_said_in_one_line(
-    arms: bool, gib: float, instances: int, load: float, said: str, monkeypatch: pytest.MonkeyPatch
+    arms: bool, gib: float, instances: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row with arms that stand needs more than one that starts its own."""
     memory = SimpleNamespace(available=gib * 2**30)
     monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(room, "free_inotify_instances", lambda: instances)
-    monkeypatch.setattr(room.os, "getloadavg", lambda: (load, 9.0, 9.0))
-    monkeypatch.setattr(room.os, "cpu_count", lambda: 2)
     found = room.lacking(arms=arms)
     assert "\n" not in found and (found.startswith(said) if said else not found)
+
+
+@pytest.mark.parametrize(("loads", "looks"), [([1.9], 0), ([2.0, 2.0, 1.9], 2), ([2.5] * 9, 2)])
+def test_a_run_waits_for_the_load_to_go_and_begins_without_it_at_last(
+    loads: list[float], looks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    left = iter(loads)
+    monkeypatch.setattr(room.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(room.os, "getloadavg", lambda: (next(left), 9.0, 9.0))
+    monkeypatch.setattr(room.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(room.time, "sleep", slept.append)
+    monkeypatch.setattr(room, "REST_SECONDS", 1.5 * room.REST_LOOK_SECONDS)
+    room.rest()
+    assert len(slept) == looks
+    assert ("figures will be worse" in capsys.readouterr().err) == (loads[-1] >= 2)
 
 
 def test_nothing_is_started_where_there_is_no_room(

@@ -106,6 +106,7 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(timeline.checkpoints, "directory", Path)
     monkeypatch.setattr(timeline, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(timeline, "lacking", lambda *, arms: "")
+    monkeypatch.setattr(timeline, "rest", lambda: None)
     return about
 
 
