@@ -192,12 +192,53 @@ def test_a_copy_replaces_nothing_unasked(desk: Desk) -> None:
     again = ("build", "shop:Door", "--working-dir", str(desk.shop), "-o")
     assert desk.run(*again, str(out)) == 2
     assert "holds a build already; --force replaces it" in desk.noted
-    (out / "stale").write_text("")
+    (out / "code" / "stale").write_text("")
     assert desk.run(*again, str(out), "-f") == 0
     assert files_of(out) == files_of(build.directory)
     assert desk.run(*again, str(desk.shop), "--force") == 2
     assert "is there, and is no build" in desk.noted
     assert (desk.shop / "shop.py").exists()
+
+
+THEIRS = '{"name": "shop", "version": "1.0.0", "scripts": {"build": "make"}}'
+
+
+@pytest.mark.parametrize("stranger", [THEIRS, "[]", "{", "\xff", "our facts", "our code", "more", "a directory"])
+def test_force_removes_nothing_but_a_build(desk: Desk, stranger: str) -> None:
+    """A project with a build.json of its own is one; so is a build to which somebody has added something."""
+    out = desk.directory / "out"
+    build = builds.find(desk.build("-o", str(out)))
+    if stranger == "our facts":
+        shutil.rmtree(out / "code")
+    elif stranger == "our code":
+        (out / "Dockerfile").unlink()
+    elif stranger == "more":
+        (out / "notes.txt").write_text("mine")
+    elif stranger == "a directory":
+        (out / "build.json").unlink()
+        (out / "build.json").mkdir()
+    else:
+        (out / "build.json").write_text(stranger, encoding="latin-1")
+    kept = files_of(out)
+    assert desk.run("build", "shop:Door", "--working-dir", str(desk.shop), "-o", str(out), "--force") == 2
+    what = "holds a build, and notes.txt" if stranger == "more" else "is there, and is no build"
+    assert desk.noted.startswith(f"error: {out}: {what}"), desk.noted
+    assert len(desk.noted.splitlines()) == 1
+    assert files_of(out) == kept
+    assert files_of(build.directory)
+
+
+def test_force_follows_no_link_and_stays_where_somebody_stands(desk: Desk) -> None:
+    out, theirs = desk.directory / "out", desk.directory / "theirs"
+    build = builds.find(desk.build("-o", str(out)))
+    theirs.mkdir()
+    (theirs / "kept").write_text("")
+    shutil.rmtree(out / "code")
+    (out / "code").symlink_to(theirs)
+    desk.patch.chdir(out)
+    assert desk.build("-o", ".", "--force") == build.tag
+    assert files_of(Path.cwd()) == files_of(build.directory)
+    assert (theirs / "kept").exists()
 
 
 def test_a_copy_that_stays_half_is_said(desk: Desk) -> None:

@@ -33,8 +33,10 @@ from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.nats_server import state_dir
 from dynamo_epd.sdk.service import DYNAMO_IMAGE, info_of
 
-BUILD_FILE = "build.json"
+BUILD_FILE, DOCKERFILE = "build.json", "Dockerfile"
 CODE, LIBRARY = "code", "library"
+FACTS = {"name", "graph", "root", "library", "runtime", "services", "links"}
+"""What every build.json says, and hardly any other file of that name."""
 DIGITS = 8
 MAX_BYTES = 64 * 1024 * 1024
 """Of code and the data beside it: weights are no part of a build."""
@@ -91,7 +93,7 @@ def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
     facts = describe(graph, spec)
     content[BUILD_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
     with_library = any(path.startswith(f"{LIBRARY}/") for path in content)
-    content["Dockerfile"] = dockerfile(with_library=with_library, version=facts["library"]).encode()
+    content[DOCKERFILE] = dockerfile(with_library=with_library, version=facts["library"]).encode()
     name, digest = facts["name"], hash_of(content)
     directory = store() / name / digest
     if directory.exists() and (force or hash_of(_read(directory)) != digest):
@@ -109,14 +111,18 @@ def find(tag: str) -> Build:
     directory = store() / name / digest
     if not name or not digest or "/" in tag or ".." in tag or not (directory / BUILD_FILE).is_file():
         raise ConfigError(f"no build {tag!r}; {_hint(name)}")
-    file = directory / BUILD_FILE
+    return Build(name, digest, directory, _facts(directory / BUILD_FILE))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """Of a build.json. Raises DeploymentError for one that is damaged, or of somebody else."""
     try:
-        facts = json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except ValueError as error:
         raise DeploymentError(f"{file}: {error}; `dynamo build` makes it anew") from error
-    if not isinstance(facts, dict) or "graph" not in facts:
+    if not isinstance(found, dict) or not found.keys() >= FACTS:
         raise DeploymentError(f"{file}: is no build's; `dynamo build` makes it anew")
-    return Build(name, digest, directory, facts)
+    return found
 
 
 def _hint(name: str) -> str:
@@ -129,19 +135,34 @@ def _written(file: Path) -> float:
 
 
 def copy(build: Build, to: Path, *, force: bool) -> None:
-    """A copy of the build in ``to``. Raises ConfigError when something is there, unless ``force`` and a build;
-    DeploymentError for files that cannot be copied.
+    """A copy of the build in ``to``. Raises ConfigError when something is there, unless ``force`` and nothing but a
+    build; DeploymentError for files that cannot be copied.
     """
     if to.exists() and any(to.iterdir() if to.is_dir() else [to]):
-        if not (to / BUILD_FILE).is_file():
+        if not _is_build(to):
             raise ConfigError(f"{to}: is there, and is no build")
+        if strangers := sorted(_names(to) - {BUILD_FILE, DOCKERFILE, CODE, LIBRARY}):
+            raise ConfigError(f"{to}: holds a build, and {strangers[0]}, which is no part of it; nothing is replaced")
         if not force:
             raise ConfigError(f"{to}: holds a build already; --force replaces it")
-        shutil.rmtree(to)
+        for part in to.iterdir():  # not the directory itself, which may be where somebody stands
+            part.unlink() if part.is_symlink() or part.is_file() else shutil.rmtree(part)
     try:
         shutil.copytree(build.directory, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     except shutil.Error as error:  # from, to and reason of every file that it stumbled over
         raise DeploymentError(f"{to}: {error.args[0][0][2]}") from error
+
+
+def _is_build(directory: Path) -> bool:
+    try:
+        _facts(directory / BUILD_FILE)
+    except (DeploymentError, OSError):
+        return False
+    return {DOCKERFILE, CODE} <= _names(directory)
+
+
+def _names(directory: Path) -> set[str]:
+    return {one.name for one in directory.iterdir()}
 
 
 def store() -> Path:
