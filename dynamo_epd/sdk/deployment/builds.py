@@ -6,7 +6,7 @@ A build is a directory::
     build.json    what the graph is: its services, links, endpoints; versions of the library and of the runtime
     Dockerfile    images for machines with and without GPUs
     code/         the graph's modules, as they lie below the working directory
-    library/      this library, where it is run from a checkout
+    library/      this library, where it is run from a checkout; else what it needs on a machine without GPUs, exact
 
 The tag is the hash of all of it, so nothing in it may depend on the machine or on the environment. Configurations are
 no part of it: one build is deployed with many.
@@ -40,11 +40,12 @@ FACTS = {"name", "graph", "root", "library", "runtime", "services", "links"}
 DIGITS = 8
 MAX_BYTES = 64 * 1024 * 1024
 """Of code and the data beside it: weights are no part of a build."""
+PROJECT, REQUIREMENTS = "pyproject.toml", "requirements-cpu.txt"
 _LIBRARY_FILES = (
-    "pyproject.toml",
+    PROJECT,
+    REQUIREMENTS,
     "build_hook.py",
     "dynamo_epd.pth",
-    "requirements-cpu.txt",
     "README.md",
     "LICENSE",
 )
@@ -92,8 +93,11 @@ def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
     content = {path: file.read_bytes() for path, file in files.items()}
     facts = describe(graph, spec)
     content[BUILD_FILE] = (json.dumps(facts, indent=2) + "\n").encode()
-    with_library = any(path.startswith(f"{LIBRARY}/") for path in content)
-    content[DOCKERFILE] = dockerfile(with_library=with_library, version=facts["library"]).encode()
+    content[DOCKERFILE] = dockerfile(
+        with_library=f"{LIBRARY}/{PROJECT}" in content,
+        version=facts["library"],
+        requirements=content[f"{LIBRARY}/{REQUIREMENTS}"].decode(),
+    ).encode()
     name, digest = facts["name"], hash_of(content)
     directory = store() / name / digest
     if directory.exists() and (force or hash_of(_read(directory)) != digest):
@@ -296,10 +300,10 @@ def _within(path: Path, root: Path) -> Path:
 
 
 def library_files() -> dict[str, Path]:
-    """This library's files, by where they stand in a checkout; none where it was installed from a wheel."""
+    """This library's files, by where they stand in a checkout; of a wheel's that one alone which no index gives out."""
     root = Path(dynamo_epd.__file__).resolve().parent.parent
     if not (root / "build_hook.py").is_file():
-        return {}
+        return {REQUIREMENTS: root / "dynamo_epd" / REQUIREMENTS}
     files = {name: root / name for name in _LIBRARY_FILES}
     for package in _LIBRARY_PACKAGES:
         for file in (root / package).rglob("*"):

@@ -16,7 +16,6 @@ IMAGE = "DYNAMO_IMAGE"
 """Environment: an image that was made by other means, has the graph's code, and runs as `USER` too."""
 BASE = "python:3.11.13-slim-bookworm"
 """For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
-TORCH = "torch==2.13.0"
 DEVICES = ("cpu", "gpu")
 USER = 1000
 """Of both images. A number: of a name Kubernetes cannot tell whether it is root."""
@@ -43,22 +42,29 @@ ENTRYPOINT ["dynamo"]
 """
 
 
-def dockerfile(*, with_library: bool, version: str) -> str:
-    """Two targets, ``cpu`` and ``gpu``. Without the library in the build it comes from the package index."""
+def dockerfile(*, with_library: bool, version: str, requirements: str) -> str:
+    """Two targets, ``cpu`` and ``gpu``. Without the library in the build it comes from the package index.
+    ``requirements`` is the text of requirements-cpu.txt, which is in the build either way.
+    """
+    torch = _torch(requirements)
     if with_library:
-        # torch goes first, by itself: requirements-cpu.txt says why.
-        cpu = (
-            "COPY library/requirements-cpu.txt /library/\n"
-            f"RUN pip install {TORCH} && pip install --no-deps -r /library/requirements-cpu.txt\n"
-            "COPY library /library\n"
-            "RUN pip install --no-deps /library\n"
-        )
-        gpu = f"RUN pip install {TORCH}\nCOPY library /library\nRUN pip install '/library[gpu]'\n"
+        own = "COPY library /library\nRUN pip install --no-deps /library\n"
+        gpu = f"RUN pip install {torch}\nCOPY library /library\nRUN pip install '/library[gpu]'\n"
     else:
-        cpu = f"RUN pip install {TORCH} && pip install dynamo-epd=={version}\n"
-        gpu = f"RUN pip install {TORCH} && pip install 'dynamo-epd[gpu]=={version}'\n"
+        own = f"RUN pip install --no-deps dynamo-epd=={version}\n"
+        gpu = f"RUN pip install {torch} && pip install 'dynamo-epd[gpu]=={version}'\n"
+    # torch goes first, by itself: requirements-cpu.txt says why.
+    cpu = (
+        "COPY library/requirements-cpu.txt /library/\n"
+        f"RUN pip install {torch} && pip install --no-deps -r /library/requirements-cpu.txt\n{own}"
+    )
     nvidia = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility\n"
     return f"{_HEAD}FROM base AS cpu\n{cpu}{_TAIL}\nFROM base AS gpu\n{nvidia}{gpu}{_TAIL}"
+
+
+def _torch(requirements: str) -> str:
+    """``torch==…``, as the comment there says it."""
+    return next(line.removeprefix("# ") for line in requirements.splitlines() if line.startswith("# torch=="))
 
 
 def engine() -> str:
