@@ -287,6 +287,7 @@ def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk, origin: str)
             assert "==" in word or not re.match(r"[a-z-]+[=<>~]", word), line
     assert stages == ["base", "cpu", "gpu"]
     assert lines.count('ENTRYPOINT ["dynamo"]') == lines.count("USER 1000") == 2
+    assert not [line for line in lines if "NVIDIA_VISIBLE_DEVICES" in line], "who starts it says which"
     # What every machine without a GPU runs is what was tested: the engines too, and their torch.
     assert (build.directory / "library" / builds.REQUIREMENTS).read_bytes() == requirements.read_bytes()
     (everything,) = [line for line in lines if "-r /library/requirements-cpu.txt" in line]

@@ -58,7 +58,9 @@ def dockerfile(*, with_library: bool, version: str, requirements: str) -> str:
         "COPY library/requirements-cpu.txt /library/\n"
         f"RUN pip install {torch} && pip install --no-deps -r /library/requirements-cpu.txt\n{own}"
     )
-    nvidia = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility\n"
+    # Which cards is for who starts the container: said here, pods that ask for none would be given all of them where
+    # NVIDIA's runtime is the node's own.
+    nvidia = "ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility\n"
     return f"{_HEAD}FROM base AS cpu\n{cpu}{_TAIL}\nFROM base AS gpu\n{nvidia}{gpu}{_TAIL}"
 
 
