@@ -361,6 +361,31 @@ def test_wrong_graphs_are_said_in_one_line(desk: Desk) -> None:
     assert desk.noted.startswith("error: goods/words.py: invalid syntax")
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "import shop\n\nshop.Store.link(shop.Till)",
+            "3: ValueError: Store.link(Till): Store has no depends that Till",
+        ),
+        ("import json\njson.loads('{')", "2: JSONDecodeError: Expecting property name"),
+        ("raise OSError(2, 'not\\n there', 'weights')", "1: FileNotFoundError: [Errno 2] not there: 'weights'"),
+        ("import sys\nsys.exit('no GPU')", "2: SystemExit: no GPU"),
+        ("from goods import wrong", "goods/wrong.py:1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whatever_a_module_raises_is_one_line_with_its_place(desk: Desk, lines: str, words: str) -> None:
+    (desk.shop / "broken.py").write_text(lines)
+    (desk.shop / "goods" / "wrong.py").write_text("1 / 0\n")
+    for command in (["build", "broken:Door"], ["serve", "broken:Door", "--dry-run"]):
+        for name in [one for one in sys.modules if one.partition(".")[0] in ("shop", "goods", "broken")]:
+            del sys.modules[name]
+        assert desk.run(*command, "--working-dir", str(desk.shop)) == 2
+        place = words if words.startswith("goods/") else f"broken.py:{words}"
+        assert desk.noted.startswith(f"error: {desk.shop}/{place}"), desk.noted
+        assert len(desk.noted.splitlines()) == 1
+
+
 def test_what_the_graphs_here_are_built_of(tmp_path: Path) -> None:
     """The seed's own lines, in a shell."""
     script = """

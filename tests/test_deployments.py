@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from dynamo_epd.sdk.deployment import builds, commands
-from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED
+from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED, ORDER
 from dynamo_epd.sdk.deployment.merging import change, three_way
 from dynamo_epd.sdk.deployment.status import state
 from dynamo_epd.sdk.operator import SYSTEM_PORT
@@ -365,6 +365,12 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
     packed = ["--working-dir", str(desk.shop)]
     theirs = cluster.deployment("corner") | {"metadata": {"name": "theirs", "namespace": "default"}}
     cluster.put("nvidia.com", "dynamographdeployments", theirs)
+    for name, order in (("newer", '{"build": "b", "image": "i", "configuration": {}, "more": 1}'), ("older", "{}")):
+        last = json.loads(cluster.deployment("corner")["metadata"]["annotations"][LAST_APPLIED])
+        last["metadata"] |= {"name": name, "annotations": {ORDER: order}}
+        annotations = {LAST_APPLIED: json.dumps(last)}
+        other = cluster.deployment("corner") | {"metadata": {**last["metadata"], "annotations": annotations}}
+        cluster.put("nvidia.com", "dynamographdeployments", other)
     here = os.environ["KUBECONFIG"]
     for kubeconfig, arguments, status, words in (
         (here, ["deploy", tag, "-n", "corner"], 1, "'corner' is taken in namespace default"),
@@ -375,6 +381,8 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
         (here, ["deployment", "delete", "nobody"], 1, "no deployment 'nobody' in namespace default"),
         (here, ["deployment", "update", "nobody"], 1, "no deployment 'nobody' in namespace default"),
         (here, ["deployment", "update", "theirs"], 1, "'theirs' was not made by `dynamo deploy`"),
+        (here, ["deployment", "update", "newer"], 1, "'newer' was made by another version of this command"),
+        (here, ["deployment", "update", "older"], 1, "'older' was made by another version of this command"),
         (here, ["deployment", "update", "corner", "--Store.shelfs=1"], 2, "unknown key of Store 'shelfs'"),
         (here, ["deployment", "get", "corner", "--Store.shelves=1"], 2, "takes no configuration"),
         (here, ["deploy", tag, "-n", "x", "-f", str(unread)], 2, "unread.yaml:2: while parsing a flow mapping, "),
@@ -404,7 +412,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: Kubernete
         assert errors[0].startswith("error: ")
         assert words in errors[0]
         assert "Traceback" not in desk.said + desk.noted
-    assert [key[3] for key in cluster.objects if key[1] == DEPLOYMENTS] == ["corner", "theirs"]
+    assert {key[3] for key in cluster.objects if key[1] == DEPLOYMENTS} == {"corner", "theirs", "newer", "older"}
 
 
 def test_a_state_directory_that_takes_nothing_is_one_line(desk: Desk) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 from dynamo_epd.sdk.config import ConfigError, split_overrides
 from dynamo_epd.sdk.deployment import DeploymentError
 from dynamo_epd.sdk.deployment.commands import add_parsers
-from dynamo_epd.sdk.graph import GraphError
+from dynamo_epd.sdk.graph import GraphError, ModuleFailed
 
 FAILED, BAD_CONFIG = 1, 2
 Overrides = list[tuple[str, str, str]]
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(rest)
         run: Callable[[argparse.Namespace, Overrides], int] = arguments.run
         return run(arguments, overrides)
-    except (ConfigError, GraphError) as error:
+    except (ConfigError, GraphError, ModuleFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_CONFIG
     except DeploymentError as error:

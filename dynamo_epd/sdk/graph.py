@@ -6,7 +6,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +18,10 @@ from dynamo_epd.sdk.service import info_of, is_service
 
 class GraphError(ValueError):
     """The graph string names nothing, or not one root."""
+
+
+class ModuleFailed(Exception):
+    """The graph's module raised something while it was imported. The message is one line: where, and what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,8 @@ def load_graph(spec: str, working_dir: str | None = None) -> Graph:
     """The graph that ``module[:attr]`` or ``path/to/file.py[:attr]`` names.
 
     Without ``attr`` it is the one root service of the module. An ImportError inside the user's module comes through.
-    Raises GraphError when nothing, or more than one root, is found, and for what is no Python.
+    Raises GraphError when nothing, or more than one root, is found, and for what is no Python; ModuleFailed for
+    whatever else the module raises.
     """
     directory = Path(working_dir or ".").resolve()
     if str(directory) not in sys.path:
@@ -82,6 +90,11 @@ def load_graph(spec: str, working_dir: str | None = None) -> Graph:
         module = _import(place, directory)
     except SyntaxError as error:
         raise GraphError(f"{error.filename or place}:{error.lineno or 0}: {error.msg}") from error
+    except (GraphError, ImportError):
+        raise
+    except (Exception, SystemExit) as error:  # somebody else's code: it may raise anything
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModuleFailed(f"{_raised_at(error)}: {words}") from error
     if not attribute:
         return build_graph(_only_root(module, spec), module.__name__)
     root = getattr(module, attribute, None)
@@ -116,6 +129,16 @@ def _import(place: str, directory: Path) -> ModuleType:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
             raise GraphError(f"no module {place!r} below {directory.name}/ or on the Python path") from error
         raise
+
+
+def _raised_at(error: BaseException) -> str:
+    """The last line of the user's on the way to an error: those of libraries, and of this one, are no news to him."""
+    libraries = [str(Path(__file__).resolve().parent.parent)]
+    libraries += [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    others = ("<", *(f"{place}{os.sep}" for place in libraries))
+    lines = traceback.extract_tb(error.__traceback__)
+    last = next((one for one in reversed(lines) if not one.filename.startswith(others)), lines[-1])
+    return f"{last.filename}:{last.lineno}"
 
 
 def _only_root(module: ModuleType, spec: str) -> type:

@@ -75,7 +75,7 @@ class Plan:
 
 
 def make_plan(arguments: argparse.Namespace, overrides: list[tuple[str, str, str]]) -> Plan:
-    """Reads graph and configuration. Raises ConfigError, GraphError, or what importing the user's module raises."""
+    """Reads graph and configuration. Raises ConfigError, and what `load_graph` does."""
     working_dir = str(Path(arguments.working_dir or ".").resolve())
     if not Path(working_dir).is_dir():
         raise ConfigError(f"--working-dir {arguments.working_dir}: no such directory")

@@ -77,8 +77,8 @@ class Build:
 def build(spec: str, working_dir: str, *, force: bool = False) -> Build:
     """Builds the graph into the store, or finds that it is there.
 
-    Raises ConfigError for a graph whose code does not lie below ``working_dir`` or is too large, GraphError, and what
-    importing the user's module raises.
+    Raises ConfigError for a graph whose code does not lie below ``working_dir`` or is too large, and what `load_graph`
+    does.
     """
     root = Path(working_dir).resolve()
     graph = load_graph(spec, str(root))

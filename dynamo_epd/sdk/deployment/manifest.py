@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynamo_epd.sdk.config import PLANNER, SERVICE_ARGS, ConfigError, ServiceSettings
+from dynamo_epd.sdk.deployment import DeploymentError
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.deployment.images import USER
 from dynamo_epd.sdk.graph import Graph
@@ -65,8 +66,15 @@ class Order:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Order:
-        """That of a rendered manifest."""
-        return cls(**json.loads(manifest["metadata"]["annotations"][ORDER]))
+        """That of a rendered manifest. Raises DeploymentError for one whose order has other keys."""
+        try:
+            return cls(**json.loads(manifest["metadata"]["annotations"][ORDER]))
+        except (KeyError, TypeError, ValueError) as error:
+            name = manifest["metadata"]["name"]
+            raise DeploymentError(
+                f"{name!r} was made by another version of this command: that one can update it, and `dynamo deployment "
+                f"delete {name}` and `dynamo deploy` make it anew"
+            ) from error
 
 
 def check_name(name: str, services: list[str]) -> None:
