@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
+from components.planner import PlannerConfig
 from dynamo_epd.planning.doors import DoorClosed, KubernetesDoor, Staffed, SupervisorDoor, Worker, door_of
+from dynamo_epd.sdk.operator import component_of
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, GROUP, KubernetesServer
 
 
@@ -103,6 +105,26 @@ def test_it_patches_the_adapter_and_nothing_else_of_it(server: KubernetesServer,
     assert [path.partition("?")[0] for verb, path, _ in server.requests if verb == "PATCH"] == [
         f"/apis/{GROUP}/v1beta1/namespaces/default/{ADAPTERS}/demo-encodeworker/scale"
     ]
+
+
+def test_a_stage_is_held_to_what_its_own_name_says(server: KubernetesServer, tmp_path: Path) -> None:
+    """The operator takes no `_` in the names of components; in the configuration it stays."""
+    component = component_of("My_Stage")
+    assert component == "My-Stage"
+    deployed(server, **{component: 1})
+    server.put("", "pods", pod("m-1", component, ready=True))
+
+    async def found() -> dict[str, Staffed]:
+        kubernetes = door(server, tmp_path)
+        services = await kubernetes.services()
+        for name in services:
+            await kubernetes.scale(name, 2, "a test")
+        return services
+
+    ((name, staffed),) = asyncio.run(found()).items()
+    assert [one.name for one in staffed.workers] == ["m-1"]
+    assert PlannerConfig(stages={"My_Stage": {"max": 3}}).limits(name).max == 3
+    assert server.objects[GROUP, ADAPTERS, "default", "demo-my-stage"]["spec"]["replicas"] == 2
 
 
 def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: KubernetesServer, tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dynamo_epd.sdk.control import SOCKET, ControlError, ask
-from dynamo_epd.sdk.operator import ADAPTERS, DEPLOYMENT, DEPLOYMENTS, GROUP, SYSTEM_PORT, VERSIONS, adapter_of
+from dynamo_epd.sdk.operator import (
+    ADAPTERS,
+    DEPLOYMENT,
+    DEPLOYMENTS,
+    GROUP,
+    SYSTEM_PORT,
+    VERSIONS,
+    adapter_of,
+    component_of,
+    service_of,
+)
 
 DEPLOYMENT_NAMESPACE = "DYN_PARENT_DGD_K8S_NAMESPACE"
 DEPLOYMENT_LABEL = "nvidia.com/dynamo-graph-deployment-name"
@@ -77,7 +87,7 @@ class KubernetesDoor:
     """A DynamoGraphDeployment: one DynamoGraphDeploymentScalingAdapter per component that may be scaled.
 
     The operator copies ``spec.replicas`` of an adapter into the deployment, so that autoscalers do not fight over it.
-    Services are named as the deployment's components are. Pods are found by the labels that the operator gives them.
+    Services are named as the graph and the configuration do it. Pods are found by the labels that the operator gives.
 
     It does with what the operator lets its planners do (deploy/helm/charts/platform/components/operator/templates/
     planner.yaml of ai-dynamo/dynamo): get deployments, list pods, patch the scale of adapters.
@@ -108,7 +118,7 @@ class KubernetesDoor:
             label_selector=f"{DEPLOYMENT_LABEL}={self._deployment}",
         )
         return {
-            one["name"]: Staffed(
+            service_of(one["name"]): Staffed(
                 one.get("replicas", 1),
                 tuple(
                     _worker(pod)
@@ -127,7 +137,7 @@ class KubernetesDoor:
             VERSIONS[0],
             self._namespace,
             ADAPTERS,
-            adapter_of(self._deployment, service),
+            adapter_of(self._deployment, component_of(service)),
             {"spec": {"replicas": replicas}},
         )
 

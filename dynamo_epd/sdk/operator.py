@@ -39,6 +39,16 @@ def adapter_of(deployment: str, component: str) -> str:
     return f"{deployment}-{component.lower()}"
 
 
+def component_of(service: str) -> str:
+    """The name of a service's component: the operator takes no ``_`` in it."""
+    return service.replace("_", "-")
+
+
+def service_of(component: str) -> str:
+    """The service of a component's name: no class has a ``-`` in its own."""
+    return component.replace("-", "_")
+
+
 def configuration(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """What `CONFIG` holds; nothing without it. Raises ConfigError for what is no configuration."""
     try:

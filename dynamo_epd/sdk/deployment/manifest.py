@@ -24,7 +24,7 @@ from dynamo_epd.sdk.deployment import DeploymentError
 from dynamo_epd.sdk.deployment.builds import Build
 from dynamo_epd.sdk.deployment.images import USER
 from dynamo_epd.sdk.graph import Graph
-from dynamo_epd.sdk.operator import CONFIG, GROUP, HTTP_PORT, SYSTEM_PORT, VERSIONS
+from dynamo_epd.sdk.operator import CONFIG, GROUP, HTTP_PORT, SYSTEM_PORT, VERSIONS, component_of
 from dynamo_epd.sdk.service import info_of
 
 KIND = "DynamoGraphDeployment"
@@ -216,7 +216,7 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, order: Order) -
     if info.labels:
         template["metadata"] = {"labels": dict(info.labels)}
     found: dict[str, Any] = {
-        "name": one.name.replace("_", "-"),
+        "name": component_of(one.name),
         "type": kind,
         "runtimeVersionOverride": build.facts["runtime"],
         "sharedMemorySize": SHARED_MEMORY_WITH_GPU if gpus else SHARED_MEMORY,
