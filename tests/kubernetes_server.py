@@ -99,7 +99,7 @@ class KubernetesServer:
         self.requests: list[tuple[str, str, str]] = []
         """(verb, path, content type) of each, in order."""
         self.before: Callable[[str, str], None] = lambda verb, path: None
-        """Called before each request is answered: somebody else's move."""
+        """Called before each request is answered: somebody else's move. After a ConnectionError there is no answer."""
         self._knows_dynamo = knows_dynamo
         self._events: list[tuple[int, str, tuple[str, str, str, str], dict[str, Any]]] = []
         self._version = 1
@@ -193,7 +193,7 @@ class KubernetesServer:
         if verb == "GET":
             return self._shown(self._existing(key), version)
         if verb == "DELETE":
-            return self._delete(key)
+            return self._delete(key, version)
         sent = yaml.safe_load(body) if "yaml" in content_type else json.loads(body)
         with self._changed:
             return self._shown(self._write(verb, key, version, sent, content_type, match["sub"], query), version)
@@ -280,9 +280,13 @@ class KubernetesServer:
                 seen = number
                 yield {"type": kind, "object": self._shown(stored, version)}
 
-    def _delete(self, key: tuple[str, str, str, str]) -> dict[str, Any]:
+    def _delete(self, key: tuple[str, str, str, str], version: str) -> dict[str, Any]:
         with self._changed:
             stored = self._existing(key)
+            if stored["metadata"].get("finalizers"):  # it stays until whoever has put them in has taken them out
+                stored["metadata"].setdefault("deletionTimestamp", _now())
+                self._store(key, stored)
+                return self._shown(stored, version)
             del self.objects[key]
             if key[1] == DEPLOYMENTS:
                 for adapter in [place for place, one in self.objects.items() if _is_of(place, one, key)]:
@@ -552,6 +556,9 @@ def _handler(server: KubernetesServer) -> type[BaseHTTPRequestHandler]:
                 found = server.answer(self.command, self.path, token, content_type, self.rfile.read(length))
             except Refused as refused:
                 self._send(refused.code, refused.body)
+                return
+            except ConnectionError:
+                self.close_connection = True
                 return
             if isinstance(found, dict):
                 self._send(201 if self.command == "POST" else 200, found)

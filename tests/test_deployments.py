@@ -284,6 +284,89 @@ def test_waiting(desk: Desk, cluster: KubernetesServer) -> None:
     assert "the operator has not seen it yet" in desk.noted
 
 
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (Refused(503, "ServiceUnavailable", "etcdserver: leader changed"), "cannot answer now: 503 etcdserver: leader"),
+        (Refused(429, "TooManyRequests", "too many requests"), "cannot answer now: 429 too many requests"),
+        (ConnectionResetError(), "no cluster answers at http://127.0.0.1:"),
+    ],
+    ids=["503", "429", "lost"],
+)
+def test_waiting_outlasts_an_api_server_that_has_trouble(
+    desk: Desk, cluster: KubernetesServer, trouble: Exception, words: str
+) -> None:
+    asked, troubled = 0, range(2, 5)
+
+    def away(verb: str, path: str) -> None:
+        nonlocal asked
+        asked += verb == "GET" and path.endswith("/corner")
+        if asked in troubled:
+            raise trouble
+        if asked == troubled.stop:
+            make_ready(cluster.deployment("corner"))
+
+    cluster.operator, cluster.before = lambda deployment: None, away
+    tag = deploy(desk)
+    waited = [line for line in desk.noted.splitlines() if line.startswith("  ")]
+    assert len(waited) == 2, desk.noted
+    assert "has not seen it yet" in waited[0] and words in waited[1]
+    assert "state:     ready" in desk.said
+    # But not for ever, and not for what will be answered the same again.
+    desk.patch.setattr(commands, "SILENCE_SECONDS", 0.2)
+    asked, troubled = 0, range(2, 10**6)
+    assert desk.run("deployment", "update", "corner", "--Store.shelves=7") == 1
+    assert words in desk.noted.splitlines()[-1] and desk.noted.splitlines()[-1].startswith("error: ")
+    cluster.before = lambda verb, path: None
+    assert desk.run("deployment", "delete", "corner") == 0
+    asked, trouble = 0, Refused(403, "Forbidden", "your token has expired")
+    cluster.before = away
+    assert desk.run("deploy", tag, "-n", "corner") == 1
+    assert asked == 2
+    assert desk.noted.endswith("error: no rights: your token has expired\n")
+
+
+def test_delete_waits_for_those_who_clear_up(desk: Desk, cluster: KubernetesServer) -> None:
+    tag = deploy(desk)
+    place = ("nvidia.com", DEPLOYMENTS, "default", "corner")
+
+    def held() -> None:
+        cluster.deployment("corner")["metadata"]["finalizers"] = ["example/clears-up"]
+
+    held()
+    assert desk.run("deployment", "delete", "corner", "--no-wait") == 0
+    assert (desk.said, desk.noted) == ("Deleting corner from namespace default.\n", "")
+    assert cluster.deployment("corner")["metadata"]["deletionTimestamp"]
+    assert desk.run("deployment", "delete", "corner", "--timeout", "0.2") == 1
+    assert desk.said == ""
+    assert desk.noted.endswith("error: corner is not gone after 0.2 s: waiting for example/clears-up\n")
+    looked = 0
+
+    def later(verb: str, path: str) -> None:
+        nonlocal looked
+        looked += verb == "GET" and path.endswith("/corner")
+        if looked == 3:
+            cluster.objects.pop(place, None)
+
+    cluster.before = later
+    assert desk.run("deployment", "delete", "corner") == 0
+    assert (desk.said, desk.noted) == ("Deleted corner from namespace default.\n", "  waiting for example/clears-up\n")
+    assert looked == 3
+    assert desk.run("deploy", tag, "-n", "corner") == 0, desk.noted
+    held()
+    looked = 0
+
+    def anew(verb: str, path: str) -> None:
+        nonlocal looked
+        looked += verb == "GET" and path.endswith("/corner")
+        if looked == 2:
+            other = cluster.objects.pop(place)
+            cluster.put(*place[:2], {**other, "metadata": {"name": "corner", "namespace": "default"}})
+
+    cluster.before = anew
+    assert desk.run("deployment", "delete", "corner") == 0, "this one is another"
+
+
 def test_scaling_is_waited_for_although_the_status_is_of_before(desk: Desk, cluster: KubernetesServer) -> None:
     """The operator follows an adapter in its own time: the third time that anybody looks."""
     deploy(desk)

@@ -29,6 +29,14 @@ ATTEMPTS = 5
 _SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
+class Unanswered(DeploymentError):
+    """The API server cannot be reached, or has trouble of its own: it may answer the next time."""
+
+
+class Gone(DeploymentError):
+    """There is no deployment of that name."""
+
+
 class Cluster:
     """The deployments in one namespace of the cluster that kubeconfig, or the pod that this runs in, names.
 
@@ -76,11 +84,15 @@ class Cluster:
             )
             return list(found["items"])
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str) -> dict[str, Any] | None:
+        """Asks for the deployment to be deleted. Returns it where it stays for a while yet, for those who have put a
+        finalizer into it, as the operator does: they first clear away what they have made.
+        """
         with self._errors(name):
-            self._objects.delete_namespaced_custom_object(
+            found: dict[str, Any] = self._objects.delete_namespaced_custom_object(
                 GROUP, VERSIONS[0], self.namespace, DEPLOYMENTS, name, _request_timeout=SECONDS
             )
+            return None if found.get("kind") == "Status" else found
 
     def update(self, manifest: dict[str, Any]) -> dict[str, int] | None:
         """Brings the deployment from what was rendered last to ``manifest``. Returns the replicas that scaling adapters
@@ -110,7 +122,7 @@ class Cluster:
                 return scaled
             except ApiException as error:
                 if error.status != 409 or attempt == ATTEMPTS - 1:
-                    raise DeploymentError(self._words(error, name)) from error
+                    raise self._error(error, name) from error
         raise AssertionError
 
     def _patch(self, name: str, version: str, patch: dict[str, Any]) -> None:
@@ -161,11 +173,11 @@ class Cluster:
         except ApiException as error:
             if error.status == 409 and not conflicts:
                 raise
-            raise DeploymentError(self._words(error, name)) from error
+            raise self._error(error, name) from error
         except (HTTPError, OSError) as error:
-            raise DeploymentError(f"no cluster answers at {self._host}") from error
+            raise Unanswered(f"no cluster answers at {self._host}") from error
 
-    def _words(self, error: ApiException, name: str | None) -> str:
+    def _error(self, error: ApiException, name: str | None) -> DeploymentError:
         """One line of what the server said."""
         try:
             body = json.loads(error.body or "{}")
@@ -173,18 +185,23 @@ class Cluster:
             body = {}
         message = _one_line(str(body.get("message") or error.reason or ""))
         if error.status == 401:
-            return f"the cluster at {self._host} does not know you: {message}"
+            return DeploymentError(f"the cluster at {self._host} does not know you: {message}")
         if error.status == 403:
-            return f"no rights: {message}"
+            return DeploymentError(f"no rights: {message}")
         if error.status == 404 and "namespaces" in message:
-            return f"no namespace {self.namespace!r} in this cluster"
+            return DeploymentError(f"no namespace {self.namespace!r} in this cluster")
         if error.status == 404 and name is not None and f'"{name}"' in message:
-            return f"no deployment {name!r} in namespace {self.namespace}"
+            return Gone(f"no deployment {name!r} in namespace {self.namespace}")
         if error.status == 404:
-            return f"this cluster knows no {KIND}: Dynamo's operator is not installed there"
+            return DeploymentError(f"this cluster knows no {KIND}: Dynamo's operator is not installed there")
         if error.status == 409 and body.get("reason") == "AlreadyExists":
-            return f"{name!r} is taken in namespace {self.namespace}; `dynamo deployment update` changes it"
-        return f"the cluster refuses {name!r}: {message}" if name else f"the cluster refuses: {message}"
+            return DeploymentError(
+                f"{name!r} is taken in namespace {self.namespace}; `dynamo deployment update` changes it"
+            )
+        if error.status == 429 or error.status >= 500:
+            return Unanswered(f"the cluster at {self._host} cannot answer now: {error.status} {message}")
+        what = f" {name!r}" if name else ""
+        return DeploymentError(f"the cluster refuses{what}: {message}")
 
 
 def rendered(live: dict[str, Any]) -> dict[str, Any]:

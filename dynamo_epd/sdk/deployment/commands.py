@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from dynamo_epd.sdk.operator import VERSIONS
 Overrides = list[tuple[str, str, str]]
 DEFAULT_TIMEOUT = 3600.0
 """Seconds: an image and a checkpoint may have to be fetched first."""
+DELETE_TIMEOUT = 600.0
+"""Seconds: pods may finish what they have."""
 POLL_SECONDS = 2.0
+SILENCE_SECONDS = 60.0
+"""In which an API server that does not answer may come back: one that is updated or loses its leader does."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -57,10 +62,11 @@ def add_parsers(commands: Any) -> None:
     update.add_argument("tag", nargs="?", help="of another build (default: the one that is deployed)")
     _add_rendered(update)
     update.add_argument("--dry-run", action="store_true", help="print the manifest and change nothing")
-    _add_waiting(update)
+    _add_waiting(update, "until it is ready", DEFAULT_TIMEOUT)
     update.set_defaults(run=_update)
     get = below.add_parser("get", allow_abbrev=False, help="how a deployment is, and where it answers")
     delete = below.add_parser("delete", allow_abbrev=False, help="end a deployment")
+    _add_waiting(delete, "until it is gone", DELETE_TIMEOUT)
     listing = below.add_parser("list", allow_abbrev=False, help="the deployments of the namespace")
     for parser, run in ((get, _show), (delete, _delete), (listing, _list)):
         if parser is not listing:
@@ -78,7 +84,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     _add_rendered(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the manifest and change nothing")
     parser.add_argument("--api-version", choices=VERSIONS, default=VERSIONS[0], help="of the manifest")
-    _add_waiting(parser)
+    _add_waiting(parser, "until it is ready", DEFAULT_TIMEOUT)
     parser.set_defaults(run=_create)
 
 
@@ -114,9 +120,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-e", "--endpoint", default=os.environ.get("DYNAMO_CLOUD"), help=argparse.SUPPRESS)
 
 
-def _add_waiting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="until it is ready")
-    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds (default: %(default)g)")
+def _add_waiting(parser: argparse.ArgumentParser, until: str, timeout: float) -> None:
+    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help=until)
+    parser.add_argument("--timeout", type=float, default=timeout, help="seconds (default: %(default)g)")
 
 
 def _note(text: str) -> None:
@@ -252,34 +258,72 @@ def _delete(arguments: argparse.Namespace, overrides: Overrides) -> int:
     _say_endpoint(arguments.endpoint)
     from dynamo_epd.sdk.deployment.cluster import Cluster
 
-    cluster = Cluster(arguments.namespace)
-    cluster.delete(arguments.name)
-    print(f"Deleted {arguments.name} from namespace {cluster.namespace}.")
+    cluster, name = Cluster(arguments.namespace), arguments.name
+    deleted = cluster.delete(name)
+    if deleted is not None and not arguments.wait:
+        print(f"Deleting {name} from namespace {cluster.namespace}.")
+        return 0
+    if deleted is not None and (left := _until(lambda: _holding(cluster, deleted), name, "is not gone", arguments)):
+        return left
+    print(f"Deleted {name} from namespace {cluster.namespace}.")
     return 0
+
+
+def _holding(cluster: Any, deleted: dict[str, Any]) -> str | None:
+    """Whose finalizers a deleted deployment still has; None once it is gone."""
+    from dynamo_epd.sdk.deployment.cluster import Gone
+
+    try:
+        metadata = cluster.get(deleted["metadata"]["name"])["metadata"]
+    except Gone:
+        return None
+    if metadata["uid"] != deleted["metadata"]["uid"]:
+        return None  # somebody was quick to make it anew
+    return f"waiting for {', '.join(metadata.get('finalizers') or ['Kubernetes'])}"
 
 
 def _wait(cluster: Any, name: str, arguments: argparse.Namespace, scaled: dict[str, int] | None = None) -> int:
     """Until the operator calls it ready, and has as many replicas as were asked of it (``scaled``). Raises
     DeploymentError when it fails, or the time is over.
     """
-    if not arguments.wait:
-        return 0
-    end = time.monotonic() + arguments.timeout
-    said = ""
+
+    def look() -> str | None:
+        live = cluster.get(name)
+        state = status.state(live, scaled)
+        if status.failed(live):
+            raise DeploymentError(f"{name} failed: {state}")
+        if state != status.READY:
+            return state
+        print(status.describe(live, cluster.addresses(status.frontend_service(live))))
+        return None
+
+    return _until(look, name, "is not ready", arguments) if arguments.wait else 0
+
+
+def _until(look: Callable[[], str | None], name: str, late: str, arguments: argparse.Namespace) -> int:
+    """Asks ``look`` again and again until nothing is missing any more, and says what is. An API server that does not
+    answer is asked again for `SILENCE_SECONDS`. Raises DeploymentError when the time is over. Returns the exit status.
+    """
+    from dynamo_epd.sdk.deployment.cluster import Unanswered
+
+    answered = time.monotonic()
+    end, said = answered + arguments.timeout, ""
     try:
         while True:
-            live = cluster.get(name)
-            state = status.state(live, scaled)
-            if state == status.READY:
-                print(status.describe(live, cluster.addresses(status.frontend_service(live))))
+            try:
+                missing = look()
+                answered = time.monotonic()
+            except Unanswered as error:
+                if time.monotonic() - answered > SILENCE_SECONDS:
+                    raise
+                missing = str(error)
+            if missing is None:
                 return 0
-            if state != said:
-                print(f"  {state}", file=sys.stderr, flush=True)
-                said = state
-            if status.failed(live):
-                raise DeploymentError(f"{name} failed: {state}")
+            if missing != said:
+                print(f"  {missing}", file=sys.stderr, flush=True)
+                said = missing
             if time.monotonic() > end:
-                raise DeploymentError(f"{name} is not ready after {arguments.timeout:g} s: {state}")
+                raise DeploymentError(f"{name} {late} after {arguments.timeout:g} s: {missing}")
             time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
     except KeyboardInterrupt:
         _note(f"not waiting any more; `dynamo deployment get {name}` shows how it goes on")
