@@ -45,6 +45,8 @@ RESOURCES: dict[tuple[str, str], tuple[str, list[str], list[str]]] = {
     ("", "pods"): ("Pod", ["v1"], []),
     ("discovery.k8s.io", "endpointslices"): ("EndpointSlice", ["v1"], []),
     ("networking.k8s.io", "ingresses"): ("Ingress", ["v1"], []),
+    ("gateway.networking.k8s.io", "httproutes"): ("HTTPRoute", ["v1"], []),
+    ("gateway.networking.k8s.io", "gateways"): ("Gateway", ["v1"], ["gtw"]),
 }
 _PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>v[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?"

@@ -29,6 +29,7 @@ from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED, ORDER
 from dynamo_epd.sdk.deployment.merging import change, three_way
 from dynamo_epd.sdk.deployment.status import state
 from dynamo_epd.sdk.operator import SYSTEM_PORT
+from tests.certificates import Certificates
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, KubernetesServer, Refused, make_ready, merged
 from tests.pods import Pod, main_of, nats
@@ -431,6 +432,48 @@ def test_an_ingress_shows_where_it_answers(desk: Desk, cluster: KubernetesServer
     )
     assert desk.run("deployment", "get", "corner") == 0
     assert "url:       https://shop.example\n" in desk.said
+
+
+def test_a_route_of_a_gateway_shows_where_it_answers(desk: Desk, cluster: KubernetesServer) -> None:
+    """The overlay's own Gateway and routes; then one with a port of its own, and one that may not be read."""
+    deploy(desk)
+    text = (ROOT / "deploy" / "kubernetes" / "components" / "gateway" / "gateway.yaml").read_text()
+    group = "gateway.networking.k8s.io"
+    for one in yaml.safe_load_all(text.replace("epd-frontend", "corner-door")):
+        one["metadata"]["namespace"] = "default"
+        cluster.put(group, f"{one['kind'].lower()}s", one)
+
+    def urls() -> list[str]:
+        assert desk.run("deployment", "get", "corner") == 0
+        return re.findall(r"url: +(.*)", desk.said)
+
+    assert urls() == ["https://epd.example.org"]
+    gateway, route = (cluster.objects[group, kind, "default", "epd"] for kind in ("gateways", "httproutes"))
+    gateway["spec"]["listeners"].append({"name": "plain", "protocol": "HTTP", "port": 8080})
+    assert urls() == ["https://epd.example.org"], "the route names the listener"
+    route["spec"]["parentRefs"] = [{"name": "epd"}]
+    route["spec"]["rules"][0]["matches"][0]["path"]["value"] = "/graph/"
+    assert urls() == ["https://epd.example.org/graph", "http://epd.example.org:8080/graph"]
+    route["spec"]["parentRefs"] = [{"name": "epd", "namespace": "elsewhere"}, {"name": "mesh", "kind": "Service"}]
+    assert urls() == ["http://corner-door.default.svc:8000 inside the cluster; from outside after"]
+
+
+def test_tls_that_fails_is_said(desk: Desk, cluster: KubernetesServer) -> None:
+    certificates = Certificates(desk.directory, "IP:127.0.0.1")
+    file, url = Path(os.environ["KUBECONFIG"]), cluster.url.replace("http:", "https:")
+    config = yaml.safe_load(file.read_text())
+
+    def listed(**trust: str) -> int:
+        config["clusters"][0]["cluster"] = {"server": url} | trust
+        file.write_text(yaml.safe_dump(config))
+        return desk.run("deployment", "list")
+
+    assert listed() == 1, "without TLS on the other side"
+    assert re.fullmatch(rf"error: no TLS with {url}: \[SSL.*\n", desk.noted), desk.noted
+    cluster._http.socket = certificates.server.wrap_socket(cluster._http.socket, server_side=True)
+    assert listed() == 1
+    assert re.fullmatch(rf"error: no TLS with {url}: .*certificate verify failed.*\n", desk.noted), desk.noted
+    assert (listed(**{"certificate-authority": str(certificates.root)}), desk.noted) == (0, "")
 
 
 def test_what_goes_wrong_is_one_line_and_a_status(desk: Desk, cluster: KubernetesServer) -> None:

@@ -26,6 +26,7 @@ SECONDS = 30.0
 """For the API server to answer."""
 ATTEMPTS = 5
 """At an update that others get ahead of."""
+GATEWAY_API = "gateway.networking.k8s.io", "v1"
 _SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
@@ -151,20 +152,57 @@ class Cluster:
                 raise DeploymentError(f"the operator has not made the scaling adapter {adapter!r} yet") from error
 
     def addresses(self, service: str) -> list[str]:
-        """URLs under which Ingresses show a service to the outside; none where these may not be read."""
+        """URLs under which Ingresses and HTTPRoutes show a service to the outside; of those that may be read."""
+        return [*self._of_ingresses(service), *self._of_routes(service)]
+
+    def _of_ingresses(self, service: str) -> Iterator[str]:
         try:
             ingresses = self._network.list_namespaced_ingress(self.namespace, _request_timeout=SECONDS).items
         except (ApiException, HTTPError):
-            return []
-        found: list[str] = []
+            return
         for ingress in ingresses:
             secure = {host for tls in ingress.spec.tls or [] for host in tls.hosts or []}
             for rule in ingress.spec.rules or []:
                 for path in rule.http.paths if rule.http else []:
                     if path.backend.service is not None and path.backend.service.name == service and rule.host:
                         scheme = "https" if rule.host in secure else "http"
-                        found.append(f"{scheme}://{rule.host}{(path.path or '').rstrip('/')}")
-        return found
+                        yield f"{scheme}://{rule.host}{(path.path or '').rstrip('/')}"
+
+    def _of_routes(self, service: str) -> Iterator[str]:
+        try:
+            routes = self._objects.list_namespaced_custom_object(
+                *GATEWAY_API, self.namespace, "httproutes", _request_timeout=SECONDS
+            )["items"]
+        except (ApiException, HTTPError):
+            return
+        for route in routes:
+            spec = route["spec"]
+            paths = [
+                match.get("path", {}).get("value", "/").rstrip("/")
+                for rule in spec.get("rules", [])
+                if any(backend["name"] == service for backend in rule.get("backendRefs", []))
+                for match in rule.get("matches", [{}])
+            ]
+            parents = spec.get("parentRefs", []) if paths else []
+            for listener in (one for parent in parents for one in self._listeners(parent)):
+                scheme = "https" if listener["protocol"] == "HTTPS" else "http"
+                port = "" if listener["port"] == {"https": 443, "http": 80}[scheme] else f":{listener['port']}"
+                for host in spec.get("hostnames", []):
+                    yield from (f"{scheme}://{host}{port}{path}" for path in paths)
+
+    def _listeners(self, parent: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of a Gateway that a route is attached to."""
+        if parent.get("kind", "Gateway") != "Gateway":
+            return []
+        namespace = parent.get("namespace", self.namespace)
+        try:
+            gateway = self._objects.get_namespaced_custom_object(
+                *GATEWAY_API, namespace, "gateways", parent["name"], _request_timeout=SECONDS
+            )
+        except (ApiException, HTTPError):
+            return []
+        section = parent.get("sectionName")
+        return [one for one in gateway["spec"]["listeners"] if section in (None, one["name"])]
 
     @contextlib.contextmanager
     def _errors(self, name: str | None, *, conflicts: bool = True) -> Iterator[None]:
@@ -184,6 +222,8 @@ class Cluster:
         except ValueError:
             body = {}
         message = _one_line(str(body.get("message") or error.reason or ""))
+        if not error.status:  # of TLS the client speaks so, and of nothing else that is done here
+            return DeploymentError(f"no TLS with {self._host}: {message.removeprefix('SSLError ')}")
         if error.status == 401:
             return DeploymentError(f"the cluster at {self._host} does not know you: {message}")
         if error.status == 403:
