@@ -357,7 +357,7 @@ def _alpha(component: dict[str, Any]) -> dict[str, Any]:
             for side, amounts in main.pop("resources").items()
         }
     if "metadata" in template:
-        found["labels"] = template["metadata"]["labels"]
+        found["extraPodMetadata"] = template["metadata"]
     rest = {key: value for key, value in template["spec"].items() if key != "containers"}
     return found | {"extraPodSpec": {"mainContainer": main} | rest}
 
