@@ -436,7 +436,8 @@ def test_routes_lead_to_services(made: dict[str, list[Object]]) -> None:
     ]
     paths = [
         path
-        for rule in of_kind(made["overlays/cpu"], "Ingress")["epd"]["spec"]["rules"]
+        for ingress in of_kind(made["overlays/cpu"], "Ingress").values()
+        for rule in ingress["spec"]["rules"]
         for path in rule["http"]["paths"]
     ]
     services = [path["backend"]["service"] for path in paths]
@@ -449,6 +450,32 @@ def test_routes_lead_to_services(made: dict[str, list[Object]]) -> None:
     assert [(one["name"], one["port"]) for one in ports] == [("http", 9000)]
     gateway = of_kind(made["overlays/gpu"], "Gateway")["epd"]["spec"]
     assert [one["protocol"] for one in gateway["listeners"]] == ["HTTPS"]
+
+
+def test_pictures_are_fetched_from_the_store_and_nothing_is_brought_there(made: dict[str, list[Object]]) -> None:
+    """By the Gateway with GET alone. An Ingress cannot name methods, but the bytes that a body may have."""
+    (rule,) = of_kind(made["overlays/gpu"], "HTTPRoute")["pictures"]["spec"]["rules"]
+    assert [one["method"] for one in rule["matches"]] == ["GET"]
+    ingresses = of_kind(made["overlays/cpu"], "Ingress")
+    limits = {
+        name: one["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
+        for name, one in ingresses.items()
+    }
+    assert limits == {"epd": "64m", "pictures": "1"}
+    served = {name: [rule["host"] for rule in one["spec"]["rules"]] for name, one in ingresses.items()}
+    assert served == {"epd": ["epd.example.org"], "pictures": ["pictures.example.org"]}
+
+
+def test_the_cpu_overlay_takes_the_gateway_too(tmp_path: Path) -> None:
+    """As deploy/README.md says of whom an Ingress is too wide for."""
+    overlay = tmp_path / "kubernetes" / "overlays" / "cpu" / "kustomization.yaml"
+    assert of_kind(kustomized("overlays/cpu", tmp_path), "Ingress")
+    overlay.write_text(overlay.read_text().replace("components/ingress", "components/gateway"))
+    objects = kustomized("overlays/cpu", tmp_path)
+    for one in objects:
+        check(one)
+    assert not of_kind(objects, "Ingress")
+    assert of_kind(objects, "HTTPRoute").keys() == {"epd", "pictures"}
 
 
 def test_an_overlay_without_secrets_says_what_is_missing(tmp_path: Path) -> None:
