@@ -210,6 +210,26 @@ def test_the_graph_gets_what_it_names(made: dict[str, list[Object]], place: str)
 
 
 @pytest.mark.parametrize("place", OVERLAYS)
+def test_checkpoints_come_from_the_volume(made: dict[str, list[Object]], place: str) -> None:
+    """Copied below its mount, or fetched into the cache there."""
+    told = {one["name"]: one.get("value") for one in of_kind(made[place], GRAPH)["epd"]["spec"]["env"]}
+    configuration = json.loads(told["DYNAMO_GRAPH_CONFIG"])
+    models = {section["model"] for section in configuration.values() if "model" in section}
+    if place == "overlays/cpu":
+        assert all(model.startswith("models/") for model in models)
+    else:
+        (job,) = [spec for _, spec, _ in pod_specs(of_kind(made["models/fetch"], "Job")["models"])]
+        (container,) = job["containers"]
+        script, _, *fetched = container["args"]
+        assert 'hf download "$$model"' in script
+        assert set(fetched) == models
+        (mount,) = [one["mountPath"] for one in container["volumeMounts"]]
+        (cache,) = [one["value"] for one in container["env"] if one["name"] == "HF_HOME"]
+        assert told["HF_HOME"] == cache.replace(mount, "/workspace/models")
+        assert told["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize("place", OVERLAYS)
 def test_only_pods_that_are_ready_are_scraped(made: dict[str, list[Object]], place: str) -> None:
     """As targets.py does it on one machine: DynamoWorkerDown is no word for a pod that pulls its image or loads."""
     (scraped,) = of_kind(made[place], "PodMonitor")["epd"]["spec"]["podMetricsEndpoints"]
