@@ -149,6 +149,10 @@ class FrontendConfig:
     public_url: str | None = None
     """Under which clients reach this frontend, for the addresses of pictures. Default: as the request came."""
 
+    @property
+    def request_seconds(self) -> float:
+        return self.admission.to_read
+
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only metrics and log ever see it."""

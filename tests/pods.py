@@ -62,7 +62,7 @@ class Pod:
     variables that the operator adds to it (component_common.go, component_frontend.go, component_planner.go,
     component_worker.go).
 
-    ``secrets``: what the cluster's secrets hold, by key.
+    ``secrets``: what the cluster's secrets hold, by key. ``of_image``: variables that the image has set.
     """
 
     def __init__(
@@ -73,7 +73,10 @@ class Pod:
         nats: str,
         code: Path,
         secrets: Mapping[str, str] | None = None,
+        of_image: Mapping[str, str] | None = None,
     ):
+        self._grace = component["podTemplate"]["spec"]["terminationGracePeriodSeconds"]
+        self._leaves = False
         self.name = f"{stored['metadata']['name']}-{component['name'].lower()}-0"
         self.main = main_of(component)
         self.ports = {8000: free_port(), 9090: free_port()}
@@ -105,7 +108,8 @@ class Pod:
                 "DYN_NAMESPACE_WORKER_SUFFIX": "0a1b2c3d",
             }
         own = [*stored["spec"]["env"], *self.main.get("env", [])]
-        environment = clean_environment() | added | {one["name"]: _value(one, secrets or {}) for one in own}
+        environment = clean_environment() | dict(of_image or {}) | added
+        environment |= {one["name"]: _value(one, secrets or {}) for one in own}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         # One machine has one port of each number, and that may be another's.
         environment["DYN_SYSTEM_PORT"] = str(self.ports[int(environment["DYN_SYSTEM_PORT"])])
@@ -154,11 +158,17 @@ class Pod:
             },
         )
 
+    def leave(self) -> None:
+        """As the kubelet begins: a SIGTERM to the first process, once."""
+        if not self._leaves:
+            self._leaves = True
+            self.process.send_signal(signal.SIGTERM)
+
     def stop(self) -> int:
-        """As the kubelet: a SIGTERM to the first process, and after its grace a SIGKILL."""
-        self.process.send_signal(signal.SIGTERM)
+        """As the kubelet: `leave`, and after its grace a SIGKILL."""
+        self.leave()
         try:
-            return self.process.wait(60)
+            return self.process.wait(self._grace)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -780,6 +781,38 @@ def test_the_manifests_command_starts_its_service_and_answers_on_its_probes(
             ]
         finally:
             statuses = [pod.stop() for pod in (door, store)]
+            print(door.output, store.output)
+    assert statuses == [0, 0]
+
+
+def test_a_pod_that_is_removed_finishes_what_it_has(desk: Desk, cluster: KubernetesServer) -> None:
+    """Both at once, as in a rollout, and for as long as the graph gives a request: the image would have them end in a
+    second."""
+    line = desk.directory / "line"
+    build = builds.find(deploy(desk, f"--Store.line={line}", "--Door.patience=90"))
+    stored, of_image = cluster.deployment("corner"), {"DYNAMO_DRAIN_SECONDS": "1"}
+    with nats(desk.directory) as server, ThreadPoolExecutor(1) as customers:
+        kubeconfig = str(cluster.kubeconfig(desk.directory / "kubeconfig"))
+        door, store = pods = [
+            Pod(stored, component(cluster, name), kubeconfig, server, build.code, of_image=of_image)
+            for name in ("Door", "Store")
+        ]
+        try:
+            eventually(lambda: store.probe("startup") == 200, "the store is up", 120)
+            store.show(cluster)
+            eventually(lambda: buy(door) == {"goods": ["one lamp"]}, "the door finds the store", 120)
+            line.mkdir()
+            bought = customers.submit(buy, door)
+            eventually(lambda: (line / "lamp").exists(), "somebody is in the store", 60)
+            for pod in pods:
+                pod.leave()
+            time.sleep(3.0)
+            assert not bought.done() and [pod.process.poll() for pod in pods] == [None, None]
+            shutil.rmtree(line)
+            assert bought.result(60) == {"goods": ["one lamp"]}
+        finally:
+            shutil.rmtree(line, ignore_errors=True)
+            statuses = [pod.stop() for pod in pods]
             print(door.output, store.output)
     assert statuses == [0, 0]
 

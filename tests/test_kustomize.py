@@ -23,6 +23,7 @@ import yaml
 
 from dynamo_epd.http.auth import Keys, signing_key
 from dynamo_epd.sdk.config import Document, resolve, split_overrides
+from dynamo_epd.sdk.deployment.manifest import DRAIN, KILL_SECONDS, LEAVING_SECONDS, MARGIN_SECONDS
 from dynamo_epd.sdk.graph import load_graph
 from tests.kubernetes_server import KubernetesServer
 from tests.manifests import (
@@ -266,7 +267,8 @@ def test_rules_and_dashboards_are_what_the_command_writes(tmp_path: Path) -> Non
 
 
 def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[Object]], tmp_path: Path) -> None:
-    (container,) = of_kind(made["kserve"], "InferenceService")["images"]["spec"]["predictor"]["containers"]
+    predictor = of_kind(made["kserve"], "InferenceService")["images"]["spec"]["predictor"]
+    (container,) = predictor["containers"]
     held = of_kind(made["kserve"], "ConfigMap")["images-graph"]["data"]
     for name, text in held.items():
         (tmp_path / name).write_text(text)
@@ -278,6 +280,9 @@ def test_the_inference_service_serves_a_graph_of_pictures(made: dict[str, list[O
     document.read(options["-f"])
     settings = resolve(load_graph(plain[1], str(ROOT)), document)
     assert {name for name, one in settings.items() if one.runs} == {"Frontend", "ImageWorker", "EmbedWorker"}
+    (drain,) = [float(one["value"]) for one in container["env"] if one["name"] == DRAIN]
+    assert drain == settings["Frontend"].config.request_seconds
+    assert predictor["terminationGracePeriodSeconds"] == drain + LEAVING_SECONDS + KILL_SECONDS + MARGIN_SECONDS
     tiny = Document()
     tiny.read(ROOT / "configs" / "tiny-cova.yaml")
     for name in ("ImageWorker", "EmbedWorker"):

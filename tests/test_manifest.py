@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
+from components.frontend import LAST_BYTES_SECONDS, Admission
 from dynamo_epd.sdk.config import ConfigError, Document, resolve, split_overrides
 from dynamo_epd.sdk.deployment import builds, images, manifest
 from dynamo_epd.sdk.deployment.builds import Build
+from dynamo_epd.sdk.deployment.manifest import LEAVING_SECONDS, MARGIN_SECONDS
 from dynamo_epd.sdk.graph import Graph, load_graph
 from dynamo_epd.sdk.operator import CONFIG, VERSIONS, configuration, outer_namespace, placed
 from dynamo_epd.sdk.serve import DEFAULT_DRAIN
@@ -93,7 +95,6 @@ def test_every_pod_is_restricted_and_writes_to_one_volume_alone(config: str, ver
         assert main["securityContext"]["readOnlyRootFilesystem"] is True
         assert main["volumeMounts"] == [{"name": "temporary", "mountPath": "/tmp"}]
         assert pod["volumes"] == [{"name": "temporary", "emptyDir": {}}]
-        assert pod["terminationGracePeriodSeconds"] == 60
 
 
 def test_the_images_are_of_the_user_whom_pods_run_as() -> None:
@@ -209,11 +210,31 @@ def test_a_pod_is_not_killed_before_it_has_drained(desk: Desk) -> None:
 
     of_all, of_one = f"{DRAIN}=300", f"--Store.ServiceArgs.envs.{DRAIN}=600.5"
     assert graces() == {60}
+    assert graces("--Door.patience=20") == {60}, "nobody has less than what counts without a word"
+    assert graces("--Door.patience=99.5") == {130}, "of the door, and of all behind it"
+    assert graces("--Door.patience=99.5", "--env", of_all) == {330}
     assert graces("--env", of_all) == {330}
     assert graces(of_one) == {60, 631}
     assert graces("--env", of_all, of_one) == {330, 631}
     alpha = made_of(desk, "--api-version", "v1alpha1", "--env", of_all)
     assert {one["terminationGracePeriodSeconds"] for one in pods(alpha).values()} == {330}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pod_that_is_removed_has_as_long_as_a_request_of_its_graph_may_take(config: str, version: str) -> None:
+    """What an autoscaler takes away, or a rollout, loses no answer that would have been in time."""
+    deadline = read(config).values["Frontend"].get("admission", {}).get("deadline", Admission().deadline)
+    assert deadline == 600 or config != "cova.yaml"
+    made = rendered(config, version)
+    (drain,) = [
+        float(one["value"]) for one in made["spec"]["env" if version == "v1beta1" else "envs"] if one["name"] == DRAIN
+    ]
+    assert drain == deadline + LAST_BYTES_SECONDS, "the last bytes on their way to a slow reader included"
+    found = pods(made)
+    assert {"Frontend", "Processor", "DecodeWorker"} <= found.keys()
+    for name, pod in found.items():
+        assert pod["terminationGracePeriodSeconds"] == LEAVING_SECONDS + drain + KILL_GRACE + MARGIN_SECONDS, name
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -351,9 +372,9 @@ def test_dollars_are_left_alone_by_kubernetes(desk: Desk) -> None:
 
 def test_a_variable_is_there_once(desk: Desk) -> None:
     made = made_of(desk, "--env", "A=1", "--env", "A=2", "--env", "DYN_SYSTEM_HOST=::", "--env-from-secret", "B=b")
-    names = ["DYNAMO_GRAPH_CONFIG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", "A", "B"]
+    names = ["DYNAMO_GRAPH_CONFIG", "DYN_SYSTEM_HOST", "DYN_SYSTEM_PORT", DRAIN, "A", "B"]
     assert [one["name"] for one in made["spec"]["env"]] == names
-    assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "9090", "2", None]
+    assert [one.get("value") for one in made["spec"]["env"][1:]] == ["::", "9090", "30", "2", None]
 
 
 def test_a_model_that_lies_here_is_pointed_out(desk: Desk) -> None:

@@ -92,6 +92,8 @@ def service(
 
     ``config`` is a frozen dataclass: its fields are the keys that the YAML may have. With ``engine_args`` the other
     keys may be vLLM's engine arguments and end up in the field ``engine_args``. Without ``config`` any key is taken.
+    One whose ``tls`` is set serves HTTPS; ``request_seconds`` is how long a request may take that the service lets in,
+    and so how long a pod of the graph may finish what it has.
     ``runs_if`` sees the config and says whether processes are started at all. Names that only the old SDK's server
     had (``traffic``, ``name``, ...) are recorded nowhere, except ``name``.
     """

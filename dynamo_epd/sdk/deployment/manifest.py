@@ -38,7 +38,9 @@ MAX_LABEL = 63
 LEAVING_SECONDS = 5
 """In which a frontend that must go answers as before: Services and proxies learn of it only by and by."""
 DRAIN, DRAIN_SECONDS = "DYNAMO_DRAIN_SECONDS", 30
-"""In which `dynamo serve` lets running requests finish: the variable that says it, and what counts without it."""
+"""In which `dynamo serve` lets running requests finish: the variable that says it, and what counts without it. Pods
+have as long as the graph gives a request: one that is removed, by an autoscaler or a rollout, loses none that it has.
+"""
 KILL_SECONDS = 20
 """For what is left then."""
 MARGIN_SECONDS = 5
@@ -105,12 +107,16 @@ def render(
     check_name(name, [one.name for one in running])
     if len(running) > MAX_COMPONENTS:
         raise ConfigError(f"{len(running)} services run; a {KIND} takes {MAX_COMPONENTS}")
-    components = [_component(build, graph, one, order) for one in running]
+    # Of all services: a request that a door of the graph has let in may be in any of them.
+    longest = max((getattr(one.config, "request_seconds", 0.0) for one in running), default=0.0)
+    drain = max(DRAIN_SECONDS, math.ceil(longest))
+    components = [_component(build, graph, one, order, drain) for one in running]
     env: dict[str, dict[str, Any]] = {
         CONFIG: {"value": _literal(_json(carried(order.configuration)))},
         "DYN_SYSTEM_HOST": {"value": "0.0.0.0"},
         # The operator sets it for workers alone; the frontend has metrics too.
         "DYN_SYSTEM_PORT": {"value": str(SYSTEM_PORT)},
+        DRAIN: {"value": str(drain)},
     }
     env |= {key: {"value": _literal(value)} for key, value in order.envs.items()}
     for key, (secret, inner) in order.secrets.items():
@@ -183,7 +189,7 @@ def has_http(graph: Graph, name: str) -> bool:
     return info.app is not None or bool(info.marked("api"))
 
 
-def _component(build: Build, graph: Graph, one: ServiceSettings, order: Order) -> dict[str, Any]:
+def _component(build: Build, graph: Graph, one: ServiceSettings, order: Order, drain: int) -> dict[str, Any]:
     kind = component_type(graph, one)
     info = info_of(graph.services[one.name])
     gpus = _gpus(one)
@@ -209,7 +215,7 @@ def _component(build: Build, graph: Graph, one: ServiceSettings, order: Order) -
     template: dict[str, Any] = {
         "spec": {
             "containers": [main],
-            "terminationGracePeriodSeconds": _grace(one, order),
+            "terminationGracePeriodSeconds": _grace(one, order, drain),
             **_fence_of_pod(ours=not named),
         },
     }
@@ -281,16 +287,17 @@ def _resources(one: ServiceSettings, gpus: int) -> dict[str, Any]:
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
 
 
-def _grace(one: ServiceSettings, order: Order) -> int:
-    """Seconds for a pod to end: a kubelet kills what is not gone by then, finished or not."""
-    text = (order.envs | one.envs).get(DRAIN, str(DRAIN_SECONDS))
+def _grace(one: ServiceSettings, order: Order, drain: int) -> int:
+    """Seconds for a pod to end: a kubelet kills what is not gone by then, finished or not. ``drain``: where nobody says
+    another."""
+    text = (order.envs | one.envs).get(DRAIN, str(drain))
     try:
-        drain = float(text)
+        seconds = float(text)
     except ValueError:
-        drain = math.nan
-    if not 0 <= drain < math.inf:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
         raise ConfigError(f"{one.name}: {DRAIN} {text!r} is no number of seconds")
-    return LEAVING_SECONDS + math.ceil(drain) + KILL_SECONDS + MARGIN_SECONDS
+    return LEAVING_SECONDS + math.ceil(seconds) + KILL_SECONDS + MARGIN_SECONDS
 
 
 def _probes(port: int, scheme: str) -> dict[str, Any]:

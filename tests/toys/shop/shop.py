@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from dynamo_epd.sdk import DYNAMO_IMAGE, api, async_on_start, depends, endpoint, service, service_config
@@ -15,9 +16,11 @@ from dynamo_epd.sdk import DYNAMO_IMAGE, api, async_on_start, depends, endpoint,
 
 @dataclasses.dataclass(frozen=True)
 class StoreConfig:
-    """``gate``: a file without which the store does not open."""
+    """``gate``: a file without which the store does not open. ``line``: a directory; as long as it is there, who
+    fetches something stands in it."""
 
     gate: str = ""
+    line: str = ""
     shelves: int = 3
 
 
@@ -39,6 +42,11 @@ class Store:
     async def fetch(self, what: str) -> AsyncIterator[str]:
         from goods.words import label  # only here: the build must find it all the same
 
+        line = service_config(StoreConfig).line
+        if line and os.path.isdir(line):  # noqa: ASYNC240 - a moment
+            Path(line, what).touch()  # noqa: ASYNC240
+        while line and os.path.isdir(line):  # noqa: ASYNC240
+            await asyncio.sleep(0.05)
         yield label(what)
 
 
@@ -59,7 +67,16 @@ class Planner:
     pass
 
 
-@service
+@dataclasses.dataclass(frozen=True)
+class DoorConfig:
+    patience: float = 0.0
+
+    @property
+    def request_seconds(self) -> float:
+        return self.patience
+
+
+@service(config=DoorConfig)
 class Door:
     store = depends(Store)
     till = depends(Till)
