@@ -102,6 +102,8 @@ class KubernetesServer:
         """(verb, path, content type) of each, in order."""
         self.before: Callable[[str, str], None] = lambda verb, path: None
         """Called before each request is answered: somebody else's move. After a ConnectionError there is no answer."""
+        self.lag = 0.0
+        """Seconds until a deployment has what its scaling adapter was told."""
         self._knows_dynamo = knows_dynamo
         self._events: list[tuple[int, str, tuple[str, str, str, str], dict[str, Any]]] = []
         self._version = 1
@@ -342,9 +344,18 @@ class KubernetesServer:
         if key[1] == DEPLOYMENTS and sub is None:
             self._make_adapters(key, found)
             self.operator(found)
-        if key[1] == ADAPTERS:
+        if key[1] == ADAPTERS and self.lag:
+            late = threading.Timer(self.lag, self._follow_late, [key])
+            late.daemon = True
+            late.start()
+        elif key[1] == ADAPTERS:
             self._follow(key, found)
         return found
+
+    def _follow_late(self, key: tuple[str, str, str, str]) -> None:
+        with self._changed:
+            if key in self.objects:
+                self._follow(key, self.objects[key])
 
     def _make_adapters(self, key: tuple[str, str, str, str], deployment: dict[str, Any]) -> None:
         """Of every component that asks for one."""

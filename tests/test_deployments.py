@@ -829,17 +829,21 @@ def buy(door: Pod) -> Any:
 
 
 class Busy:
-    """A double of a worker's metrics: every second 20 requests come to it, each of which takes it 0.4 s."""
+    """A double of a worker's metrics: every second 20 requests come to it, each of which takes it 0.4 s, and one in
+    eight ends. From `rest` on none comes any more, and all have ended."""
 
     METRICS = ("queue_depth", "queue_seconds_count", "queue_seconds_sum", "run_seconds_count", "run_seconds_sum")
 
     def __init__(self) -> None:
-        begun = time.monotonic()
+        self._begun = time.monotonic()
+        self._came: float | None = None
+        busy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                came = 20 * (time.monotonic() - begun)
-                values = zip(Busy.METRICS, (came, came / 8, came, came / 8, came / 20), strict=True)
+                came = busy._so_far() if busy._came is None else busy._came
+                ended = came / 8 if busy._came is None else came
+                values = zip(Busy.METRICS, (came - ended, ended, came, ended, 0.4 * ended), strict=True)
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write("".join(f"epd_stage_{name} {value}\n" for name, value in values).encode())
@@ -852,18 +856,27 @@ class Busy:
         self._http = ThreadingHTTPServer((self.address, SYSTEM_PORT), Handler)
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
+    def _so_far(self) -> float:
+        return 20 * (time.monotonic() - self._begun)
+
+    def rest(self) -> None:
+        self._came = self._so_far()
+
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
 
 
 def test_a_planner_in_a_pod_scales_by_the_adapters(desk: Desk, cluster: KubernetesServer) -> None:
-    """With the operator's variables and the rights that it gives planners; of the workers' metrics it has a double."""
+    """Up and down, with the operator's variables and the rights that it gives planners; of the workers' metrics it has
+    a double. The operator takes longer than the planner from one look to the next: each number is asked for once."""
     desk.patch.setattr(builds, "library_files", desk.library_files)
     config = str(ROOT / "configs" / "tiny-disagg.yaml")
     tag = desk.build(graph="graphs.disagg:Frontend", where=ROOT)
-    arguments = ["-n", "corner", "-f", config, "--Planner.no-operation=false", "--Planner.interval=0.2", "--no-wait"]
+    planned = ["--Planner.interval=0.2", "--Planner.stages.EncodeWorker={max: 3, window: 2, cool-down: 2}"]
+    arguments = ["-n", "corner", "-f", config, "--Planner.no-operation=false", *planned, "--no-wait"]
     assert desk.run("deploy", tag, *arguments) == 0, desk.noted
+    cluster.lag = 1.5
     stored, busy = cluster.deployment("corner"), Busy()
     labels = {"nvidia.com/dynamo-graph-deployment-name": "corner", "nvidia.com/dynamo-component": "EncodeWorker"}
     pod = {
@@ -879,16 +892,32 @@ def test_a_planner_in_a_pod_scales_by_the_adapters(desk: Desk, cluster: Kubernet
             eventually(lambda: planner.probe("readiness") == 200, "the planner is ready", 120)
             assert planner.probe("liveness") == planner.probe("startup") == 200
             cluster.put("", "pods", pod)
-            eventually(lambda: component(cluster, "EncodeWorker").get("replicas", 1) > 1, "it asks for more", 60)
+            eventually(lambda: component(cluster, "EncodeWorker").get("replicas") == 3, "it asks for more", 60)
+            busy.rest()
+            eventually(lambda: component(cluster, "EncodeWorker")["replicas"] == 1, "it asks for fewer", 60)
+            counted = decisions(planner)
         finally:
             status = planner.stop()
             print(planner.output)
             busy.close()
     assert status == 0
-    others = [one for one in stored["spec"]["components"] if one["name"] != "EncodeWorker"]
+    others = [one for one in cluster.deployment("corner")["spec"]["components"] if one["name"] != "EncodeWorker"]
     assert not any("replicas" in one for one in others)
-    told = {path.rpartition("/v1beta1/")[2] for verb, path, _ in cluster.requests if verb == "PATCH"}
-    assert told == {"namespaces/default/dynamographdeploymentscalingadapters/corner-encodeworker/scale"}
+    told = [path.rpartition("/v1beta1/")[2] for verb, path, _ in cluster.requests if verb == "PATCH"]
+    assert set(told) == {"namespaces/default/dynamographdeploymentscalingadapters/corner-encodeworker/scale"}
+    adapter = cluster.objects["nvidia.com", ADAPTERS, "default", "corner-encodeworker"]
+    assert len(told) == adapter["metadata"]["generation"] - 1, "each has told it another number than before"
+    assert set(counted) == {"grow", "shrink"} and sum(counted.values()) == len(told)
+
+
+def decisions(planner: Pod) -> dict[str, float]:
+    """That it has counted, by direction."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{planner.ports[9090]}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    counted = re.findall(
+        r'(?m)^epd_planner_decisions_total\{.*direction="(\w+)".*stage="EncodeWorker".*\} (\S+)$', text
+    )
+    return {direction: float(value) for direction, value in counted}
 
 
 def test_a_pod_without_nats_says_so(desk: Desk, cluster: KubernetesServer) -> None:

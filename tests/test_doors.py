@@ -127,6 +127,45 @@ def test_a_stage_is_held_to_what_its_own_name_says(server: KubernetesServer, tmp
     assert server.objects[GROUP, ADAPTERS, "default", "demo-my-stage"]["spec"]["replicas"] == 2
 
 
+def test_what_an_adapter_has_accepted_counts_until_the_operator_has_copied_it(
+    server: KubernetesServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployed(server, EncodeWorker=2, DecodeWorker=1)
+    server.lag = 3600.0
+
+    def in_deployment(replicas: int) -> None:
+        stored = server.deployment("demo")
+        stored["spec"]["components"][0]["replicas"] = replicas
+        server.touch(stored)
+
+    async def looks() -> list[int]:
+        kubernetes, found = door(server, tmp_path), []
+
+        async def look() -> None:
+            services = await kubernetes.services()
+            assert services["DecodeWorker"].replicas == 1
+            found.append(services["EncodeWorker"].replicas)
+
+        await look()
+        await kubernetes.scale("EncodeWorker", 5, "a test")
+        await look()
+        in_deployment(5)
+        await look()
+        in_deployment(2)  # somebody else's, by the same adapter
+        await look()
+        await kubernetes.scale("EncodeWorker", 4, "a test")
+        await look()
+        in_deployment(3)
+        await look()
+        await kubernetes.scale("EncodeWorker", 6, "a test")
+        await look()
+        monkeypatch.setattr("dynamo_epd.planning.doors.FOLLOW_SECONDS", 0.0)  # nobody follows any more
+        await look()
+        return found
+
+    assert asyncio.run(looks()) == [2, 5, 5, 2, 4, 3, 6, 3]
+
+
 def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: KubernetesServer, tmp_path: Path) -> None:
     deployed(server, EncodeWorker=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ DEPLOYMENT_NAMESPACE = "DYN_PARENT_DGD_K8S_NAMESPACE"
 DEPLOYMENT_LABEL = "nvidia.com/dynamo-graph-deployment-name"
 COMPONENT_LABEL = "nvidia.com/dynamo-component"
 REQUEST_SECONDS = 5.0
+FOLLOW_SECONDS = 60.0
+"""In which the operator is believed to be on its way to what an adapter was told."""
 
 
 class DoorClosed(Exception):
@@ -83,11 +86,22 @@ class SupervisorDoor:
             raise DoorClosed(str(error)) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """An adapter: the number that it has accepted, and what the deployment said then."""
+
+    replicas: int
+    instead_of: int
+    when: float
+
+
 class KubernetesDoor:
     """A DynamoGraphDeployment: one DynamoGraphDeploymentScalingAdapter per component that may be scaled.
 
     The operator copies ``spec.replicas`` of an adapter into the deployment, so that autoscalers do not fight over it.
-    Services are named as the graph and the configuration do it. Pods are found by the labels that the operator gives.
+    That takes it a while, in which a service has the number that its adapter has accepted: who looked at the deployment
+    alone would ask for it again and again. Once the deployment says anything else, that counts. Services are named as
+    the graph and the configuration do it. Pods are found by the labels that the operator gives.
 
     It does with what the operator lets its planners do (deploy/helm/charts/platform/components/operator/templates/
     planner.yaml of ai-dynamo/dynamo): get deployments, list pods, patch the scale of adapters.
@@ -102,6 +116,9 @@ class KubernetesDoor:
         self._patches = client.CustomObjectsApi(patching)
         self._core = client.CoreV1Api(api_client)
         self._namespace, self._deployment = namespace, deployment
+        self._said: dict[str, int] = {}
+        """Service → replicas in the deployment, at the last look."""
+        self._told: dict[str, _Told] = {}
 
     async def services(self) -> dict[str, Staffed]:
         found = await self._call(
@@ -117,18 +134,29 @@ class KubernetesDoor:
             self._namespace,
             label_selector=f"{DEPLOYMENT_LABEL}={self._deployment}",
         )
-        return {
-            service_of(one["name"]): Staffed(
-                one.get("replicas", 1),
-                tuple(
-                    _worker(pod)
-                    for pod in pods.items
-                    if (pod.metadata.labels or {}).get(COMPONENT_LABEL) == one["name"]
-                ),
-            )
+        self._said = {
+            service_of(one["name"]): one.get("replicas", 1)
             for one in found["spec"]["components"]
             if one.get("scalingAdapter") is not None
         }
+        return {
+            name: Staffed(
+                self._replicas(name),
+                tuple(
+                    _worker(pod)
+                    for pod in pods.items
+                    if (pod.metadata.labels or {}).get(COMPONENT_LABEL) == component_of(name)
+                ),
+            )
+            for name in self._said
+        }
+
+    def _replicas(self, service: str) -> int:
+        said, told = self._said[service], self._told.get(service)
+        if told is not None and said == told.instead_of and time.monotonic() < told.when + FOLLOW_SECONDS:
+            return told.replicas
+        self._told.pop(service, None)
+        return said
 
     async def scale(self, service: str, replicas: int, why: str) -> None:
         await self._call(
@@ -140,6 +168,8 @@ class KubernetesDoor:
             adapter_of(self._deployment, component_of(service)),
             {"spec": {"replicas": replicas}},
         )
+        if service in self._said:
+            self._told[service] = _Told(replicas, self._said[service], time.monotonic())
 
     async def _call(self, function: Any, *arguments: Any, **named: Any) -> Any:
         from kubernetes.client import ApiException
