@@ -169,6 +169,7 @@ class ImageWorker(ArenaOwner):
         )
         self.store = Store(config.store, on_stored=metrics.stored().inc)
         self.jobs = JobQueue(dynamo_context["namespace"], config.jobs)
+        metrics.watch_jobs(lambda: self.jobs.waiting)
         await self.jobs.open(nats_url())
         self.jobs.work(self._job, dynamo_context["stopping"])
 

@@ -59,6 +59,8 @@ REQUEST_SECONDS = 5.0
 FETCH_SECONDS = 1.0
 """A worker asks again after this long without a job. One that leaves waits for the answer: a job that crossed with the
 calling off would lie here until this worker is taken for dead."""
+LOOK_SECONDS = 1.0
+"""From one look of a worker at how many jobs wait to the next: as often as the planner looks."""
 DEDUPLICATION_SECONDS = 120.0
 """JetStream's own default: a message that is sent again within this long is there once."""
 TRIES = 10
@@ -118,6 +120,10 @@ class JobQueue:
         self._connection: Any = None
         self._stream: Any = None
         self._working: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self.waiting: int | None = None
+        """Jobs that no worker has taken, as this one was told last. None where nobody can tell: there is no queue, or
+        no NATS. A job that was given back is none of them: it is some worker's in a moment."""
 
     async def open(self, url: str) -> None:
         """Connects, and makes the queue where there is none yet. Raises StageUnavailable without NATS or JetStream."""
@@ -171,9 +177,10 @@ class JobQueue:
 
     async def close(self) -> None:
         """Gives a job that runs here back to the queue, and disconnects: also where NATS is away, within seconds."""
-        if self._working is not None:
-            self._working.cancel()
-            await asyncio.gather(self._working, return_exceptions=True)
+        tasks = [task for task in (self._working, self._looking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._connection is not None:
             with contextlib.suppress(NatsError, OSError):  # where NATS is away, what was still to be said to it
                 await self._connection.close()
@@ -269,11 +276,23 @@ class JobQueue:
         """Takes jobs, one after the other, until `close`, or until the one under way once ``leaving`` is set."""
         dropped.watch(dropped.JOBS)
         self._working = asyncio.create_task(self._work(run, leaving or asyncio.Event()))
+        self._looking = asyncio.create_task(self._look())
 
     async def finished(self) -> None:
         """Waits for the job that runs here when this worker leaves. Called off, it leaves that one running."""
         if self._working is not None:
             await asyncio.wait([self._working])
+
+    async def _look(self) -> None:
+        while True:
+            waiting = None
+            try:
+                waiting = (await self._stream.consumer_info(self._name, self._name)).num_pending
+            except (NatsError, OSError):  # it is away, or somebody has deleted the queue: `_work` says so
+                pass
+            finally:
+                self.waiting = waiting
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _work(self, run: Run, leaving: asyncio.Event) -> None:
         while not leaving.is_set():

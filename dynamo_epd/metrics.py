@@ -76,6 +76,11 @@ class Metrics:
         """
         return self._histogram("epd_job_queue_seconds", "Seconds a job lay in the queue", JOB_SECONDS)
 
+    def watch_jobs(self, waiting: Callable[[], int | None]) -> None:
+        """Reports whenever they are scraped how many jobs no worker has taken, or nothing where that is not known.
+        Every worker says the same of the one queue."""
+        REGISTRY.register(_JobsCollector(waiting, self._labels))
+
     def images(self) -> Any:
         """Pictures made."""
         return Counter("epd_images_generated", "Pictures made", LABELS).labels(*self._labels)
@@ -198,6 +203,24 @@ class _DroppedCollector:
         for place, count in self._counts().items():
             family.add_metric((*self._labels, place), count)
         yield family
+
+
+class _JobsCollector:
+    """Turns `dynamo_epd.jobs`' plain number into a metric family at scrape time."""
+
+    def __init__(self, waiting: Callable[[], int | None], labels: tuple[str, ...]):
+        self._waiting = waiting
+        self._labels = labels
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = self._waiting()
+        if waiting is not None:
+            family = GaugeMetricFamily("epd_job_queue_depth", "Jobs that no worker has taken", labels=LABELS)
+            family.add_metric(self._labels, waiting)
+            yield family
 
 
 class _ArenaCollector:

@@ -136,6 +136,50 @@ def test_a_job_is_queued_runs_and_is_completed(server):
     run(scenario())
 
 
+def test_workers_know_how_many_jobs_nobody_has_taken(server, monkeypatch):
+    monkeypatch.setattr("dynamo_epd.jobs.REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr("dynamo_epd.jobs.LOOK_SECONDS", 0.05)
+
+    async def scenario():
+        async with queue(server) as front, queue(server) as one, queue(server) as another:
+            assert one.waiting is None, "it does not work yet"
+            go = asyncio.Event()
+
+            async def make(job, lain):
+                await go.wait()
+
+            async def told(*counts):
+                async with asyncio.timeout(BOUND):
+                    while [worker.waiting for worker in (one, another)] != list(counts):
+                        await asyncio.sleep(0.02)
+
+            jobs = [await submitted(front, str(number)) for number in range(4)]
+            one.work(make)
+            await told(3, None)
+            another.work(make)
+            await told(2, 2)
+            jobs.append(await submitted(front, "one more"))
+            await told(3, 3)
+            server.kill()
+            await told(None, None)
+            server.start()
+            await told(3, 3)
+            go.set()
+            for job in jobs:
+                assert (await over(front, job.id)).status == "completed"
+            await told(0, 0)
+            go.clear()
+            await submitted(front, "the last for one")
+            await submitted(front, "the last for another")
+            await submitted(front, "the last that waits")
+            await told(1, 1)
+            async with operator(server) as somebody:
+                await somebody.delete_stream(STREAM)
+            await told(None, None)
+
+    run(scenario())
+
+
 def test_a_job_of_the_longest_prompts_is_taken(server):
     """Of characters that JSON spells with six bytes each."""
 

@@ -29,9 +29,14 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     return kustomized("overlays/gpu", tmp_path_factory.mktemp("deploy"))
 
 
+def triggers(objects: list[Object], stage: str) -> dict[str, Any]:
+    """By name."""
+    found = of_kind(objects, "ScaledObject")[f"epd-{stage.lower()}"]["spec"]["triggers"]
+    return {one["name"]: one for one in found}
+
+
 def trigger(objects: list[Object], stage: str) -> Any:
-    (found,) = of_kind(objects, "ScaledObject")[f"epd-{stage.lower()}"]["spec"]["triggers"]
-    return found
+    return triggers(objects, stage)["queue"]
 
 
 def test_one_scaler_per_stage_on_its_adapter(objects: list[Object]) -> None:
@@ -62,6 +67,11 @@ def test_triggers_have_the_keys_that_keda_reads(objects: list[Object]) -> None:
         assert found["metadata"].keys() == TRIGGER and all(isinstance(one, str) for one in found["metadata"].values())
         target = PlannerConfig().limits(stage).queue_target
         assert float(found["metadata"]["threshold"]) >= target
+    names = {stage: set(triggers(objects, stage)) for stage in STAGES}
+    assert names == {stage: {"queue"} for stage in STAGES} | {"ImageWorker": {"queue", "jobs"}}
+    jobs = triggers(objects, "ImageWorker")["jobs"]
+    assert (jobs["type"], jobs["metricType"]) == ("prometheus", "AverageValue")
+    assert jobs["metadata"].keys() == TRIGGER and float(jobs["metadata"]["threshold"]) > 0
 
 
 @pytest.fixture
@@ -140,6 +150,19 @@ def test_an_image_workers_pictures_have_waited_as_long_as_their_jobs_lay_in_the_
     ]
     query = trigger(objects, "ImageWorker")["metadata"]["query"]
     answers(tmp_path, series, [(query, "4m", 3), (query, "9m", 63)])
+
+
+@needs_promtool
+def test_jobs_that_no_worker_has_taken_count_once_and_never_as_nothing(objects: list[Object], tmp_path: Path) -> None:
+    """Both workers tell of the one queue, a moment apart; then it is empty; then nobody is there to tell."""
+    series = []
+    for worker, values in (("a", "40x20 0x20 stale"), ("b", "39x20 0x20 stale")):
+        labels = f'namespace="dynamo-epd",graph="epd",dynamo_component="ImageWorker",worker="{worker}"'
+        series.append({"series": f"epd_job_queue_depth{{{labels}}}", "values": values})
+    other = 'namespace="other",graph="epd",dynamo_component="ImageWorker",worker="a"'
+    series.append({"series": f"epd_job_queue_depth{{{other}}}", "values": "90x60"})
+    query = triggers(objects, "ImageWorker")["jobs"]["metadata"]["query"]
+    answers(tmp_path, series, [(query, "4m", 40), (query, "9m", 0), (query, "14m", 0)])
 
 
 @needs_promtool

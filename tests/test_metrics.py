@@ -45,6 +45,10 @@ def test_every_metric_is_there_under_its_name_and_labels():
     metrics.batch_size().observe(4)
     metrics.restarts(3)
     metrics.watch_dropped(lambda: {"encode": 9})
+    waiting: list[int | None] = [None]
+    metrics.watch_jobs(lambda: waiting[0])
+    assert "epd_job_queue_depth" not in generate_latest().decode(), "nobody knows"
+    waiting[0] = 12
     text = generate_latest().decode()
     labels = 'dynamo_component="Stage",dynamo_namespace="space",model="model"'
     for name, value in {
@@ -57,6 +61,7 @@ def test_every_metric_is_there_under_its_name_and_labels():
         "epd_stage_run_seconds_sum": 0.0,  # it is not said to have run while it waited
         "epd_encode_batch_size_sum": 4.0,
         "epd_worker_restarts_total": 3.0,
+        "epd_job_queue_depth": 12.0,
         "epd_embedding_cache_hits_total": 7.0,
         "epd_embedding_cache_misses_total": 8.0,
         "epd_embedding_cache_bytes": 64.0,

@@ -46,6 +46,7 @@ MAY_BE_ZERO = {
     # what is there at the moment of a look, and at rest is not
     "stage:epd_stage_queue_depth:sum",
     "epd_stage_queue_depth",
+    "graph:epd_job_queue_depth:max",
     "epd_planner_queue_seconds",
     "epd_arena_leases",
     "epd_arena_used_bytes",

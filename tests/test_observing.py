@@ -52,6 +52,33 @@ def test_the_time_that_jobs_lay_in_the_queue_is_the_stages_wait() -> None:
     assert found == without | {"queue_seconds_sum": 90.015}, "but no more waits than there were visits"
 
 
+WAITING = 'epd_job_queue_depth{{dynamo_component="A"}} {jobs}\n'
+
+
+def test_jobs_that_no_worker_has_taken_are_counted_once_however_many_tell_of_them(exporters: Exporters) -> None:
+    def tell(worker: str, jobs: float) -> None:
+        says(exporters, worker, 1, 10, 5)
+        exporters.texts[f"/{worker}"] = f"{exporters.texts[f'/{worker}']}{WAITING.format(jobs=jobs)}"
+
+    async def looks() -> list[Observed]:
+        observer, found = Observer(), []
+        tell("a", 40.0)
+        tell("b", 39.0)
+        says(exporters, "c", 1, 10, 5)  # it cannot tell
+        everybody = [exporters.worker(name) for name in "abc"]
+        found.append((await observer.look({"A": Staffed(3, tuple(everybody))}))["A"])
+        gone = Worker("a", False, "http://127.0.0.1:1/metrics")
+        found.append((await observer.look({"A": Staffed(3, (gone, *everybody[1:]))}))["A"])
+        found.append((await observer.look({"A": Staffed(1, (everybody[2],))}))["A"])
+        await observer.close()
+        return found
+
+    found = asyncio.run(looks())
+    assert [one.jobs for one in found] == [40, 39, 0]
+    assert [one.in_stage for one in found] == [3, 2, 1], "they are no visits yet"
+    assert found[0].arrived == 33
+
+
 def test_jobs_that_lie_in_the_queue_make_a_stage_grow_although_its_workers_look_idle(exporters: Exporters) -> None:
     """A worker takes one at a time: its load is 1 of its 4, however many there are."""
 

@@ -139,6 +139,25 @@ def test_a_backlog_counts_beside_the_rate() -> None:
     assert stage.replicas >= 3 + (60 - 5) / 10
 
 
+def test_jobs_that_nobody_has_taken_are_a_backlog_of_which_a_worker_clears_one_at_a_time() -> None:
+    """One job runs, for 5 s, and is all that the stage has: for its load one worker is enough."""
+
+    def looks(jobs: float, concurrency: int = 4) -> Decision | None:
+        limits, state, decision = Limits(max=40, concurrency=concurrency, cool_down=10), State(), None
+        for second in range(60):
+            observed = Observed(2, 2, 1.0, second / 5, second, second / 5, 0.0, jobs=jobs)
+            state, decision = decide(state, observed, float(second), limits)
+        return decision
+
+    few, many = looks(0), looks(60)
+    assert few is not None and few.replicas == 1
+    assert many is not None and many.replicas == 11, "60 of 5 s each in 30 s, and the one that runs"
+    assert many.reason.endswith(", 60 wait")
+    assert looks(1) is None, "no reason to grow, and none to shrink"
+    alone = looks(60, concurrency=1)
+    assert alone is not None and alone.replicas == 12
+
+
 def test_it_grows_by_one_when_requests_wait_although_there_is_a_server_for_each() -> None:
     """``concurrency`` promises 8 at once, and the worker takes them one by one."""
     stage = Stage(Limits(concurrency=8, queue_target=0.5), replicas=1)

@@ -272,6 +272,8 @@ epd_embedding_cache_misses_total {misses}
 nixl_transfer_bytes_total {nixl}
 # TYPE epd_digest_failures counter
 epd_digest_failures_total {broken}
+# TYPE epd_job_queue_depth gauge
+epd_job_queue_depth {jobs}
 """
 
 
@@ -281,7 +283,7 @@ def test_counters_of_workers_that_restart_come_late_or_fall_silent_are_counted_o
     double = DoorThatAnswers()
 
     def says(name: str, **values: int) -> None:
-        zero = dict.fromkeys(("good", "bad", "images", "hits", "misses", "nixl", "broken"), 0)
+        zero = dict.fromkeys(("good", "bad", "images", "hits", "misses", "nixl", "broken", "jobs"), 0)
         exporters.texts[f"/{name}"] = METRICS.format(**zero | values)
 
     def worker(index: int, pid: int, *, ready: bool = True, leaving: bool = False) -> dict[str, Any]:
@@ -301,11 +303,11 @@ def test_counters_of_workers_that_restart_come_late_or_fall_silent_are_counted_o
                 found.extend(await watch.look())
 
             says("0", good=100, bad=2, images=50, hits=10, misses=30, nixl=1000, broken=1)
-            says("1", good=7, images=7)
+            says("1", good=7, images=7, jobs=5)
             exporters.texts["/1"], late = None, exporters.texts["/1"]  # too long an answer: none
             await look(worker(0, gone), worker(1, gone + 1))
             exporters.texts["/1"] = late
-            says("0", good=110, bad=3, images=70, hits=13, misses=31, nixl=3000, broken=1)
+            says("0", good=110, bad=3, images=70, hits=13, misses=31, nixl=3000, broken=1, jobs=4)
             await look(worker(0, gone), worker(1, gone + 1))
             says("0", good=4, bad=0, images=20, hits=1, misses=3, nixl=2000)  # another process
             await look(worker(0, gone + 2), worker(1, gone + 1), worker(2, gone + 3, ready=False))
@@ -321,6 +323,7 @@ def test_counters_of_workers_that_restart_come_late_or_fall_silent_are_counted_o
     assert (first.ready, first.wanted, first.silent, first.failures) == (2, 2, 1, 3)
     assert (first.requests_per_second, first.cache_hit_rate, first.nixl_bytes_per_second) == (None, None, None)
     assert (second.silent, second.failures, second.cache_hit_rate, second.output) == (0, 4, 0.75, "images")
+    assert (first.job_queue_depth, second.job_queue_depth) == (0, 5), "of one queue, of which each tells"
     assert (first.wait_p99, second.wait_p50, second.wait_p99) == (None, pytest.approx(0.05), pytest.approx(0.099))
 
     def each(stage: Stage, scale: float) -> tuple[float, float]:

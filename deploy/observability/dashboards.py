@@ -409,6 +409,12 @@ IMAGES = (
         *quantiles("epd_job_queue_seconds", IMAGE),
     ),
     lines(
+        "Jobs that wait",
+        "short",
+        "That no image worker has taken. Jobs may wait, but one that only grows is an ImageWorker that is short.",
+        (f"graph:epd_job_queue_depth:max{{{G}}}", "{{graph}}"),
+    ),
+    lines(
         "Run in the image worker",
         "s",
         "From its turn to the pixels. Compare with steps times seconds of one step: the rest is the VAE and hand-offs.",

@@ -17,11 +17,12 @@ from dynamo_epd.planning.policy import Observed
 SCRAPE_SECONDS = 0.8
 SCRAPE_BYTES = 4 * 1024 * 1024
 SAMPLE = re.compile(
-    rb"^epd_(?:stage|job(?=_queue_seconds_sum))_(queue_depth|(?:queue|run)_seconds_(?:sum|count))(?:\{.*\})?"
-    rb" ([0-9.eE+-]+)\s*$",
+    rb"^epd_(?:stage_|job_(?=queue_seconds_sum)|(?=job_queue_depth))"
+    rb"((?:job_)?queue_depth|(?:queue|run)_seconds_(?:sum|count))(?:\{.*\})? ([0-9.eE+-]+)\s*$",
     re.MULTILINE,
 )
-"""The time that jobs lay in the queue adds to the stage's waits. Their count does not: each has its visit there."""
+"""The time that jobs lay in the queue adds to the stage's waits. Their count does not: each has its visit there. Jobs
+that nobody has taken are no visits yet, and a number of their own."""
 COUNTERS = ("run_seconds_count", "run_seconds_sum", "queue_seconds_count", "queue_seconds_sum")
 
 Key = TypeVar("Key")
@@ -103,6 +104,11 @@ class Observer:
             queued=sums.counters["queue_seconds_count"],
             queue_seconds=sums.counters["queue_seconds_sum"],
             known_late=sums.known_late,
+            # one queue, of which every worker tells
+            jobs=max(
+                (one.get("job_queue_depth", 0.0) for name, one in sums.last.items() if name not in sums.lost),
+                default=0.0,
+            ),
         )
 
 

@@ -5,7 +5,7 @@
 runs ``concurrency`` requests at once, so ``n`` workers are ``n × concurrency`` servers. Enough is the smallest ``n``
 that keeps utilisation at or below ``1 - headroom`` and the mean wait of Erlang's delay formula (A. K. Erlang, 1917)
 at or below ``queue_target``. If requests wait beyond what the target allows, what clears them within ``catch_up``
-seconds comes on top.
+seconds comes on top. Jobs that no worker has taken are among them; of these a worker takes one at a time.
 
 **How it notices a burst.** The rate is that of the last ``window`` seconds. A shorter time counts instead when it holds
 more arrivals than chance allows: a Shewhart control chart on counts made normal, ``2 sqrt(k + 3/8)`` (F. J. Anscombe,
@@ -99,6 +99,8 @@ class Observed:
     queue_seconds: float
     known_late: float = 0.0
     """Requests that were first seen, or seen again, some time after they had come: no arrivals."""
+    jobs: float = 0.0
+    """Jobs that no worker has taken: they arrive when one does."""
 
     @property
     def arrived(self) -> float:
@@ -142,14 +144,15 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
     seconds = state.run_seconds or 0.0
     load = _rate(state, limits.window) * seconds
     slots = observed.ready * limits.concurrency
-    waiting = max(0.0, observed.in_stage - slots)
+    waiting = max(0.0, observed.in_stage - slots) + observed.jobs
+    backlog = waiting + observed.jobs * (limits.concurrency - 1)  # a job is all that its worker takes at once
     queue = mean_queue(state, now)
     late = queue is not None and queue > limits.queue_target * (1 + limits.tolerance)
 
     wanted = replicas_for(load, seconds, limits)
     reason = f"{load:.2f} requests run at once"
-    if waiting and slots and waiting * seconds / slots > limits.queue_target:
-        extra = waiting * seconds / limits.catch_up
+    if waiting and slots and backlog * seconds / slots > limits.queue_target:
+        extra = backlog * seconds / limits.catch_up
         wanted = max(wanted, math.ceil((load / (1 - limits.headroom) + extra) / limits.concurrency))
         reason += f", {waiting:g} wait"
     patience = SETTLE + (limits.catch_up if waiting else 0.0)

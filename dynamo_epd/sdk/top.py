@@ -121,6 +121,7 @@ def cells(stage: Stage) -> dict[str, str]:
         "stage": stage.name,
         "ready": f"{stage.ready}/{stage.wanted}" + (f", {stage.silent} silent" if stage.silent else ""),
         "queue": number(stage.queue_depth),
+        "jobs": number(stage.job_queue_depth),
         "wait p50 p99": wait,
         "run": seconds(stage.run_seconds),
         "req/s": number(stage.requests_per_second),

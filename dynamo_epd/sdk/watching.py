@@ -39,6 +39,7 @@ CACHES = (
     ("vllm:prefix_cache_hits_total", ("vllm:prefix_cache_queries_total",)),
 )
 """Hits, and what adds up to all that was looked for."""
+JOBS = "epd_job_queue_depth", ""
 NIXL_BYTES = ("nixl_transfer_bytes_total", "vllm:nixl_bytes_transferred_sum")
 
 
@@ -55,6 +56,8 @@ class Stage:
     silent: int
     """Workers that are ready and have metrics, but did not give them."""
     queue_depth: float | None
+    job_queue_depth: float | None
+    """Jobs that none of its workers has taken."""
     wait_p50: float | None
     wait_p99: float | None
     """Seconds."""
@@ -134,6 +137,8 @@ class Watch:
                 one["ready"] and one["metrics"] is not None and _identity(name, one) not in read for one in workers
             ),
             queue_depth=now.get(("epd_stage_queue_depth", "")),
+            # one queue, of which every worker tells
+            job_queue_depth=max((read[one][JOBS] for one in identities if JOBS in read.get(one, {})), default=None),
             wait_p50=quantile(0.5, waits),
             wait_p99=quantile(0.99, waits),
             run_seconds=_ratio(grown, (f"{ran}_sum",), (f"{ran}_count",)),
