@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from dynamo_epd.planning.policy import Decision, Limits, Observed, State, decide, mean_wait, replicas_for
+from dynamo_epd.planning.policy import SETTLE, Decision, Limits, Observed, State, decide, mean_wait, replicas_for
 
 
 class Stage:
@@ -85,6 +85,54 @@ def test_a_burst_is_acted_on_at_the_second_look() -> None:
     assert first - began <= 2 and decision.replicas > before
     assert first - decision.cause <= 1
     assert 21 <= stage.replicas <= 30  # 15 at once, with headroom, and not much more
+
+
+def test_the_cause_of_a_growth_is_the_last_look_at_which_there_were_enough() -> None:
+    """However often it is decided: somebody may not be able to carry it out."""
+    stage = Stage(Limits(max=100), replicas=5)
+    stage.steady(3, 120)
+    assert stage.decisions == []
+    last = stage.now
+    for _ in range(10):
+        stage.now += 1
+        stage.finished += 30
+        stage.look(act=False)
+    assert [one.cause for _, one in stage.decisions] == [last] * len(stage.decisions)
+    assert stage.decisions[0][0] == last + 1 and stage.decisions[-1][0] == last + 10
+    stage.replicas = 60  # somebody else has seen to it
+    stage.steady(30, 100)
+    stage.decisions.clear()
+    stage.replicas = 2
+    stage.steady(30, 1)
+    assert [one.cause for _, one in stage.decisions] == [last + 110]
+
+
+@pytest.mark.parametrize(("in_stage", "patience"), [(0.0, SETTLE), (20.0, SETTLE + 30)])
+@pytest.mark.parametrize("changed", [0, 75])
+def test_a_growth_for_requests_that_wait_comes_as_soon_as_the_stage_has_settled(
+    in_stage: float, patience: float, changed: int
+) -> None:
+    """That much after its last change, or as soon as they are late by the mean of ten seconds, whichever comes later.
+    That is its cause too."""
+    stage = Stage(Limits(concurrency=8, queue_target=0.5, catch_up=30, max=40))
+    late_at = 0.0
+    for second in range(1, 300):
+        if second == changed:
+            stage.replicas = 2
+        stage.now = second
+        stage.finished += 1
+        waits = 3.0 if second > 80 else 0.0
+        stage.queue_seconds += waits
+        # by the test's own reckoning
+        if not late_at and waits * min(10, second - 80) / 10 > 0.55:
+            late_at = second
+        if stage.look(act=False, in_stage=in_stage) is not None:
+            break
+    due = max(late_at, changed + patience)
+    ((made, decision),) = stage.decisions
+    assert decision.reason.startswith("requests wait")
+    assert due <= made <= due + 2
+    assert made - 1 <= decision.cause <= made
 
 
 def test_it_shrinks_only_after_the_cool_down_and_says_since_when() -> None:

@@ -119,6 +119,8 @@ class State:
     """Mean of one request, from the last window in which any finished."""
     needed: float | None = None
     """When as many workers as there are were last wanted."""
+    enough: float | None = None
+    """The last look at which there were as many workers as are wanted, or another number of them than now."""
     changed: float = -math.inf
     """When the number of workers was last seen to change, or the last of them to become ready."""
     proved: tuple[float, float, int] | None = None
@@ -127,7 +129,10 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """``cause``: the earliest time at which that could have been known which led to it."""
+    """``cause``: the earliest time since which the condition that led to it can have held. Of a growth that is the last
+    look at which there were workers enough, or another number of them. What the policy waits for belongs to the
+    condition: the cool-down of workers that leave, the settling of a stage in which requests wait for one more.
+    """
 
     replicas: int
     reason: str
@@ -136,7 +141,8 @@ class Decision:
 
 def decide(state: State, observed: Observed, now: float, limits: Limits) -> tuple[State, Decision | None]:
     """One look at a stage: what to remember, and the number of workers it should have if that is another one."""
-    before = state.looks[-1] if state.looks else None
+    last = state.looks[-1] if state.looks else (now, observed)
+    enough = state.enough if state.enough is not None and last[1].replicas == observed.replicas else last[0]
     state = _remember(state, observed, now, limits.window)
     if observed.replicas == 0:
         return state, None
@@ -171,7 +177,8 @@ def decide(state: State, observed: Observed, now: float, limits: Limits) -> tupl
     state = _want(state, keep, observed, now, limits)
 
     if wanted > observed.replicas:
-        return state, Decision(wanted, reason, now if before is None else before[0])
+        return dataclasses.replace(state, enough=enough), Decision(wanted, reason, enough)
+    state = dataclasses.replace(state, enough=now)
     assert state.needed is not None
     highest = max(count for _, count in state.wanted)
     if highest < observed.replicas and now - state.needed >= limits.cool_down:
