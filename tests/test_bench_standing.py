@@ -261,6 +261,17 @@ time.sleep(600)
     assert not arm.masks()
 
 
+def test_agg_is_the_command_that_a_user_would_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(arms_module, "WORK", tmp_path)
+    for arm in (arms_module.agg(tmp_path, tuned=False), arms_module.agg(tmp_path, tuned=True)):
+        ((command, environment),) = arm._started
+        assert (Path(command[0]).name, *command[1:3]) == ("vllm", "serve", str(tmp_path))
+        assert f"vllm serve {tmp_path} " in arm.commands[0]
+        assert os.access(command[0], os.X_OK)
+        asked = [sys.executable, "-c", "import importlib.metadata as about; about.version('vllm')"]
+        subprocess.run(asked, env=os.environ | environment, check=True, timeout=60)
+
+
 def test_stock_is_installed_anew_where_half_of_it_or_another_version_lies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
