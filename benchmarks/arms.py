@@ -7,7 +7,9 @@ also calls upon `dynamo_epd.engine.plugin`, which every vLLM here loads, and so 
 progress thread of NIXL's that rests, engines that NIXL's connector binds to no core, a side channel that outlives what
 is no handshake, an engine that ends with its side channel, stacks at SIGUSR1, and our classes of some models that no
 row serves. They keep vLLM's cache of processed pictures: ours go without, for embeddings bypass it, but who is asked
-with pixels wins by it. The others are as they are shipped: torch chooses their threads, as many as there are cores.
+with pixels wins by it. The others are as they are shipped, but for what they need to run here at all (float32, no
+compiler, no cores of their own for their threads, a KV cache that leaves memory to the rest): torch chooses their
+threads, as many as there are cores.
 """
 
 from __future__ import annotations
@@ -179,12 +181,12 @@ class Arm:
         return found
 
     def close(self) -> None:
-        """Ends what was started here, the last first: all but the first are asked at once, and lean on that one."""
+        """Ends what was started here: all are asked at once."""
         self.resume()
-        for process in self._processes[1:]:
+        for process in self._processes:
             if process.poll() is None:
                 process.terminate()
-        for process in reversed(self._processes):
+        for process in self._processes:
             self._end(process)
         self._processes.clear()
 
@@ -251,15 +253,14 @@ def named_vllm() -> dict[str, str]:
 
 
 def stock(model: Path, *, tuned: bool) -> Arm:
-    """Dynamo's own frontend, encode, prefill and decode workers, over a NATS of their own."""
+    """Dynamo's own frontend, encode, prefill and decode workers. Requests go the way that they go by default, over TCP;
+    that workers are found by files, and events go over ZeroMQ, saves a server of each."""
     install_stock()
     name = "STOCK-tuned" if tuned else "STOCK"
-    port, nats = _free_port(), _free_port()
+    port = _free_port()
     place = (WORK / f"discovery-{name}-{port}").absolute()
-    shared = CPU | QUIET | (TUNED if tuned else {})
-    shared |= {"PYTHONPATH": str(STOCK.absolute()), "NATS_SERVER": f"nats://127.0.0.1:{nats}"}
-    shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_REQUEST_PLANE": "nats"}
-    shared |= {"DYN_EVENT_PLANE": "zmq"}
+    shared = CPU | QUIET | (TUNED if tuned else {}) | {"PYTHONPATH": str(STOCK.absolute())}
+    shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_EVENT_PLANE": "zmq"}
     worker = [sys.executable, "-m", "dynamo.vllm", "--model", str(model), "--served-model-name", MODEL, *ENGINE]
     worker += ["--enable-multimodal", *(["--distributed-executor-backend", "uni"] if tuned else [])]
     embeds = ["--enable-mm-embeds", "--kv-transfer-config"]
@@ -268,10 +269,8 @@ def stock(model: Path, *, tuned: bool) -> Arm:
         "prefill": [*embeds, _kv("kv_producer"), "--route-to-encoder", "--disaggregation-mode", "prefill"],
         "decode": [*embeds, _kv("kv_consumer"), "--disaggregation-mode", "decode"],
     }
-    server = str(BIN / "nats-server")
-    started: list[Started] = [([server, "-a", "127.0.0.1", "-p", str(nats)], {})]
     frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
-    started.append((frontend, shared))
+    started: list[Started] = [(frontend, shared)]
     started += [
         ([*worker, *more], shared | {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}) for more in roles.values()
     ]

@@ -272,6 +272,16 @@ def test_agg_is_the_command_that_a_user_would_type(monkeypatch: pytest.MonkeyPat
         subprocess.run(asked, env=os.environ | environment, check=True, timeout=60)
 
 
+def test_stocks_requests_go_the_way_that_they_go_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(arms_module, "install_stock", lambda: None)
+    monkeypatch.setenv("DYN_REQUEST_PLANE", "nats")
+    for tuned in (False, True):
+        started = arms_module.stock(tmp_path, tuned=tuned)._started
+        assert [command[2] for command, _ in started] == ["dynamo.frontend", *["dynamo.vllm"] * 3]
+        for _, environment in started:
+            assert "DYN_REQUEST_PLANE" not in arms_module.environment_without_graphs() | environment
+
+
 def test_stock_is_installed_anew_where_half_of_it_or_another_version_lies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
