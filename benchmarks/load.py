@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import random
@@ -119,7 +120,16 @@ async def at_rate(rate: float, seconds: float, seed: int, one: Callable[[int], A
     return list(await asyncio.gather(*begun))
 
 
+def settled() -> None:
+    """Takes what there is by now from the garbage collector's rounds. One over the models of the rows before stops the
+    process for hundreds of milliseconds, which would be taken for an answer's. The services do so once they have
+    started."""
+    gc.collect()
+    gc.freeze()
+
+
 def session() -> aiohttp.ClientSession:
-    """For every arm; connections are kept, but for less time than the servers keep them (uvicorn 5 s): a question
-    would fail on one that its server is just closing."""
+    """For every arm, `settled`; connections are kept, but for less time than the servers keep them (uvicorn 5 s): a
+    question would fail on one that its server is just closing."""
+    settled()
     return aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0))

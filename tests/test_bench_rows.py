@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import urllib.request
@@ -118,6 +119,19 @@ def test_what_failed_is_said_in_one_line(status: int, body: str, failed: str) ->
             return await ask(client, str(server.make_url("")).rstrip("/"), {})
 
     assert asyncio.run(go()).failed == failed
+
+
+def test_a_client_leaves_what_was_there_before_it_out_of_its_collections() -> None:
+    async def go() -> None:
+        async with session():
+            assert not any(one is kept for one in gc.get_objects())
+
+    kept: list[int] = []
+    try:
+        assert any(one is kept for one in gc.get_objects())
+        asyncio.run(go())
+    finally:
+        gc.unfreeze()
 
 
 # Models

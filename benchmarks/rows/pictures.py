@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples, ratios
+from benchmarks.load import settled
 from benchmarks.standing import rotated
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _measure(repeats: int, model: Path, steps: int) -> Row:
     most = ImageConfig(model=str(model)).max_batch
     generator, plain = Generator(str(model), dtype="float32", max_batch=most), Plain(model)
     wanted = eight(steps)
+    settled()
     ways: dict[str, Callable[[], list[numpy.ndarray]]] = {
         "at once": lambda: [one.pixels for one in at_once(generator, wanted)],
         "plain diffusers, one after another": lambda: [plain.make(one) for one in wanted],

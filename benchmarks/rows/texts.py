@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import checkpoints
 from benchmarks.arms import ROOT, WORK
 from benchmarks.figures import Goal, Row, Samples, ratios
+from benchmarks.load import settled
 from benchmarks.standing import rotated
 
 NUMBER = 10
@@ -87,6 +88,7 @@ async def _one_model(row: Row, name: str, model: Path, repeats: int) -> None:
     batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len)
     direct = Direct(model)
     texts = short_texts(TEXTS)
+    settled()
 
     async def ours(those: Sequence[str]) -> list[torch.Tensor]:
         """As `EmbedWorker.embed` does it."""

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from benchmarks.figures import Goal, Row, Samples, ratios
+from benchmarks.load import settled
 from benchmarks.obedient import FAILURES, last_line
 from benchmarks.owners import MIB, ROOM, Owner, check, content, owner
 from benchmarks.standing import rotated
@@ -56,6 +57,7 @@ async def measure(repeats: int) -> Row:
 
 async def _measure_sizes(row: Row, source: Owner, repeats: int) -> None:
     async with _arms(source, row) as arms:
+        settled()
         for name, nbytes in SIZES.items():
             seconds = await by_turns(arms, nbytes, repeats, row)
             row.samples += [Samples(f"{arm}, {name}", [1e3 * one for one in of], "ms") for arm, of in seconds.items()]
