@@ -530,7 +530,7 @@ def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) 
     log: list[str] = []
 
     async def answered(client: Any, url: str, body: Any) -> Told:
-        log.append("stream" if body["max_tokens"] == storm.TOKENS else "picture")
+        log.append("picture" if body["max_tokens"] == storm.QUESTION_TOKENS else "stream")
         await asyncio.sleep(0)
         return told()
 
@@ -541,7 +541,7 @@ def test_the_storm_and_the_quiet_change_places(monkeypatch: pytest.MonkeyPatch) 
     for repeat, order in ((0, quiet_first), (1, storm_first)):
         log.clear()
         row = Row(6, "t", "s", open_loop=True)
-        asyncio.run(storm._one(client, arm, repeat, row, None))
+        asyncio.run(storm._one(client, arm, repeat, row, storm.RATE))
         assert log == order
         assert len(row.client) == 1, "the client's share of a core is taken in the storm alone"
 
@@ -563,26 +563,27 @@ def test_a_stream_that_failed_at_once_is_why_its_row_is_void() -> None:
     assert row.void == "AGG: 1 questions of the storm failed: 503: gone"
 
 
-def test_questions_come_at_the_pace_of_the_stream_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_come_at_one_rate_for_all_arms_which_follows_aggs_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
     async def noted(over: asyncio.Event, rate: float, seed: int, one: Any) -> list[Told]:
         rates.append(rate)
-        return []
+        return [told(text="y")]
 
     async def answered(client: Any, url: str, body: Any) -> Told:
-        return quiet
+        tokens = body["max_tokens"]
+        gap = {"AGG": 0.004 if len(rates) < 2 else 0.008, "OURS-disagg": 0.1}[url]
+        return told(text="s" * tokens, gaps=[gap, gap, 0.9])
 
-    monkeypatch.setattr(storm, "until", noted)
-    monkeypatch.setattr(storm, "ask", answered)
-    client: Any = None
-    arm: Any = SimpleNamespace(url="")
-    row = Row(6, "t", "s", open_loop=True)
-    quiet = told(gaps=[0.004, 0.004, 0.9])
-    first = asyncio.run(storm._one(client, arm, 0, row, None))
-    quiet = told(gaps=[0.008] * 3)
-    asyncio.run(storm._one(client, arm, 1, row, first))
-    assert rates == pytest.approx([10.0, 10.0]), "one in the time of 25 tokens; of the last quiet one before"
+    async def woken(*_: Any) -> None:
+        """It was awake."""
+
+    for name, double in (("until", noted), ("ask", answered), ("picture", str)):
+        monkeypatch.setattr(storm, name, double)
+    monkeypatch.setattr(standing, "_wake", woken)
+    doubles: Any = StandingDouble()
+    asyncio.run(storm.measure(doubles, 5))
+    assert rates == pytest.approx([storm.RATE] * 2 + [10.0] * 2 + [5.0] * 8), "one in the time of 25 of its tokens"
     assert storm.rate_of(told(failed="503", gaps=[])) == storm.RATE
     drawn = storm.DRAWN * storm.EVERY / storm.TOKENS
     assert drawn > 4, "of a stream as slow as a fourth"

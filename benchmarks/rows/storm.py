@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 6: the pace of a running text stream while questions about pictures arrive, beside its pace without them.
 
-Questions come at the stream's own pace, one every so many tokens as it goes without them: at a fixed rate a stream that
-is over soon would meet too few of them, and its 99th percentile would see no stall of any length.
+Questions come at one rate for all arms of a repeat, so that whoever decodes more slowly is not asked less. It follows
+AGG's pace on this machine, one every so many tokens as its last stream went without them: at a rate that is written
+down here a stream that is over soon would meet too few of them, and its 99th percentile would see no stall of any
+length.
 
 The goal is the median of ratios pair by pair, as in every row. The percentile of all repeats' gaps together is shown
 beside it and is no goal: it rests on more stalls, but on one figure, and the hundredth of all gaps that it looks at may
@@ -28,17 +30,17 @@ from benchmarks.standing import Standing, agree, as_long, clients_share, rotated
 
 NUMBER = 6
 TITLE = "a text stream during an image storm"
-TOKENS = 512
+TOKENS, WARM_UP_TOKENS = 512, 128
 EVERY = 25
-"""Tokens of the stream without a storm for which there is one question about a new picture in it; they wait for nobody.
-Four gaps in a hundred may stall, then, where one in a hundred is looked for."""
+"""Tokens of AGG's stream without a storm for which there is one question about a new picture in one; they wait for
+nobody. Four gaps in a hundred may stall, then, where one in a hundred is looked for."""
 RATE = 3.0
-"""Questions a second where no stream was heard without a storm."""
+"""Questions a second where AGG was not heard without a storm yet: in the first turn, which does not count."""
 QUESTION_TOKENS = 1
 SHARE = 0.99
 ARMS = ("AGG", "OURS-disagg")
 DRAWN = 96
-"""Pictures of a storm that are drawn before it: those of a stream that it slows down to a quarter of its pace."""
+"""Pictures of a storm that are drawn before it: those of a stream at a quarter of AGG's pace without one."""
 
 
 @dataclass(frozen=True)
@@ -51,52 +53,53 @@ class Pace:
 
 
 async def measure(standing: Standing, repeats: int) -> Row:
-    """Each turn streams the same text twice, without and with the storm, which changes places. Each arm's storm has the
-    rate of its last quiet stream; the first turn, which does not count, begins with one."""
-    load = f"{SERVED}, a stream of {TOKENS} tokens, a question about a new picture in the time of {EVERY} of its tokens"
-    load += f" without them, {repeats} repeats"
+    """Each turn streams the same text twice, without and with the storm, which changes places."""
+    load = f"{SERVED}, a stream of {TOKENS} tokens, a question about a new picture in the time of {EVERY} of AGG's "
+    load += f"tokens without them, at one rate for all arms of a repeat, {repeats} repeats"
     row = Row(NUMBER, f"{TITLE}, p{100 * SHARE:g} inter-token latency", load, open_loop=True)
     arms = standing.arms(row, SERVED, ARMS)
     paces: dict[str, list[Pace]] = {name: [] for name in arms}
-    last: dict[str, Pace] = {}
+    quiet: Told | None = None
     async with session() as client:
         for repeat in range(1 + repeats):
             for number in range(DRAWN):  # ahead: it takes the client milliseconds a picture
                 picture(_picture(repeat, number))
+            rate = rate_of(quiet)
             for name, arm in rotated(arms, repeat):
                 async with turn(client, arm, row):
-                    last[name] = await _one(client, arm, repeat, row, last.get(name))
+                    pace = await _one(client, arm, repeat, row, rate)
+                if name == "AGG":
+                    quiet = pace.quiet
                 if repeat:
-                    paces[name].append(last[name])
+                    paces[name].append(pace)
     fill(row, paces)
     return row
 
 
-async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int, row: Row, last: Pace | None) -> Pace:
-    """``last``: of the same arm."""
-    body = chat(f"Tell me story number {repeat}.", tokens=TOKENS)
+async def _one(client: aiohttp.ClientSession, arm: Arm, repeat: int, row: Row, rate: float) -> Pace:
+    """``rate``: questions a second."""
+    body = chat(f"Tell me story number {repeat}.", tokens=TOKENS if repeat else WARM_UP_TOKENS)
 
     async def about(number: int) -> Told:
         question = chat("What is in it?", [picture(_picture(repeat, number))], tokens=QUESTION_TOKENS)
         return await ask(client, arm.url, question)
 
-    async def in_storm(quiet: Told | None) -> tuple[Told, list[Told]]:
+    async def in_storm() -> tuple[Told, list[Told]]:
         over = asyncio.Event()
         with clients_share(row):
-            storm = asyncio.ensure_future(until(over, rate_of(quiet), repeat, about))
+            storm = asyncio.ensure_future(until(over, rate, repeat, about))
             told = await ask(client, arm.url, body)
             over.set()
             return told, await storm
 
     if repeat % 2:
-        stormy, storm = await in_storm(last.quiet if last else None)
+        stormy, storm = await in_storm()
         return Pace(await ask(client, arm.url, body), stormy, storm)
-    quiet = await ask(client, arm.url, body)
-    return Pace(quiet, *await in_storm(quiet))
+    return Pace(await ask(client, arm.url, body), *await in_storm())
 
 
 def rate_of(quiet: Told | None) -> float:
-    """Questions a second, from the pace of a stream without them."""
+    """Questions a second, from the pace of AGG's stream without them."""
     if quiet is None or quiet.failed or not quiet.gaps:
         return RATE
     return 1.0 / (EVERY * median(quiet.gaps))
@@ -129,7 +132,9 @@ def fill(row: Row, paces: Mapping[str, Sequence[Pace]]) -> None:
             row.void = row.void or f"{name}: {len(failed)} questions of the storm failed: {failed[0]}"
         other = sum(pace.quiet.text != pace.stormy.text for pace in of)
         asked = sum(len(pace.storm) for pace in of) / len(of)
+        seconds = sum(pace.stormy.whole for pace in of) / len(of)
         every = f", one every {shown(TOKENS / asked)} tokens" if asked else ""
+        every += f", {shown(asked / seconds)} a second" if seconds else ""
         row.notes.append(f"{name}: {shown(asked)} questions in a storm{every}")
         if other:
             row.notes.append(f"{name}: {other} of {len(of)} streams said something else in the storm")
