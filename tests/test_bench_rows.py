@@ -401,17 +401,18 @@ def test_a_repeated_picture_is_asked_about_in_new_words_and_its_text_is_as_long(
     first, seen, text = (parts(kind, 3) for kind in (repeated.FIRST, repeated.SEEN, repeated.TEXT))
     assert first[1] == seen[1] and seen[1]["type"] == "image_url", "the same picture"
     assert parts(repeated.SEEN, 4)[1] != seen[1]
-    beginnings = {one[0]["text"][:16] for one in (first, seen, text, parts(repeated.SEEN, 4), parts(repeated.TEXT, 4))}
-    assert len(beginnings) == 5, "no prefix cache has seen any of them"
+    others = (parts(repeated.SEEN, 4), parts(repeated.TEXT, 4), parts(repeated.BETWEEN, 3))
+    beginnings = {one[0]["text"][:16] for one in (first, seen, text, *others)}
+    assert len(beginnings) == 6, "no prefix cache has seen any of them"
     assert first[2] != seen[2], "another question"
     assert len(text[0]["text"]) == len(seen[0]["text"]) + 40 + len(seen[2]["text"])
 
 
 def test_a_picture_seen_before_is_set_against_text() -> None:
     kinds = {
-        repeated.FIRST: [told(0.9), told(0.8)],
-        repeated.SEEN: [told(0.22), told(0.21)],
-        repeated.TEXT: [told(0.2), told(0.2)],
+        repeated.FIRST: [told(0.9), told(0.8), told(0.9), told(0.8)],
+        repeated.SEEN: [told(0.22), told(0.22), told(0.21), told(0.21)],
+        repeated.TEXT: [told(0.2)] * 4,
     }
     row = Row(5, "t", "s")
     repeated.fill(row, dict.fromkeys(repeated.ARMS, kinds))
@@ -421,8 +422,8 @@ def test_a_picture_seen_before_is_set_against_text() -> None:
         "OURS-disagg-2, at the same prefill worker, against text",
         "OURS-agg, against text",
     ]
-    assert row.goals[0].values == pytest.approx([1.1, 1.05]) and row.met
-    assert [goal.values for goal in row.goals[1:3]] == [pytest.approx([1.1]), pytest.approx([1.05])]
+    assert row.goals[0].values == pytest.approx([1.1, 1.1, 1.05, 1.05]) and row.met
+    assert [goal.values for goal in row.goals[1:3]] == [pytest.approx([1.1] * 2), pytest.approx([1.05] * 2)]
     assert [sample.arm for sample in row.samples][:3] == [
         "AGG, new picture",
         "AGG, seen before",
@@ -430,20 +431,33 @@ def test_a_picture_seen_before_is_set_against_text() -> None:
     ]
 
 
-def test_the_other_prefill_worker_is_asked_in_odd_repeats_and_the_same_one_in_even_ones(
+def test_both_orders_are_asked_at_the_other_prefill_worker_and_at_the_same_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Calls go to two workers by turns."""
     calls = {name: 0 for name in repeated.ARMS}
     showed: dict[str, int] = {}
+    kinds: dict[int, str] = {}
+    asked_at: Counter[tuple[str, bool]] = Counter()
+
+    def asked(kind: str, repeat: int, length: int) -> dict[str, Any]:
+        body = asked_really(kind, repeat, length)
+        kinds[id(body)] = kind
+        bodies.append(body)  # its id stays its own
+        return body
 
     async def answered(client: Any, url: str, body: Any) -> Told:
         calls[url] += 1
-        question = body["messages"][0]["content"][-1]["text"]
-        if question == repeated.QUESTIONS[0]:
+        kind = kinds[id(body)]
+        if kind == repeated.FIRST:
             showed[url] = calls[url] % 2
-        if question == repeated.QUESTIONS[1] and calls[url] % 2 != showed[url]:
-            return told(0.4)
+            orders[url] = []
+        orders[url].append(kind)
+        if kind == repeated.SEEN:
+            elsewhere = calls[url] % 2 != showed[url]
+            if url == repeated.TWO:
+                asked_at["other" if elsewhere else "same", repeated.TEXT in orders[url]] += 1
+            return told(0.4 if elsewhere else 0.2)
         return told(0.2)
 
     async def as_long(*_: Any) -> int:
@@ -451,16 +465,20 @@ def test_the_other_prefill_worker_is_asked_in_odd_repeats_and_the_same_one_in_ev
 
     @asynccontextmanager
     async def turn(client: Any, arm: Any, row: Row) -> AsyncIterator[None]:
-        calls[arm.url] += 1  # the question that is not timed
+        calls[arm.url] = 1  # the question that is not timed
         yield
 
-    for name, double in (("ask", answered), ("filler", as_long), ("prompt_tokens", as_long), ("turn", turn)):
+    asked_really, bodies, orders = repeated.asked, list[Any](), dict[str, list[str]]()
+    for name, double in (("ask", answered), ("asked", asked), ("filler", as_long), ("prompt_tokens", as_long)):
         monkeypatch.setattr(repeated, name, double)
+    monkeypatch.setattr(repeated, "turn", turn)
     doubles: Any = StandingDouble()
     row = asyncio.run(repeated.measure(doubles, 5))
     _, other, same, _ = row.goals
-    assert other.values == pytest.approx([2.0] * 5) and not other.met
-    assert same.values == pytest.approx([1.0] * 5) and same.met, "at least five of each, however few are asked for"
+    assert other.values == pytest.approx([2.0] * 6) and not other.met
+    assert same.values == pytest.approx([1.0] * 6) and same.met, "as many of each, however few are asked for"
+    asked_at -= Counter({("same", True): 1})  # the turn that warms up
+    assert asked_at == dict.fromkeys([(who, first) for who in ("other", "same") for first in (True, False)], 3)
 
 
 # Row 6

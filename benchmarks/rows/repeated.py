@@ -2,10 +2,11 @@
 """Row 5: time to first token about a picture that was seen before, beside a text prompt of the same length.
 
 Both prompts begin with words that nobody has said, so that no prefix cache helps; what is known is the picture. Prefill
-workers that are as free as each other take turns: in a turn of four questions, the first of which is not timed, the
-second shows the picture, and the third or, every other time, the fourth asks about it again: the third is asked at the
-worker that has not seen it, the fourth at the one that has. Each has a goal of its own: one median of both would lie
-between them, and say of neither how long it takes.
+workers that are as free as each other take turns. The first question of a turn is not timed, the second shows the
+picture; the question about it and the text come last, in one order or the other, and in half of the turns a text that
+counts for nothing comes before them. So either order is asked at either worker: at the one that has seen the picture
+and at the one that has not, which have a goal each. One median of both would lie between them, and say of neither how
+long it takes.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ QUESTIONS = ("What is in it?", "Which colour?!")
 """As long as each other."""
 TWO = "OURS-disagg-2"
 """It has two prefill workers."""
-LEAST = 10
-"""Repeats: five at each of two workers."""
+LEAST = 12
+"""Repeats: six at each of two workers, in either order as often."""
 OURS = ("OURS-disagg", TWO, "OURS-agg")
 ARMS = ("AGG", *OURS)
 FIRST, SEEN, TEXT = "new picture", "seen before", "text of the same length"
+BETWEEN = "between"
+"""A text that is not timed: it changes the worker whose turn it is."""
 
 
 async def measure(standing: Standing, repeats: int) -> Row:
-    """Every arm is asked about each picture twice, and about a text; the last two change places. ``repeats``: no fewer
-    than `LEAST`."""
+    """Every arm is asked about each picture twice, and about a text. ``repeats``: no fewer than `LEAST`."""
     repeats = max(LEAST, repeats)
     load = f"{SERVED}, one client, {repeats} repeats, a picture and another question about it, one worker a stage"
     load += f" but two prefill workers of {TWO}"
@@ -69,14 +71,22 @@ async def by_turns(
     """arm → kind → answers."""
     told: dict[str, dict[str, list[Told]]] = {name: {FIRST: [], SEEN: [], TEXT: []} for name in arms}
     for repeat in range(WARM_UP + repeats):
-        bodies = {kind: asked(kind, repeat, length) for kind in (FIRST, SEEN, TEXT)}
+        kinds, _ = order_of(repeat)
+        bodies = {kind: asked(kind, repeat, length) for kind in kinds}
         for name, arm in rotated(arms, repeat):
             async with turn(client, arm, row):
-                for kind in (FIRST, *((SEEN, TEXT) if repeat % 2 else (TEXT, SEEN))):
+                for kind in kinds:
                     answer = await ask(client, arm.url, bodies[kind])
-                    if repeat >= WARM_UP:
+                    if repeat >= WARM_UP and kind != BETWEEN:
                         told[name][kind].append(answer)
     return told
+
+
+def order_of(repeat: int) -> tuple[list[str], bool]:
+    """The questions of a turn, and whether the picture is asked about again at the worker that has not seen it."""
+    seen_first, between = bool(repeat % 2), bool(repeat // 2 % 2)
+    last = (SEEN, TEXT) if seen_first else (TEXT, SEEN)
+    return [FIRST, *([BETWEEN] if between else []), *last], seen_first != between
 
 
 async def filler(client: aiohttp.ClientSession, arm: Arm) -> int:
@@ -89,7 +99,7 @@ def asked(kind: str, repeat: int, length: int) -> dict[str, Any]:
     """A body whose first words no other has."""
     chance = random.Random(f"{kind} {repeat}")
     words = "".join(chance.choices(string.ascii_lowercase, k=16))
-    if kind == TEXT:
+    if kind in (TEXT, BETWEEN):
         return chat(words + "".join(chance.choices(string.ascii_lowercase, k=length)) + QUESTIONS[1], tokens=TOKENS)
     return chat(QUESTIONS[kind == SEEN], [picture(50_000 + repeat)], tokens=TOKENS, before=words)
 
@@ -105,7 +115,10 @@ def fill(row: Row, told: Mapping[str, Mapping[str, list[Told]]]) -> None:
     for name in OURS:
         times = ratios(first[name][SEEN], first[name][TEXT])
         if name == TWO:
-            other, same = ([one for at, one in enumerate(times, WARM_UP) if at % 2 == odd] for odd in (1, 0))
+            other, same = (
+                [one for at, one in enumerate(times, WARM_UP) if order_of(at)[1] is elsewhere]
+                for elsewhere in (True, False)
+            )
             row.goals.append(Goal(f"{name}, at the other prefill worker, against text", other, "≤", 1.10))
             row.goals.append(Goal(f"{name}, at the same prefill worker, against text", same, "≤", 1.10))
         else:
