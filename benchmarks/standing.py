@@ -34,8 +34,8 @@ START: Mapping[str, Callable[[Path], Arm]] = {
     "OURS-disagg-2": lambda model: ours_disagg(model, prefill_workers=2),
 }
 ALONE = ("AGG", "OURS-disagg")
-"""Started one after the other, before all else: how long that takes is judged in a row of its own. The first spins, and
-so it stands still while the second starts."""
+"""Started one after the other, before all else, where they serve the tiny model: how long that takes is judged in a row
+of its own. The first spins, and so it stands still while the second starts."""
 WITHOUT_STOCK = ("AGG", "AGG-tuned", "OURS-agg", "OURS-disagg")
 AWAKE_TRIES, AWAKE_SECONDS, AWAKE_PAUSE = 2, 20.0, 1.0
 """Of the question that wakes an arm up, each bounded: the first may be lost to what died while it stood still."""
@@ -49,7 +49,6 @@ Kind = TypeVar("Kind")
 class Starts:
     """Of `ALONE`, with nothing else at work: seconds to the first answer, and what that said, by arm."""
 
-    model: str
     seconds: dict[str, float]
     said: dict[str, str]
 
@@ -64,7 +63,7 @@ class Standing:
         self._model = ""
         self._arms: dict[str, Arm] = {}
         self.starts: list[Starts] = []
-        """All that there were so far in which no other arm stood."""
+        """All that there were so far of the tiny model, in which no other arm stood."""
 
     def arms(self, row: Row, model: str, names: Sequence[str]) -> dict[str, Arm]:
         """By name, in this order; the row is told their commands. Raises RuntimeError for one that does not start, but
@@ -85,13 +84,13 @@ class Standing:
     def _start(self, names: Sequence[str], row: Row) -> None:
         """`ALONE` first; then those that need no more than their imports, and those that spin, each at once."""
         nothing_else = not self._arms
-        alone = [name for name in ALONE if name in names]
+        alone = [name for name in ALONE if name in names and self._model == checkpoints.TINY]
         for name in alone:
             self._together([name], row)
         if nothing_else and len(alone) == len(ALONE):
             seconds = {name: self._arms[name].seconds_to_answer for name in alone}
             said = {name: self._arms[name].first_said for name in alone}
-            self.starts.append(Starts(self._model, seconds, said))
+            self.starts.append(Starts(seconds, said))
         others = [name for name in names if name not in alone]
         self._together([name for name in others if not name.startswith("STOCK")], row)
         stock = [name for name in others if name.startswith("STOCK")]

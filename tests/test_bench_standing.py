@@ -19,6 +19,7 @@ import pytest
 from benchmarks import arms as arms_module
 from benchmarks import checkpoints, standing
 from benchmarks.arms import PAUSE_SECONDS, Arm
+from benchmarks.checkpoints import TINY
 from benchmarks.figures import Row
 from benchmarks.load import Told
 from benchmarks.rows import answer, start
@@ -75,10 +76,10 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_an_arm_starts_once_and_stands_while_rows_need_it(log: list[str]) -> None:
     arms, row = Standing(Path), Row(1, "t", "s")
-    assert list(arms.arms(row, "tiny", ("OURS-agg", "AGG"))) == ["OURS-agg", "AGG"]
+    assert list(arms.arms(row, TINY, ("OURS-agg", "AGG"))) == ["OURS-agg", "AGG"]
     first = ["start AGG", "AGG answers", "AGG rests", "start OURS-agg", "OURS-agg answers", "OURS-agg rests"]
     assert log == first, "AGG begins: nothing else is at work then"
-    assert list(arms.arms(row, "tiny", ("AGG", "OURS-disagg"))) == ["AGG", "OURS-disagg"]
+    assert list(arms.arms(row, TINY, ("AGG", "OURS-disagg"))) == ["AGG", "OURS-disagg"]
     assert log[6:8] == ["end OURS-agg", "start OURS-disagg"], "whom a row does not need it does not keep"
     assert row.notes == ["`serve OURS-agg`", "`serve AGG`", "`serve AGG`", "`serve OURS-disagg`"]
     del log[:]
@@ -114,7 +115,7 @@ def test_an_arm_has_ended_when_one_of_its_processes_has() -> None:
 
 
 def test_arms_that_only_import_start_at_once_and_those_that_spin_come_last(log: list[str]) -> None:
-    Standing(Path).arms(Row(1, "t", "s"), "tiny", answer.ARMS)
+    Standing(Path).arms(Row(1, "t", "s"), TINY, answer.ARMS)
     begun = [line.removeprefix("start ") for line in log if line.startswith("start ")]
     assert begun == ["AGG", "OURS-disagg", "AGG-tuned", "OURS-agg", "STOCK", "STOCK-tuned"]
     assert log[log.index("start AGG-tuned") + 1] == "start OURS-agg", "it does not wait for the other's answer"
@@ -124,16 +125,22 @@ def test_arms_that_only_import_start_at_once_and_those_that_spin_come_last(log: 
 
 def test_starts_are_a_pair_only_where_nothing_else_was_at_work(log: list[str]) -> None:
     arms, row = Standing(Path), Row(1, "t", "s")
-    arms.arms(row, "tiny", ("AGG", "OURS-disagg", "STOCK"))
-    assert arms.starts == [Starts("tiny", {"AGG": 40.0, "OURS-disagg": 40.0}, {"AGG": "yes", "OURS-disagg": "yes"})]
-    arms.arms(row, "tiny", ("STOCK",))
-    arms.arms(row, "tiny", ("STOCK", "AGG", "OURS-disagg"))
-    arms.arms(row, "larger", ("AGG",))
+    arms.arms(row, TINY, ("AGG", "OURS-disagg", "STOCK"))
+    assert arms.starts == [Starts({"AGG": 40.0, "OURS-disagg": 40.0}, {"AGG": "yes", "OURS-disagg": "yes"})]
+    arms.arms(row, TINY, ("STOCK",))
+    arms.arms(row, TINY, ("STOCK", "AGG", "OURS-disagg"))
+    arms.close()
+    del log[:]
     arms.arms(row, "larger", ("AGG", "OURS-disagg"))
+    assert len(arms.starts) == 1, "no other model's"
+    assert log[:2] == ["start AGG", "start OURS-disagg"], "which start at once"
+    arms.close()
+    arms.arms(row, TINY, ("AGG",))
+    arms.arms(row, TINY, ("AGG", "OURS-disagg"))
     assert len(arms.starts) == 1
     arms.close()
     del log[:]
-    arms.arms(row, "larger", ("OURS-disagg", "AGG"))
+    arms.arms(row, TINY, ("OURS-disagg", "AGG"))
     assert len(arms.starts) == 2
     assert log.index("AGG rests") < log.index("start OURS-disagg"), "who spins stands still while the other starts"
 
@@ -143,7 +150,7 @@ def test_an_arm_that_does_not_start_leaves_the_others(monkeypatch: pytest.Monkey
     monkeypatch.setattr(standing, "START", doubles)
     arms = Standing(Path)
     with pytest.raises(RuntimeError, match="AGG-tuned: a process ended"):
-        arms.arms(Row(1, "t", "s"), "tiny", ("AGG", "AGG-tuned", "OURS-agg"))
+        arms.arms(Row(1, "t", "s"), TINY, ("AGG", "AGG-tuned", "OURS-agg"))
     assert set(log[-2:]) == {"end AGG-tuned", "end OURS-agg"}, "what was begun beside it is ended, what stands is not"
     arms.close()
     assert log[-1] == "end AGG"
@@ -341,34 +348,31 @@ def test_starts_are_taken_by_turns_and_who_begins_changes(log: list[str], monkey
     row = asyncio.run(start.measure(Standing(Path), 5))
     begun = [line for line in log if line.startswith(("start", "end"))]
     ours, agg = ["start OURS-disagg", "end OURS-disagg"], ["start AGG", "end AGG"]
-    assert begun == [*ours, *agg, *agg, *ours, *ours, *agg, *agg, *ours, *ours, *agg], "each alone"
+    assert begun == [*agg, *ours, *ours, *agg, *agg, *ours, *ours, *agg, *agg, *ours], "each alone"
     assert row.goals[0].values == pytest.approx([1.0] * 5) and row.met
-    assert [sample.arm for sample in row.samples] == ["AGG", "OURS-disagg"]
+    assert [(sample.arm, len(sample.values)) for sample in row.samples] == [("AGG", 5), ("OURS-disagg", 5)]
 
 
-def test_starts_that_other_rows_saw_are_judged_too(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_of_the_same_model_that_another_row_saw_are_judged_too(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
     arms = Standing(Path)
-    arms.arms(Row(1, "t", "s"), "larger", tuple(standing.START))
+    for model in (TINY, "larger"):
+        arms.arms(Row(1, "t", "s"), model, tuple(standing.START))
     del log[:]
     row = asyncio.run(start.measure(arms, 5))
-    begun = [line for line in log if line.startswith("start")]
-    assert len(begun) == 2 * 4
+    begun = [line.removeprefix("start ") for line in log if line.startswith("start")]
+    assert begun == ["OURS-disagg", "AGG", "AGG", "OURS-disagg"] * 2, "AGG began in the first pair"
     assert max(place for place, line in enumerate(log) if line == "end STOCK") < log.index("start AGG")
-    assert len(row.goals[0].values) == 5
-    assert "4 pairs, and 1 that other rows started (larger)" in row.setting
-    assert [(sample.arm, len(sample.values)) for sample in row.samples] == [
-        ("AGG", 4),
-        ("OURS-disagg", 4),
-        ("AGG, larger, started for another row", 1),
-        ("OURS-disagg, larger, started for another row", 1),
-    ]
+    assert len(row.goals[0].values) == len(row.samples[0].values) == 5
+    assert "4 pairs, and 1 with which another row began" in row.setting
 
 
 def test_three_pairs_start_alone_however_many_others_were_seen(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "directory", Path)
     arms = Standing(Path)
-    pair = Starts("larger", {"AGG": 10.0, "OURS-disagg": 20.0}, {"AGG": "yes", "OURS-disagg": "yes"})
+    pair = Starts({"AGG": 10.0, "OURS-disagg": 20.0}, {"AGG": "yes", "OURS-disagg": "yes"})
     arms.starts += [pair] * 9
     row = asyncio.run(start.measure(arms, 5))
     assert sorted(row.goals[0].values) == pytest.approx([1.0] * start.FEWEST + [2.0] * 2)
@@ -378,5 +382,5 @@ def test_first_answers_that_differ_make_the_starts_void() -> None:
     row = Row(12, "t", "s")
     alike, unlike = {"AGG": "a", "OURS-disagg": "a"}, {"AGG": "a", "OURS-disagg": "b"}
     seconds = {"AGG": 40.0, "OURS-disagg": 44.0}
-    start.fill(row, [Starts("tiny", seconds, alike)], [Starts("larger", seconds, unlike)])
+    start.fill(row, [Starts(seconds, alike), Starts(seconds, unlike)])
     assert row.void == "1 of 2 first answers are not AGG's" and row.goals[0].values == pytest.approx([1.1] * 2)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 12: from `dynamo serve` to the first answer about a picture, beside `vllm serve`. Nothing else is at work.
 
-A start takes as long as a row, so those that other rows saw are judged too, at their model, where nothing but the two
-stood: AGG began alone, and stood still, stopped, while the graph began (`standing.Starts`). The other pairs start here,
-on the tiny model, each alone.
+A start takes as long as a row, so the one that row 1 saw is judged too: nothing but the two stood then. AGG began
+alone, and stood still, stopped, while the graph began (`standing.Starts`). The other pairs start here, each alone.
 """
 
 from __future__ import annotations
@@ -23,39 +22,32 @@ FEWEST = 3
 
 async def measure(standing: Standing, repeats: int) -> Row:
     """By turns; who begins changes, so that a cold file cache favours nobody. ``repeats``: pairs that are judged, those
-    of other rows among them."""
-    seen = standing.starts[: repeats - FEWEST]
+    of other rows among them, in which AGG began."""
+    pairs = standing.starts[: repeats - FEWEST]
     standing.close()
     model = checkpoints.directory(TINY)
-    alone: list[Starts] = []
-    count = repeats - len(seen)
-    load = f"{TINY}, processes started anew and alone, {count} pairs"
-    if seen:
-        load += f", and {len(seen)} that other rows started ({', '.join(pair.model for pair in seen)})"
+    load = f"{TINY}, processes started anew and alone, {repeats - len(pairs)} pairs"
+    if pairs:
+        load += f", and {len(pairs)} with which another row began"
     row = Row(NUMBER, TITLE, f"{load}; asked five times a second")
-    for number in range(count):
+    for number in range(len(pairs), repeats):
         seconds: dict[str, float] = {}
         said: dict[str, str] = {}
-        for name in ALONE if number % 2 else ALONE[::-1]:
+        for name in ALONE[::-1] if number % 2 else ALONE:
             with START[name](model) as arm:
                 seconds[name] = arm.seconds_to_answer
                 said[name] = arm.first_said
-                if number == count - 1:
+                if number == repeats - 1:
                     row.notes += [f"`{command}`" for command in arm.commands]
-        alone.append(Starts(TINY, seconds, said))
-    fill(row, alone, seen)
+        pairs.append(Starts(seconds, said))
+    fill(row, pairs)
     return row
 
 
-def fill(row: Row, alone: Sequence[Starts], seen: Sequence[Starts]) -> None:
-    """Void where two do not answer alike. ``seen``: by other rows."""
-    pairs = [*alone, *seen]
+def fill(row: Row, pairs: Sequence[Starts]) -> None:
+    """Void where two do not answer alike."""
     for name in ALONE:
-        row.samples.append(Samples(name, [pair.seconds[name] for pair in alone], "s"))
-    for model in sorted({pair.model for pair in seen}):
-        for name in ALONE:
-            of = [pair.seconds[name] for pair in seen if pair.model == model]
-            row.samples.append(Samples(f"{name}, {model}, started for another row", of, "s"))
+        row.samples.append(Samples(name, [pair.seconds[name] for pair in pairs], "s"))
     differ = sum(pair.said["OURS-disagg"] != pair.said["AGG"] for pair in pairs)
     if differ:
         row.void = f"{differ} of {len(pairs)} first answers are not AGG's"
