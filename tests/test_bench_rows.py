@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from benchmarks import checkpoints, encoders, standing, traces
 from benchmarks.figures import Goal, Row
 from benchmarks.load import Told, ask, session
-from benchmarks.rows import answer, copies, encoder, goodput, kv, overlap, repeated, storm, transfer
+from benchmarks.rows import answer, copies, encoder, goodput, kv, overlap, repeated, storm, transfer, weights
 from benchmarks.standing import agree, as_long, lost, rotated
 from benchmarks.traces import Span, Traces
 
@@ -851,6 +851,35 @@ def test_a_handed_over_cache_is_set_against_one_engine() -> None:
         (pytest.approx(2.2), None),
     ]
     assert row.met and any("pulls the KV cache once prefill is over" in note for note in row.notes)
+
+
+# Row 13
+
+
+def test_encoders_begin_at_once_and_each_has_ended_before_the_next_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class LoaderDouble:
+        def __init__(self, small: Path, model: Path, number: int):
+            self._number = number
+            log.append(f"begin {number}")
+
+        def answer(self) -> None:
+            log.append(f"{self._number} is there")
+
+        def ask(self, what: str) -> dict[str, int]:
+            log.append(f"{what} {self._number}")
+            return {"uss": 110, "peak": 120, "parameters": 100, "read": 0}
+
+        def kill(self) -> None:
+            log.append(f"end {self._number}")
+
+    monkeypatch.setattr(weights, "_loader", LoaderDouble)
+    monkeypatch.setattr(weights, "part_bytes", lambda model: (100, 300))
+    monkeypatch.setattr(checkpoints, "directory", Path)
+    row = asyncio.run(weights.measure(2, Path()))
+    assert log[:8] == ["begin 0", "begin 1", "0 is there", "1 is there", "load 0", "end 0", "load 1", "end 1"]
+    assert row.goals[0].values == [1.1, 1.1] and row.met
 
 
 # Row 14

@@ -2,15 +2,16 @@
 """Row 13: what an encode worker holds of a checkpoint, beside the bytes of its vision tower and projector.
 
 Each repeat is a process of its own. It loads a tiny checkpoint of the same family first, so that imports, processor and
-the library's own buffers are in its memory already; what it grows by afterwards is the weights.
+the library's own buffers are in its memory already; what it grows by afterwards is the weights. All begin at once, for
+imports are most of it; the weights are loaded by one after the other, which then ends.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 from benchmarks import checkpoints
 from benchmarks.arms import WORK, environment_without_graphs
 from benchmarks.figures import Goal, Row, Samples
+from benchmarks.obedient import Obedient
 
 NUMBER = 13
 TITLE = "weights of an encode worker"
@@ -26,7 +28,6 @@ SIZE = checkpoints.Size(layers=12, width=768, heads=12, side=224, patch=32, text
 """A tower as CLIP B/32's beside a language model of twice its bytes."""
 PARTS = ("vision_tower.", "multi_modal_projector.")
 MIB = 2**20
-BOUND = 600.0
 
 
 def large() -> Path:
@@ -36,13 +37,22 @@ def large() -> Path:
 
 
 async def measure(repeats: int, model: Path | None = None) -> Row:
-    """The row. ``repeats``: processes, one after the other."""
+    """The row. ``repeats``: processes."""
     model = model or large()
     small = checkpoints.directory("llava-tiny")
     needed, whole = part_bytes(model)
     setting = f"CLIP B/32's size, tower and projector {needed / MIB:.0f} of the checkpoint's {whole / MIB:.0f} MiB"
     row = Row(NUMBER, TITLE, f"{setting}, {repeats} processes")
-    found = [_loaded(small, model) for _ in range(repeats)]  # in no thread: nothing could end it
+    with ExitStack() as stack:
+        loaders = [_loader(small, model, number) for number in range(repeats)]
+        for loader in loaders:
+            stack.callback(loader.kill)
+        for loader in loaders:
+            loader.answer()
+        found = []
+        for loader in loaders:
+            found.append(loader.ask("load"))
+            loader.kill()  # pages of the file that two have mapped would be nobody's own
 
     def of(name: str) -> list[float]:
         return [one[name] / MIB for one in found]
@@ -74,19 +84,12 @@ def part_bytes(model: Path) -> tuple[int, int]:
     return needed, whole
 
 
-def _loaded(small: Path, model: Path) -> dict[str, int]:
-    """What the other process says. Raises CalledProcessError, with its log, where it fails."""
-    command = [sys.executable, "-m", "benchmarks.rows.weights", str(small), str(model)]
-    log = WORK / "logs" / "encoder-weights.log"
+def _loader(small: Path, model: Path, number: int) -> Obedient:
+    """Says when it has loaded the small one, and what it grew by once it is told to load the other."""
+    log = WORK / "logs" / f"encoder-weights-{number}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as errors:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=errors, timeout=BOUND, env=environment_without_graphs()
-        )
-    if done.returncode:
-        raise RuntimeError(f"the encoder was not loaded:\n{log.read_text(errors='replace')[-2000:]}")
-    answer: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    command = [sys.executable, "-m", "benchmarks.rows.weights", str(small), str(model)]
+    return Obedient("an encoder", command, environment=environment_without_graphs(), log=log)
 
 
 def _load(small: str, model: str) -> dict[str, int]:
@@ -98,6 +101,8 @@ def _load(small: str, model: str) -> dict[str, int]:
 
     first = Encoder(_engine_args(small))
     _embed(first, small)
+    print(json.dumps({"there": True}), flush=True)
+    sys.stdin.readline()
     for file in Path(model).glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
