@@ -20,6 +20,7 @@ import psutil
 
 from benchmarks.arms import ROOT, STOCK
 from benchmarks.figures import Goal, Row
+from benchmarks.goals import WORDS
 from benchmarks.gpu.goals import GpuGoal
 from benchmarks.recorded import HERE, keep
 
@@ -150,6 +151,8 @@ def _markdown(
     for row in rows:
         yield ""
         yield f"### {row.number}. {row.title}"
+        yield ""
+        yield f"The goal: {WORDS[row.number]}."
         yield ""
         if row.missing:
             yield f"Not measured: {row.missing}"

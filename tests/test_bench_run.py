@@ -22,6 +22,7 @@ from benchmarks import __main__ as command
 from benchmarks import fire, plan, preparing, recorded, report, room, scale, timeline
 from benchmarks.arms import ROOT
 from benchmarks.figures import Goal, Row, Samples
+from benchmarks.goals import WORDS
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.obedient import Obedient
 
@@ -291,7 +292,7 @@ def test_a_row_is_ended_though_a_callback_has_swallowed_its_bound(monkeypatch: p
 def test_every_row_has_its_place_in_the_plan() -> None:
     rows = {path.stem for path in Path(plan.__file__).with_name("rows").glob("*.py")}
     assert sorted(step.row.__name__.rpartition(".")[2] for step in plan.PLAN) == sorted(rows)
-    assert len(command.ROWS) == len(rows)
+    assert len(command.ROWS) == len(rows) and command.ROWS.keys() == WORDS.keys()
     before, *_ = (recorded.HERE / "README.md").read_text().partition(recorded.begin("report"))
     explained = re.findall(r"^\| (\d+) \| .* \| ([^|]*) \|$", before, re.MULTILINE)
     assert {int(number): model for number, model in explained} == plan.MODELS, "as the README's table says"

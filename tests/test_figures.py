@@ -82,6 +82,7 @@ def test_a_report_says_which_goals_are_missed(tmp_path: Path) -> None:
         "| 7 | a title: ours against theirs | a model | 0.25 times (0.0222 … 0.6); goal ≤ 0.2 times | **no** |" in text
     )
     assert "| void |" in text and "**Void: answers differ.**" in text
+    assert text.count("The goal: goodput (TTFT and ITL limits), 4 images a request: ≥ 2.0x AGG, ≥ 1.3x STOCK;") == 2
     assert "| theirs | 5.00 (4.00 … 90.00) ms |" in text and "- a note" in text
     written = json.loads((tmp_path / "report.json").read_text())
     assert [one["met"] for one in written["rows"]] == [False, False]

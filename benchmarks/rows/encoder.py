@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 
 from benchmarks import checkpoints
 from benchmarks.encoders import KINDS, EncodeStage, encode_stages, forgiven
@@ -24,7 +25,10 @@ COMPARED = 8
 CLOSE = 1e-4
 """Of the largest number of an embedding: so far one that was made in a batch may be from the same made alone."""
 OVERHEAD = "llava-tiny"
-"""Where overhead rules; in the others arithmetic does."""
+"""Where overhead is known to rule. In the others arithmetic is expected to, and must not lose by batches; whether it
+does the row sees."""
+RULES = 2.0
+"""Overhead rules where a batch is so many times as fast as one a forward: half of the time of that is overhead then."""
 ARMS: dict[str, tuple[str, int | None]] = {
     "OURS": ("OURS", None),
     "OURS, one a forward": ("OURS", 1),
@@ -81,11 +85,12 @@ def by_turns(stages: dict[str, EncodeStage], repeats: int, row: Row) -> dict[str
 def goals(model: str, tower: str, rates: Mapping[str, Sequence[float]]) -> Iterator[Goal]:
     """Against STOCK where overhead rules; against itself without batches where batching can only keep up."""
     ours = rates["OURS"]
+    alone = ratios(ours, rates["OURS, one a forward"])
+    overhead = model == OVERHEAD or median(alone) >= RULES
     if model != OVERHEAD:
-        alone = ratios(ours, rates["OURS, one a forward"])
         yield Goal(f"{tower}: in batches against one a forward", alone, "≥", 0.97)
     for other in ("STOCK", "STOCK-tuned"):
-        limit = 2.0 if (model, other) == (OVERHEAD, "STOCK") else None
+        limit = 2.0 if overhead and other == "STOCK" else None
         if other in rates or limit is not None:
             times = ratios(ours, rates[other]) if other in rates else []
             yield Goal(f"{tower}: OURS against {other}", times, "≥", limit)

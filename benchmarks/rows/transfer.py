@@ -27,9 +27,11 @@ SIZES = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB, "4 MiB": 4 * MIB, "
 CONNECTOR = "nixl_connect"
 SMALL, LARGE = ("4 KiB", "64 KiB"), ("4 MiB", "32 MiB")
 AT_ONCE = 16
+MOST = 0.3
+"""Milliseconds of a hand-off to 64 KiB."""
 FIRSTS = 5
-"""Readers and owners made anew. One that shook hands when it started does not do so in its first hand-off, which then
-takes a fraction of a handshake."""
+"""Readers and owners made anew. One that shook hands when it started does not do so in its first hand-off, which is
+then to take no longer than the next."""
 WARM_UP = 3
 BOUND = 30.0
 
@@ -51,7 +53,11 @@ async def measure(repeats: int) -> Row:
         Samples("arena, the handshake at start-up", [1e3 * one for one in handshakes], "ms"),
         Samples("arena, 64 KiB, the first after start-up", [1e3 * one for one in firsts], "ms"),
     ]
-    row.goals.append(Goal("the first after start-up against a handshake", ratios(firsts, handshakes), "≤", 0.5))
+    row.goals.append(Goal("64 KiB, the first after start-up", [1e3 * one for one in firsts], "≤", MOST, "ms"))
+    row.notes.append(
+        "at start-up a reader shakes hands with the owners that are there: here, as the stages of a graph do, which "
+        "meet each other while they start"
+    )
     return row
 
 
@@ -86,7 +92,7 @@ def goals(name: str, seconds: Mapping[str, list[float]]) -> Iterator[Goal]:
     """Of one size."""
     ours = seconds["arena"]
     if name in SMALL:
-        yield Goal(f"{name}", [1e3 * one for one in ours], "≤", 0.3, "ms")
+        yield Goal(f"{name}", [1e3 * one for one in ours], "≤", MOST, "ms")
         times = ratios(seconds[CONNECTOR], ours) if CONNECTOR in seconds else []
         yield Goal(f"{name}: {CONNECTOR} against it", times, "≥", 30.0)
     if name in LARGE:
