@@ -57,7 +57,7 @@ class Step:
 PLAN = (
     Step(transfer, 12, 45, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 45, "five encoders at once"),
-    Step(encoder, 5, 175, "seven encode stages: three of the tiny tower, two of each larger one"),
+    Step(encoder, 5, 170, "eight encode stages: three of the tiny tower and of B/32, two of the largest one"),
     Step(texts, 5, 60, "nothing: it runs in the client's process"),
     Step(pictures, 5, 50, "nothing: it runs in the client's process"),
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),

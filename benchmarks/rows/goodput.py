@@ -256,7 +256,7 @@ def fill(row: Row, measured: Mapping[str, Measured], limits: Limits) -> None:
     ]
     row.goals.append(Goal("the most that was possible against AGG", gains(sent, right.goodput(limits))))
     if not measured.keys() >= set(TUNED):
-        row.notes.append("beside the tuned arms: `--row 7 --tuned`, which takes minutes more than a report has")
+        row.notes.append("not set against the tuned arms: `--row 7 --tuned` does, in minutes more than a report has")
 
 
 def _differing(window: Sequence[Told], right: Sequence[Told]) -> int:
