@@ -4,7 +4,8 @@
 Rows that need no arm, or their own, come first. Then those that share arms, a model at a time: a start takes as long as
 a row. The seconds are expected ones, starts included, on two quiet cores: an engine's imports take 10 s of a core in
 each of its processes, so one ``vllm serve`` is up after 42 s, the disaggregated graph after 36 to 40, Dynamo's stages
-after 70, and two arms that are started at once after 40. Models are written and Dynamo's stages installed before.
+after 70, two arms that are started at once after 40, and four after 90. Models are written and Dynamo's stages installed
+before.
 
 A whole run is to take half an hour, with a minute left for what lies between rows: arms that end, and plots. Rows 3 and
 9 have as many repeats as that leaves them; a turn of theirs is short, and their medians move least.
@@ -58,15 +59,15 @@ PLAN = (
     Step(transfer, 12, 45, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 45, "five encoders at once"),
     Step(encoder, 5, 170, "eight encode stages: three of the tiny tower and of B/32, two of the largest one"),
-    Step(texts, 5, 60, "nothing: it runs in the client's process"),
+    Step(texts, 5, 55, "nothing: it runs in the client's process"),
     Step(pictures, 5, 50, "nothing: it runs in the client's process"),
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
     Step(copies, 5, 75, "two graphs with five image workers each"),
-    Step(answer, 10, 280, "all six arms, tiny", stands=True),
+    Step(answer, 10, 270, "all six arms, tiny", stands=True),
     Step(kv, 10, 120, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16, at once", stands=True),
-    Step(repeated, 10, 100, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
-    Step(storm, 5, 120, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
-    Step(goodput, 5, 240, "STOCK, S/16", stands=True),
+    Step(repeated, 12, 110, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
+    Step(storm, 5, 105, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
+    Step(goodput, 5, 215, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
     Step(start, 5, 340, "AGG and OURS-disagg four times, alone, tiny; row 1 saw one more pair", stands=True),
 )

@@ -286,7 +286,7 @@ def test_no_arm_encodes_a_picture_twice_and_the_first_turn_warms_up() -> None:
     seconds = encoder.by_turns({"OURS": stage, "STOCK": stage, "STOCK-tuned": stage}, 1, row)
     assert seconds == {"OURS": [8.0], "OURS, one a forward": [7.0], "STOCK": [6.0], "STOCK-tuned": [5.0]}, "and back"
     assert mosts[:2] == [None, 1], "as many as the encode worker would have, and one"
-    assert len(set(seen)) == len(seen) == 8 * encoder.WAITING
+    assert len(set(seen)) == len(seen) == 4 * (encoder.WARM_UP + encoder.WAITING)
 
 
 class EncodeStageDouble:
@@ -666,6 +666,21 @@ def test_every_arm_sees_the_same_arrivals_at_each_rate_and_no_picture_twice(monk
     del begun[:]
     asyncio.run(goodput._windows(client, arm, [0.8, 1.3, 2.0], goodput.Limits(0.01, 0.1), 2, of))
     assert [rate for rate, *_ in begun] == [0.8] and [len(window) for window in of.windows[2]] == [2, 0, 0]
+
+
+@pytest.mark.parametrize(("kept", "windows"), [(0, [4, 0, 0]), (1, [4, 4, 0]), (2, [4, 4, 0]), (3, [4, 4, 4])])
+def test_an_arm_is_asked_at_a_higher_rate_where_it_kept_enough_at_the_one_below(
+    kept: int, windows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rated(rate: float, seconds: float, seed: int, one: Any) -> list[Told]:
+        return [told(0.1)] * kept + [told(9.0)] * (4 - kept)
+
+    monkeypatch.setattr(goodput, "at_rate", rated)
+    client: Any = None
+    arm: Any = SimpleNamespace(url="")
+    of = goodput.Measured()
+    asyncio.run(goodput._windows(client, arm, [0.8, 1.3, 2.0], goodput.Limits(1.0, 0.1), 0, of))
+    assert [len(window) for window in of.windows[0]] == windows
 
 
 def test_the_best_rate_of_a_repeat_counts_and_beside_it_that_of_all_repeats() -> None:

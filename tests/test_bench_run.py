@@ -98,7 +98,7 @@ def test_a_row_that_fails_is_said_and_the_next_one_is_measured(
     title = "| 1 | whole answer, one client | tiny |"
     told = capsys.readouterr()
     assert f"{title} AGG: a process ended: … ValueError: no / such model | **not measured** |" in told.out
-    assert "row 1: 0 s of 280 planned, not measured: AGG" in told.err
+    assert "row 1: 0 s of 270 planned, not measured: AGG" in told.err
 
 
 def test_the_arms_of_a_void_row_are_ended_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ TOKENS = 16
 WARM_UP = 2
 PAIRS = 5
 """Of answers, at least, that a ratio is taken from."""
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 3.0
 IDLE_REPEATS = 5
 RESTING = ("OURS-agg", "OURS-disagg")
 """Arms whose rest a goal is set for."""

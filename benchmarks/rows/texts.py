@@ -27,7 +27,7 @@ NUMBER = 10
 TITLE = "T5, many short texts at once"
 TEXTS = 64
 FIXED = 32
-WARM_UP = 2
+WARM_UP = 1
 SINGLES = 20
 """Single texts of which one repeat's median is taken."""
 TINY = ROOT / "models/tiny/t5"
