@@ -4,11 +4,12 @@
 Rows that need no arm, or their own, come first. Then those that share arms, a model at a time: a start takes as long as
 a row. The seconds are expected ones, starts included, on two quiet cores: an engine's imports take 10 s of a core in
 each of its processes, so one ``vllm serve`` is up after 42 s, the disaggregated graph after 36 to 40, Dynamo's stages
-after 70, two arms that are started at once after 40, and four after 90. Models are written and Dynamo's stages installed
-before.
+after 70, two arms that are started at once after 40, and four after 90. Models are written and Dynamo's stages are
+installed before.
 
 A whole run is to take half an hour, with a minute left for what lies between rows: arms that end, and plots. Rows 3 and
-9 have as many repeats as that leaves them; a turn of theirs is short, and their medians move least.
+9 have as many repeats as that leaves them; a turn of theirs is short, and their medians move least. Row 12 comes right
+after row 1, with whose arms it begins; what a run that is too slow leaves out is then the last row, the shortest.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ PLAN = (
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
     Step(copies, 5, 75, "two graphs with five image workers each"),
     Step(answer, 10, 270, "all six arms, tiny", stands=True),
+    Step(start, 5, 340, "AGG and OURS-disagg four times, alone, tiny; row 1 saw one more pair", stands=True),
     Step(kv, 10, 120, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16, at once", stands=True),
     Step(repeated, 12, 110, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
     Step(storm, 5, 105, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),
     Step(goodput, 5, 215, "STOCK, S/16", stands=True),
     Step(overlap, 5, 75, "the disaggregated graph that encodes pictures one by one; AGG stands", stands=True),
-    Step(start, 5, 340, "AGG and OURS-disagg four times, alone, tiny; row 1 saw one more pair", stands=True),
 )
 
 MODELS: Mapping[int, str] = {

@@ -72,7 +72,7 @@ def test_rows_that_share_arms_run_together_and_others_without_them(
     monkeypatch.setattr(command, "STANDING", StandingDouble(log))
     rows = [str(number) for row in (12, 2, 9, 1) for number in ("--row", row)]
     assert command.main(["--output", str(tmp_path), "--repeats", "6", *rows]) == 0
-    assert log == ["close", "2 by 6", "1 by 6", "9 by 6", "12 by 6", "close"]
+    assert log == ["close", "2 by 6", "1 by 6", "12 by 6", "9 by 6", "close"]
     written = json.loads((tmp_path / "report.json").read_text())
     assert [row["number"] for row in written["rows"]] == [1, 2, 9, 12], "in the report they are in order"
     assert [row["load"] for row in written["rows"]] == [[pytest.approx(0, abs=1e3)] * 2] * 4
@@ -130,7 +130,7 @@ def test_a_row_that_does_not_fit_is_left_out_and_a_shorter_one_is_measured(
     monkeypatch.setattr(command, "STANDING", StandingDouble(log))
     assert command.main(["--output", str(tmp_path), "--row", "1", "--row", "8", "--row", "12"]) == 1
     assert log == ["1 by 10", "8 by 5", "close"], "and the arms that stand are left alone for the next one"
-    assert PREPARED == [1, 8, 12]
+    assert PREPARED == [1, 12, 8]
     one, eight, twelve = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert (one["met"], eight["met"], twelve["met"]) == (True, True, False)
     assert twelve["missing"] == f"left out: it takes about {planned[12]} s, and {left:.0f} s of 30 minutes were left"
@@ -300,7 +300,7 @@ def test_every_row_has_its_place_in_the_plan() -> None:
     stands = [step.stands for step in plan.PLAN]
     assert stands == sorted(stands), "arms that stand would disturb rows that need none"
     assert sum(step.seconds for step in plan.PLAN) <= 1_740
-    assert plan.in_order([9, 3]) == [plan.PLAN[0], plan.PLAN[8]] and plan.in_order([]) == [*plan.PLAN]
+    assert [step.number for step in plan.in_order([9, 3])] == [3, 9] and plan.in_order([]) == [*plan.PLAN]
 
 
 def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
