@@ -104,8 +104,8 @@ class BesideChat(Results, ArenaOwner):
                 for index in range(body.n)
             ]
             if body.stream:
-                call, head = await self._in_time(request, first_reply(self.image_worker.generate, messages[0]))
-                await held.enter_async_context(drawing(self.image_worker, call, messages[0].request_id))
+                around, call, head = await self._in_time(request, first_drawn(self.image_worker, messages[0]))
+                await held.enter_async_context(around)
                 account.status = 200
                 stream = self._image_events(chained(head, call), wanted, account)
                 return HeldStream(stream, held.pop_all(), seconds=self.config.admission.to_read)
@@ -367,6 +367,20 @@ async def first_reply(stage: Callable[..., Any], message: Any) -> tuple[Any, Any
         except BaseException:
             await call.aclose()
             raise
+
+    return await twice(begun)
+
+
+async def first_drawn(image_worker: Any, message: GenerateRequest) -> tuple[AsyncExitStack, Any, Generated]:
+    """The first reply of a call for a picture, and the call within its `drawing`: that reply may hand over a partial
+    picture already, and whoever leaves before it has heard of none."""
+
+    async def begun() -> tuple[AsyncExitStack, Any, Generated]:
+        call = image_worker.generate(message)
+        async with AsyncExitStack() as around:
+            await around.enter_async_context(drawing(image_worker, call, message.request_id))
+            head = await anext(call)
+            return around.pop_all(), call, head
 
     return await twice(begun)
 

@@ -15,7 +15,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from components import beside_chat
-from components.beside_chat import BesideChat
+from components.beside_chat import BesideChat, first_drawn
 from components.frontend import Account
 from components.giving_back import drawing
 from components.protocol import Done, Generated, GenerateRequest, Handle, ReleaseRequest, Validated
@@ -230,6 +230,47 @@ def test_a_picture_of_a_stream_that_is_left_is_given_back(begun: bool) -> None:
         return worker.released
 
     assert asyncio.run(main()) == ["r"]
+
+
+def test_what_a_first_reply_would_hand_over_is_given_back_where_its_client_left_before_it() -> None:
+    """A partial picture may be in it, which the runtime drops with the reply."""
+
+    class Silent(ImageWorkerDouble):
+        async def __anext__(self) -> Generated:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def main() -> list[str]:
+        worker: Any = Silent()
+        waiting = asyncio.ensure_future(first_drawn(worker, GenerateRequest("r", "a red circle", 1)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0)
+        return list(worker.released)
+
+    assert asyncio.run(main()) == ["r"]
+
+
+def test_a_stream_is_asked_for_elsewhere_where_its_first_worker_is_lost_and_held_until_it_ends() -> None:
+    class Mortal(ImageWorkerDouble):
+        async def __anext__(self) -> Generated:
+            if self.asked == 1:
+                raise WorkerLost("gone")
+            return MADE
+
+    async def main() -> tuple[int, list[str], list[str]]:
+        worker: Any = Mortal()
+        around, call, head = await first_drawn(worker, GenerateRequest("r", "a red circle", 1))
+        assert call is worker and head is MADE
+        before = list(worker.released)
+        with pytest.raises(ClientDisconnect):
+            async with around:
+                raise ClientDisconnect
+        await asyncio.sleep(0)
+        return worker.asked, before, list(worker.released)
+
+    assert asyncio.run(main()) == (2, [], ["r"])
 
 
 @pytest.mark.parametrize(
