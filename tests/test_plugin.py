@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 DYING = """
 import threading, time
@@ -14,6 +15,34 @@ def fail(): raise OSError("address already in use")
 threading.Thread(target=fail, name={name!r}, daemon=True).start()
 time.sleep(5)
 print("still here")
+"""
+
+GROUPS = """
+import psutil, torch
+from datetime import timedelta
+from dynamo_epd.engine import plugin
+from torch import distributed as dist
+for _ in range(2):
+    plugin._share_the_loop_of_gloo()
+def one(rank):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
+    groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=60 + i)) for i in range(4)]
+    for group in groups:
+        value = torch.tensor([rank + 1.0])
+        dist.all_reduce(value, group=group)
+        assert value.item() == 3.0
+    dist.monitored_barrier(groups[-1])
+    assert [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups] == [60, 61, 62, 63]
+    names = [open(f"/proc/self/task/{{t.id}}/comm").read().strip() for t in psutil.Process().threads()]
+    print("loops", names.count("gloo_tcp_loop"), flush=True)
+    dist.destroy_process_group()
+if __name__ == "__main__":
+    import multiprocessing
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(2)]
+    for process in processes: process.start()
+    for process in processes: process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 """
 
 
@@ -28,6 +57,13 @@ def test_an_engine_whose_side_channel_dies_dies_with_it_and_says_why() -> None:
     assert done.returncode == 1
     assert "address already in use" in done.stderr
     assert "still here" not in done.stdout
+
+
+def test_all_groups_of_gloo_wait_in_one_thread_and_reduce_as_before(tmp_path: Path) -> None:
+    program = GROUPS.format(store=tmp_path / "store")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n") == ["loops 1", "loops 1", ""]
 
 
 def test_any_other_thread_may_die_alone() -> None:

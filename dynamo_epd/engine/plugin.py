@@ -3,17 +3,19 @@
 
 NIXL's Python class fixes its progress thread's delay at 0, and an idle engine then takes a whole core. With the delay
 that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes half a percent of one. Some model classes are
-replaced by those of `dynamo_epd.engine.models`. A vLLM that our stages did not start lacks the variable and is left
-alone.
+replaced by those of `dynamo_epd.engine.models`. The process groups of a process share one thread. A vLLM that our
+stages did not start lacks the variable and is left alone.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 import signal
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +50,7 @@ def register() -> None:
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, f"dynamo_epd.engine.models:{name}")
     _leave_every_core()
+    _share_the_loop_of_gloo()
     if SIDE_CHANNEL in os.environ:
         _answer_who_is_no_engine()
     try:
@@ -84,6 +87,31 @@ def _leave_every_core() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     CpuPlatform.discover_numa_topology = classmethod(lambda cls: [])
+
+
+@functools.cache  # once a process
+def _share_the_loop_of_gloo() -> None:
+    """Lets all of Gloo's process groups of this process wait in one thread.
+
+    vLLM makes a dozen of them even for an engine of one rank, and each would have a thread of its own that wakes a
+    hundred times a second: more than half of all wakes of an idle graph, a tenth of a percent of a core each.
+    """
+    from torch.distributed import ProcessGroupGloo
+    from torch.distributed.constants import default_pg_timeout
+
+    make = ProcessGroupGloo.__init__
+
+    @functools.cache
+    def device(_: int) -> Any:
+        return ProcessGroupGloo.create_default_device()
+
+    def make_with_device(group: Any, store: Any, rank: int, size: int, timeout: timedelta = default_pg_timeout) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices = [device(os.getpid())]  # a thread does not outlive a fork
+        options._timeout = timeout
+        make(group, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = make_with_device
 
 
 class _Calm(SimpleNamespace):
