@@ -23,7 +23,16 @@ from typing import Any
 import msgspec
 import nats
 from nats.errors import Error as NatsError
-from nats.js.api import ConsumerConfig, DiscardPolicy, KeyValueConfig, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    ConsumerConfig,
+    DiscardPolicy,
+    Header,
+    KeyValueConfig,
+    RetentionPolicy,
+    StatusCode,
+    StorageType,
+    StreamConfig,
+)
 from nats.js.errors import (
     APIError,
     BadRequestError,
@@ -59,6 +68,8 @@ REQUEST_SECONDS = 5.0
 FETCH_SECONDS = 1.0
 """A worker asks again after this long without a job. One that leaves waits for the answer: a job that crossed with the
 calling off would lie here until this worker is taken for dead."""
+ANSWER_SECONDS = 1.0
+"""How much later than that the server's word of it may come."""
 LOOK_SECONDS = 1.0
 """From one look of a worker at how many jobs wait to the next: as often as the planner looks."""
 DEDUPLICATION_SECONDS = 120.0
@@ -314,21 +325,39 @@ class JobQueue:
             ack_wait=self._config.silence_seconds,
         )
         await self._stream.add_consumer(self._name, consumer)  # or updates the one that is there
-        taking = await self._stream.pull_subscribe_bind(consumer=self._name, stream=self._name)
+        while not leaving.is_set():
+            message = await self._next()
+            if message is None:
+                continue
+            if leaving.is_set():
+                await message.nak()
+                return
+            async with self._kept(message):
+                await self._one(message, run)
+
+    async def _next(self) -> Any | None:
+        """The next delivery, or None after a while without one.
+
+        One request is open at a time, until the server says that it is over: of two, each can be sent a job, and one of
+        these would lie here while another worker has nothing to do. nats-py's ``fetch`` gives up before the server.
+        Source: NATS ADR-13, on pull requests."""
+        if not self._connection.is_connected:  # asked now, it would be asked then, beside the next
+            await asyncio.sleep(RECONNECT_SECONDS)
+            return None
+        ask = msgspec.json.encode({"batch": 1, "expires": int(FETCH_SECONDS * 1e9)})
         try:
-            while not leaving.is_set():
-                try:
-                    (message,) = await taking.fetch(1, timeout=FETCH_SECONDS)
-                except TimeoutError:  # no job, or no NATS: it reconnects by itself
-                    continue
-                if leaving.is_set():
-                    await message.nak()
-                    return
-                async with self._kept(message):
-                    await self._one(message, run)
-        finally:
-            with contextlib.suppress(NatsError, OSError):
-                await taking.unsubscribe()
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{self._name}"
+            until = FETCH_SECONDS + ANSWER_SECONDS
+            # The old style: a delivery keeps the queue's subject, by which the new one cannot tell whose answer it is.
+            message = await self._connection.request(subject, ask, timeout=until, old_style=True)
+        except TimeoutError:  # NATS went away meanwhile
+            return None
+        status = (message.headers or {}).get(Header.STATUS)
+        if status is None:
+            return message
+        if status == StatusCode.REQUEST_TIMEOUT:  # no job
+            return None
+        raise APIError.from_msg(message)
 
     async def _one(self, message: Any, run: Run) -> None:
         """One delivery: it ends acknowledged, or given back."""
@@ -349,12 +378,11 @@ class JobQueue:
         before = state
         error = self._hopeless(job, state)
         if error is None:
-            state = msgspec.structs.replace(state, status="in_progress", attempts=state.attempts + 1)
-            try:
-                revision = await self._states.update(job.id, msgspec.json.encode(state), revision)
-            except KeyWrongLastSequenceError:  # another delivery is at it
+            begun = await self._begin(state, revision)
+            if begun is None:  # another delivery is at it
                 await message.nak(self._config.retry_seconds)
                 return
+            before, state, revision = begun
             try:
                 with tracing.span("job", {"job.id": job.id}, kind="consumer", carrier=message.headers or {}):
                     await run(job, _lain(message))
@@ -378,6 +406,20 @@ class JobQueue:
                 return
         await self._end(state, revision, error)
         await message.ack()
+
+    async def _begin(self, state: JobState, revision: int) -> tuple[JobState, JobState, int] | None:
+        """Writes that a job is begun. The state before, the state now and its revision; None where somebody else has
+        begun it. Whoever accepted the job may write at the same time that it is in the queue."""
+        for _ in range(TRIES):
+            begun = msgspec.structs.replace(state, status="in_progress", attempts=state.attempts + 1)
+            try:
+                return state, begun, await self._states.update(state.id, msgspec.json.encode(begun), revision)
+            except KeyWrongLastSequenceError:
+                written, revision = await self._state(state.id)
+            if (written.status, written.attempts) != (state.status, state.attempts):
+                return None
+            state = written
+        return None
 
     async def _give_back(self, message: Any, before: JobState, revision: int, seconds: float | None) -> None:
         """Makes a job what it was ``before`` it was begun, for a worker who takes it after ``seconds``."""

@@ -180,6 +180,35 @@ def test_workers_know_how_many_jobs_nobody_has_taken(server, monkeypatch):
     run(scenario())
 
 
+def test_a_worker_that_has_nothing_to_do_begins_a_job_at_once(server, monkeypatch):
+    """Also while whoever accepted it writes that it is in the queue, and where another asks for jobs as often."""
+    monkeypatch.setattr("dynamo_epd.jobs.FETCH_SECONDS", 0.003)
+    patient = JobsConfig(silence_seconds=BOUND, retry_seconds=BOUND)
+
+    async def scenario():
+        async with queue(server, patient) as front, queue(server, patient) as one, queue(server, patient) as another:
+            begun, go = asyncio.Queue(), asyncio.Event()
+
+            def worker(name):
+                async def make(job, lain):
+                    begun.put_nowait(name)
+                    await go.wait()
+
+                return make
+
+            one.work(worker("one"))
+            another.work(worker("another"))
+            for _ in range(40):
+                go.clear()
+                jobs = await asyncio.gather(*(submitted(front, str(number)) for number in range(2)))
+                assert {await begun.get(), await begun.get()} == {"one", "another"}
+                go.set()
+                for job in jobs:
+                    assert (await over(front, job.id)).attempts == 1
+
+    run(scenario())
+
+
 def test_a_job_of_the_longest_prompts_is_taken(server):
     """Of characters that JSON spells with six bytes each."""
 
