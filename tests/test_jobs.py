@@ -187,7 +187,8 @@ def test_a_worker_that_has_nothing_to_do_begins_a_job_at_once(server, monkeypatc
 
     async def scenario():
         async with queue(server, patient) as front, queue(server, patient) as one, queue(server, patient) as another:
-            begun, go = asyncio.Queue(), asyncio.Event()
+            begun: asyncio.Queue[str] = asyncio.Queue()
+            go = asyncio.Event()
 
             def worker(name):
                 async def make(job, lain):

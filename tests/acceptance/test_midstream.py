@@ -132,11 +132,16 @@ def kill_under(graph: Graph, body: dict[str, Any], after: int) -> Killed:
         for index, pid in pids.items()
     }
 
-    def at_work() -> list[int]:
-        return [index for index, url in scrapes.items() if Metrics.scrape(url).total("epd_stage_queue_depth")]
-
     def asked(index: int) -> float:
         return Metrics.scrape(scrapes[index]).total("dynamo_component_requests_total", 'dynamo_endpoint="generate"')
+
+    def at_work() -> list[int]:
+        """Also once it is done with it: then the kill comes too late."""
+        return [
+            index
+            for index, url in scrapes.items()
+            if Metrics.scrape(url).total("epd_stage_queue_depth") or asked(index) > before[index]
+        ]
 
     before = {index: asked(index) for index in pids}
     events: list[float] = []
