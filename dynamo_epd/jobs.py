@@ -340,8 +340,10 @@ class JobQueue:
 
         One request is open at a time, until the server says that it is over: of two, each can be sent a job, and one of
         these would lie here while another worker has nothing to do. nats-py's ``fetch`` gives up before the server.
-        Source: NATS ADR-13, on pull requests."""
-        if not self._connection.is_connected:  # asked now, it would be asked then, beside the next
+        Source: NATS ADR-13, on pull requests.
+
+        Raises what nats-py does where the queue or its consumer is gone."""
+        if not self._connection.is_connected:  # a request made now would go out then, beside the next one
             await asyncio.sleep(RECONNECT_SECONDS)
             return None
         ask = msgspec.json.encode({"batch": 1, "expires": int(FETCH_SECONDS * 1e9)})
