@@ -38,7 +38,7 @@ from dynamo_epd.errors import (
 )
 from dynamo_epd.exchange import ArenaOwner, instance_of
 from dynamo_epd.http.embeddings import check_embeddings, embeddings_reply
-from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.errors import error_event
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.images import (
     Usage,
@@ -262,7 +262,7 @@ class BesideChat(Results, ArenaOwner):
             await self._noted(message, found)
         except EpdError as error:
             account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
-            yield b"data: " + error_body(error) + b"\n\n"
+            yield error_event(error)
 
     async def _picture(self, request: Request, message: GenerateRequest) -> tuple[dict[str, Any], Generated]:
         """A picture as a client gets it, and the worker's last word on it."""
@@ -312,7 +312,7 @@ class BesideChat(Results, ArenaOwner):
                     yield image_event("completed", file, wanted, size_of(reply), usage=usage)
         except EpdError as error:
             account.status = error.status  # 200 has been sent; what is counted and logged is how it ended
-            yield b"data: " + error_body(error) + b"\n\n"
+            yield error_event(error)
 
     async def _in_time(self, request: Request, work: Awaitable[Result]) -> Result:
         """`unless_gone`, for as long as a request has."""

@@ -45,7 +45,7 @@ from dynamo_epd.http.body import (
     completion_fields,
 )
 from dynamo_epd.http.embeddings import EMBEDDINGS
-from dynamo_epd.http.errors import error_body
+from dynamo_epd.http.errors import error_event
 from dynamo_epd.http.held import HeldStream
 from dynamo_epd.http.images import IMAGES, JOB
 from dynamo_epd.http.limits import RequestBounds, guard, request_log
@@ -458,4 +458,4 @@ async def events(call: Any, account: Account) -> AsyncGenerator[bytes, None]:
             yield reply.event.encode()
     except EpdError as error:
         account.status = error.status
-        yield b"data: " + error_body(error) + b"\n\n"
+        yield error_event(error)

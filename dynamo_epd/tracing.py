@@ -5,6 +5,8 @@ On where OpenTelemetry's own variables name a collector: ``OTEL_EXPORTER_OTLP_EN
 ``OTEL_EXPORTER_OTLP_PROTOCOL``, ``grpc`` or ``http/protobuf``; ``OTEL_TRACES_SAMPLER`` says how many are kept. Without
 a collector OpenTelemetry is not even imported. What crosses is W3C's ``traceparent``: in the head of an HTTP request,
 in the metadata of a call, in the headers of a job. Names are OpenTelemetry's for generative AI where it has one.
+A span that fails says by what in ``error.type`` (`error_type`); the span of an HTTP request fails with its reply, by
+OpenTelemetry's conventions for HTTP servers. Who leaves fails nothing: a cancelled span has no error.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
+
+from dynamo_epd.errors import EpdError
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -31,6 +35,9 @@ class Span:
     def rename(self, name: str) -> None:
         """A better name than the one it began with."""
 
+    def fail(self, error: BaseException | str) -> None:
+        """It has failed, although nothing is raised through its block; a text is an `error_type` already."""
+
 
 _SILENT = Span()
 
@@ -44,6 +51,22 @@ class _Recorded(Span):
 
     def rename(self, name: str) -> None:
         self._span.update_name(name)
+
+    def fail(self, error: BaseException | str) -> None:
+        from opentelemetry.trace import StatusCode
+
+        self._span.set_status(StatusCode.ERROR)
+        self.describe({"error.type": error if isinstance(error, str) else error_type(error)})
+
+
+def error_type(error: BaseException) -> str:
+    """OpenTelemetry's ``error.type``: the ``code`` of an `EpdError`, which clients see too (``stage_unavailable``,
+    ``invalid_image``, …: docs/http.md has those that reach them), and of any other exception its class, with its
+    module."""
+    if isinstance(error, EpdError) and error.code is not None:
+        return error.code
+    cls = type(error)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def protocol() -> str:
@@ -106,7 +129,8 @@ def span(
     kind: Kind = "internal",
     carrier: Mapping[str, str] | None = None,
 ) -> Iterator[Span]:
-    """Around what is done. It belongs to the span around it, or to the one that ``carrier`` tells of.
+    """Around what is done. It belongs to the span around it, or to the one that ``carrier`` tells of. It has failed
+    where an Exception goes through it.
 
     Must be left in the task that entered it: not around a ``yield`` that another task resumes.
     """
@@ -121,7 +145,11 @@ def span(
     with start().start_as_current_span(name, context=context, kind=kinds[kind]) as one:
         recorded = _Recorded(one)
         recorded.describe(attributes or {})
-        yield recorded
+        try:
+            yield recorded
+        except Exception as error:  # OpenTelemetry sets its status, and keeps what was raised as an event
+            recorded.describe({"error.type": error_type(error)})
+            raise
 
 
 def current() -> Span:

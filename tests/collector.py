@@ -33,7 +33,12 @@ class Collector(Receiver):
 
     def trace(self, id: str) -> list[Span]:
         """What came of one trace so far."""
-        return [span for span in list(self._spans) if span.trace == id]
+        return [span for span in self.spans if span.trace == id]
+
+    @property
+    def spans(self) -> list[Span]:
+        """All that came so far, of whatever trace."""
+        return list(self._spans)
 
 
 def spans_of(request: ExportTraceServiceRequest) -> list[Span]:

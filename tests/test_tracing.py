@@ -3,23 +3,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import grpc
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from msgspec.structs import replace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from starlette.testclient import TestClient
 
+from dynamo_epd import tracing
+from dynamo_epd.errors import EpdError, InvalidRequest, StageUnavailable, TransferTimeout
+from dynamo_epd.http.errors import answer_errors, error_event
+from dynamo_epd.http.traced import Traced
+from dynamo_epd.sdk.endpoints import Mark
+from dynamo_epd.sdk.handler import EndpointHandler, InFlight
+from dynamo_epd.transfer import Arena
 from tests.collector import Collector, Span, spans_of
 from tests.questions import data_url, picture, user
 from tests.serving import Graph, eventually
@@ -147,9 +165,157 @@ def test_a_refusal_is_a_span_too(seeing: Graph, collector: Collector) -> None:
     body = {"model": "tiny-llava", "messages": [user("<image>")], "max_tokens": 1}
     names = {"POST /v1/chat/completions", "Processor.chat"}
     reply, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
-    assert "error" in reply.json()
-    assert named(spans, "Processor.chat").failed
-    assert named(spans, "POST /v1/chat/completions").attributes["http.response.status_code"] == 400
+    refused, entry = named(spans, "Processor.chat"), named(spans, "POST /v1/chat/completions")
+    assert (refused.failed, refused.attributes["error.type"]) == (True, reply.json()["error"]["code"])
+    assert entry.attributes["http.response.status_code"] == 400
+    assert not entry.failed and "error.type" not in entry.attributes, "the client's failure, and not the server's"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Where the spans of this very process go, each as soon as it ends."""
+    with Collector() as own:
+        provider = TracerProvider(resource=Resource.create({"service.name": "here"}))
+        exporter = OTLPSpanExporter(f"{own.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces")
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        monkeypatch.setattr(tracing, "ON", True)
+        monkeypatch.setattr(tracing, "start", lambda: provider.get_tracer("test"))
+        yield own
+        provider.shutdown()
+
+
+class Odd(Exception):
+    """What no code knows."""
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (StageUnavailable("nobody is left"), "stage_unavailable"),
+        (InvalidRequest("too long", code="context_length_exceeded"), "context_length_exceeded"),
+        (TimeoutError(), "TimeoutError"),
+        (Odd(), f"{__name__}.Odd"),
+    ],
+)
+def test_a_span_that_fails_says_by_what(here: Collector, error: Exception, name: str) -> None:
+    with pytest.raises(type(error)), tracing.span("a stage"):
+        raise error
+    (span,) = here.spans
+    assert (span.failed, span.attributes) == (True, {"error.type": name})
+
+
+def test_who_leaves_fails_nothing(here: Collector) -> None:
+    for leaves in (asyncio.CancelledError(), GeneratorExit()):
+        with pytest.raises(type(leaves)), tracing.span("a stage"):
+            raise leaves
+    with tracing.span("a stage"):
+        pass
+    assert [(span.failed, span.attributes) for span in here.spans] == [(False, {})] * 3
+
+
+class Caller:
+    """Whom an endpoint answers, until it leaves."""
+
+    metadata: ClassVar[dict[str, str]] = {}
+
+    def __init__(self) -> None:
+        self.left = asyncio.Event()
+
+    async def async_killed_or_stopped(self) -> None:
+        await self.left.wait()
+
+    def is_stopped(self) -> bool:
+        return self.left.is_set()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_worker_that_gives_a_caller_up_has_failed_and_one_that_is_left_has_not(here: Collector, leaves: bool) -> None:
+    async def main() -> None:
+        caller = Caller()
+
+        async def endpoint() -> AsyncIterator[int]:
+            yield 1
+            if leaves:
+                caller.left.set()
+                await asyncio.Event().wait()
+            raise asyncio.CancelledError
+
+        handler = EndpointHandler(endpoint, Mark("endpoint", "asked"), InFlight())
+        async for _ in handler.handle("null", caller):
+            pass
+
+    asyncio.run(main())
+    (span,) = here.spans
+    assert (span.failed, span.attributes.get("error.type")) == ((False, None) if leaves else (True, "worker_lost"))
+
+
+def edge() -> FastAPI:
+    """An application that fails in every way in which ours do."""
+    app = FastAPI()
+    answer_errors(app)
+    app.add_middleware(Traced)
+    failures = {"refused": InvalidRequest("no"), "away": StageUnavailable("nobody is left"), "defect": Odd("secret")}
+
+    @app.get("/whole/{how}")
+    async def whole(how: str) -> None:
+        raise failures[how]
+
+    @app.get("/stream/{how}")
+    async def stream(how: str) -> StreamingResponse:
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: {}\n\n"
+            try:
+                raise failures[how]
+            except EpdError as error:
+                yield error_event(error)
+
+        return StreamingResponse(events())
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "failed"),
+    [
+        ("/whole/refused", 400, None),
+        ("/whole/away", 503, "503"),
+        ("/whole/defect", 500, "500"),
+        ("/stream/refused", 200, None),
+        ("/stream/away", 200, "stage_unavailable"),
+        ("/stream/defect", 200, f"{__name__}.Odd"),
+    ],
+)
+def test_an_http_span_fails_with_its_status_or_its_stream(
+    here: Collector, path: str, status: int, failed: str | None
+) -> None:
+    client = TestClient(edge(), raise_server_exceptions=False)
+    with suppress(Odd):  # in the middle of a reply nothing is left to say: the connection is cut
+        assert client.get(path).status_code == status
+    (span,) = here.spans
+    assert span.attributes["http.response.status_code"] == status
+    assert (span.failed, span.attributes.get("error.type")) == (failed is not None, failed)
+
+
+def test_a_read_fails_as_its_caller_is_told(here: Collector) -> None:
+    async def silent(_: str) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def main() -> None:
+        arena = await Arena.open(4096, owner="me", resolve=silent)
+        with await arena.reserve([5], 1) as (slot,):
+            slot.write(b"hello")
+            handle = arena.lease(slot.publish(), 60)
+        elsewhere = replace(handle, owner="silent", incarnation=secrets.token_hex(8))
+        with pytest.raises(TransferTimeout):
+            async with arena.read([elsewhere], timeout=0.05):
+                pass
+        await arena.close()
+
+    asyncio.run(main())
+    (span,) = here.spans
+    assert (span.name, span.failed) == ("nixl.read", True)
+    assert span.attributes == {"nixl.handles": 1, "nixl.bytes": 5, "error.type": "transfer_timeout"}
 
 
 class GrpcReceiver(TraceServiceServicer):
@@ -194,7 +360,7 @@ def test_where_nobody_collects_nothing_is_imported(more: dict[str, str]) -> None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | more
     script = (
         "import sys; from dynamo_epd import tracing\n"
-        "with tracing.span('a', kind='server') as span: span.describe({'b': 1}); tracing.usage(1, 2)\n"
+        "with tracing.span('a', kind='server') as span: span.describe({'b': 1}); span.fail('x'); tracing.usage(1, 2)\n"
         "assert tracing.carried() is None and 'opentelemetry' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
@@ -216,8 +382,6 @@ def test_where_nobody_collects_nothing_is_imported(more: dict[str, str]) -> None
 def test_the_collector_is_named_as_opentelemetry_says(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], protocol: str, endpoint: str | None
 ) -> None:
-    from dynamo_epd import tracing
-
     for name in list(os.environ):
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, MethodNotAllowed, NotFound, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,13 @@ def error_body(error: EpdError) -> bytes:
         if len(raw) <= MAX_BODY or not message:
             return raw
         message = message[: len(message) // 2]
+
+
+def error_event(error: EpdError) -> bytes:
+    """The last event of a stream that breaks off. Its status is out already, so the request's span is told here."""
+    if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        tracing.current().fail(error)
+    return b"data: " + error_body(error) + b"\n\n"
 
 
 def error_response(error: EpdError) -> Response:

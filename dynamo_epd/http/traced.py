@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,7 +15,11 @@ UNTRACED = ("/live", "/health", "/metrics", "/ui")
 
 
 class Traced:
-    """ASGI middleware around everything: the trace goes on that the client's ``traceparent`` names."""
+    """ASGI middleware around everything: the trace goes on that the client's ``traceparent`` names.
+
+    The span fails with a status from 500 on, which is its ``error.type`` then, with what is raised instead of a reply,
+    and where a stream breaks off (`dynamo_epd.http.errors.error_event`).
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -28,7 +34,10 @@ class Traced:
 
             async def told(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    span.describe({"http.response.status_code": message["status"]})
+                    status = message["status"]
+                    span.describe({"http.response.status_code": status})
+                    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:  # what is refused is the client's failure
+                        span.fail(str(int(status)))
                 await send(message)
 
             try:

@@ -114,16 +114,14 @@ class EndpointHandler:
         arguments = ([request] if self._takes_request else []) + ([context] if self._takes_context else [])
         last: Any = wire.END
         try:
-            with tracing.span(self._span, kind="server", carrier=context.metadata.copy() if tracing.ON else None):
-                replies = self._function(*arguments)
-                if inspect.isawaitable(replies):
-                    await frames.put(_frame(await replies, typed))
-                else:
-                    try:
-                        async for item in replies:
-                            await frames.put(_frame(item, typed))
-                    finally:
-                        await replies.aclose()
+            carrier = context.metadata.copy() if tracing.ON else None
+            with tracing.span(self._span, kind="server", carrier=carrier) as span:
+                try:
+                    await self._answer(arguments, frames, typed)
+                except asyncio.CancelledError:
+                    if not context.is_stopped():  # nobody left: the worker gave it up
+                        span.fail(WorkerLost("given up"))
+                    raise
         except EpdError as error:
             last = error.to_wire()
         except asyncio.CancelledError:
@@ -138,6 +136,17 @@ class EndpointHandler:
             await frames.put({"error": last})
             last = wire.END
         await frames.put(last)
+
+    async def _answer(self, arguments: list[Any], frames: asyncio.Queue[Any], typed: bool) -> None:
+        replies = self._function(*arguments)
+        if inspect.isawaitable(replies):
+            await frames.put(_frame(await replies, typed))
+            return
+        try:
+            async for item in replies:
+                await frames.put(_frame(item, typed))
+        finally:
+            await replies.aclose()
 
 
 async def _frame_or_beat(frames: asyncio.Queue[Any]) -> Any:

@@ -256,11 +256,11 @@ class Arena:
         deadline = started + min(timeout, lease_left)
         reservation: Reservation | None = None
         pulls: list[Pull] = []
-        self._reads_in_flight += 1
-        self._quiet.clear()
         lengths = [handle.length for handle in handles]
-        try:
-            with tracing.span("nixl.read", {"nixl.handles": len(handles), "nixl.bytes": sum(lengths)}):
+        with tracing.span("nixl.read", {"nixl.handles": len(handles), "nixl.bytes": sum(lengths)}):
+            self._reads_in_flight += 1
+            self._quiet.clear()
+            try:
                 async with asyncio.timeout_at(deadline):
                     peers = [await self._peer_of(handle) for handle in handles]
                 reservation = await self._slots.reserve(lengths, deadline - loop.time())
@@ -271,22 +271,22 @@ class Arena:
                         pulls.append(Pull(self._agent, self._peers, peer, handle, self._memory, slot.offset))
                 async with asyncio.timeout_at(deadline):
                     await self._finish(pulls)
-        except BaseException as error:
-            # Who leaves, or finds no room here, says nothing of the transfer.
-            no_failure = (asyncio.CancelledError, Overloaded, PayloadTooLarge)
-            self._transfer_failures += counted and not isinstance(error, no_failure)
-            self._digest_failures += isinstance(error, DigestMismatch)
-            if reservation is not None:
-                self._give_up(pulls, reservation)
-            if isinstance(error, TimeoutError):
-                if lease_left < timeout:
-                    raise LeaseExpired("the lease ended before the READ did") from None
-                raise TransferTimeout(f"the bytes did not arrive within {timeout:g} s") from None
-            raise
-        finally:
-            self._reads_in_flight -= 1
-            if not self._reads_in_flight:
-                self._quiet.set()
+            except BaseException as error:
+                # Who leaves, or finds no room here, says nothing of the transfer.
+                no_failure = (asyncio.CancelledError, Overloaded, PayloadTooLarge)
+                self._transfer_failures += counted and not isinstance(error, no_failure)
+                self._digest_failures += isinstance(error, DigestMismatch)
+                if reservation is not None:
+                    self._give_up(pulls, reservation)
+                if isinstance(error, TimeoutError):
+                    if lease_left < timeout:
+                        raise LeaseExpired("the lease ended before the READ did") from None
+                    raise TransferTimeout(f"the bytes did not arrive within {timeout:g} s") from None
+                raise
+            finally:
+                self._reads_in_flight -= 1
+                if not self._reads_in_flight:
+                    self._quiet.set()
         if counted:
             self._transfers += len(handles)
             self._transfer_bytes += sum(lengths)
