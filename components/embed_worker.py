@@ -87,6 +87,7 @@ class EmbedWorker(ArenaOwner):
     @endpoint()
     async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:
         """All texts of a request, or a refusal of all of them."""
+        tracing.generation("embeddings", {"model": request.model or self.name})
         if request.model not in (None, *self.names.names):
             raise ModelNotFound(f"the embedding model here is {self.name!r}", param="model")
         if not request.texts:
@@ -96,7 +97,7 @@ class EmbedWorker(ArenaOwner):
             done = await self.batcher.submit_all(items)
             queued, ran = max(one.queue_seconds for one in done), max(one.run_seconds for one in done)
             visit.waited = queued
-        tracing.generation("embeddings", {"model": self.name})
+        tracing.response(self.name)
         tracing.usage(sum(len(ids) for ids in items))
         vectors = [one.result.vector.numpy().tobytes() for one in done]
         yield Embedded(vectors, [len(ids) for ids in items], self.name, queued, ran)

@@ -181,8 +181,10 @@ class Processor:
 
     async def answered(self, request: HttpRequest) -> tuple[str, float]:
         """The JSON body of a chat's whole reply, and the seconds that it waited in the stages' queues."""
-        async with Conversation(self, request) as conversation:
-            answer = await self.front.chat(request.body, conversation.answer)
+        with tracing.span("chat"):  # there may be several below the one span of who asks
+            tracing.generation("chat", request.body)
+            async with Conversation(self, request) as conversation:
+                answer = await self.front.chat(request.body, conversation.answer)
         assert answer.body is not None
         return answer.body, conversation.queue_seconds
 
@@ -269,8 +271,9 @@ class Conversation:
             self._ahead[index] = asyncio.create_task(self._encode(picture))
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        tracing.usage(self._read, self._written)
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # a reply that came to its end has said it, by what vLLM counts
+            tracing.usage(self._read, self._written)
         # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
         afterwards(self._release_unwanted(list(self._ahead.values())))
 

@@ -12,7 +12,7 @@ OpenTelemetry's conventions for HTTP servers. Who leaves fails nothing: a cancel
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,8 +171,14 @@ def generation(operation: str, body: Mapping[str, Any]) -> None:
         current().describe(about | asked | {"gen_ai.request.max_tokens": tokens})
 
 
+def response(model: str, id: str | None = None, finish_reasons: Sequence[str] = ()) -> None:
+    """Tells the current span what a reply says of itself. ``finish_reasons``: one for each answer in it, in order."""
+    about = {"model": model, "id": id, "finish_reasons": finish_reasons or None}
+    current().describe({f"gen_ai.response.{name}": value for name, value in about.items()})
+
+
 def usage(input_tokens: int, output_tokens: int | None = None) -> None:
-    """Tells the current span how many tokens there were."""
+    """Tells the current span how many tokens there were; what it was told before counts no more."""
     current().describe({"gen_ai.usage.input_tokens": input_tokens, "gen_ai.usage.output_tokens": output_tokens})
 
 

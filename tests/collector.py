@@ -62,4 +62,10 @@ def spans_of(request: ExportTraceServiceRequest) -> list[Span]:
 
 
 def values(attributes: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value") or "string_value") for one in attributes}
+    return {one.key: plain(one.value) for one in attributes}
+
+
+def plain(value: Any) -> Any:
+    """Of a list a list."""
+    found = getattr(value, value.WhichOneof("value") or "string_value")
+    return [plain(one) for one in found.values] if value.HasField("array_value") else found

@@ -60,6 +60,26 @@ def collector() -> Iterator[Collector]:
         yield one
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Where the spans of this very process go, each as soon as it ends."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    from dynamo_epd import tracing
+
+    with Collector() as own:
+        provider = TracerProvider(resource=Resource.create({"service.name": "here"}))
+        exporter = OTLPSpanExporter(f"{own.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces")
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        monkeypatch.setattr(tracing, "ON", True)
+        monkeypatch.setattr(tracing, "start", lambda: provider.get_tracer("test"))
+        yield own
+        provider.shutdown()
+
+
 @pytest.fixture(scope="session")
 def seeing(collector: Collector) -> Iterator[Graph]:
     """What `make serve` starts, content validation on the trained models, with traces."""

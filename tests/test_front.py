@@ -7,15 +7,18 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.environment import prepare
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound, StageUnavailable
 from models.untrained import write
+from tests.collector import Collector
 
 HELLO = [72, 69, 76, 76, 79]
 
@@ -440,3 +443,81 @@ def test_sampling_parameters_survive_their_journey(front: Any):
     assert there.detokenize is False
     with pytest.raises(InvalidRequest):
         decode_sampling('{"temperature": "warm"}')
+
+
+def told_and_said(
+    front: Any, here: Collector, way: str, body: dict[str, Any], stages: Stages, read: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the trace is told of a reply, and the reply: its body or its events. ``read``: so many events at most."""
+
+    async def main() -> list[dict[str, Any]]:
+        with tracing.span("request"):
+            answer = await getattr(front, way)({"model": "alias", **body}, stages)
+            if answer.events is None:
+                return [json.loads(answer.body)]
+            said = []
+            async with aclosing(answer.events) as events:
+                async for event in events:
+                    said.append(event)
+                    if len(said) == read:
+                        break
+            return [json.loads(event.removeprefix("data: ")) for event in said if "[DONE]" not in event]
+
+    said = asyncio.run(main())
+    (span,) = here.spans
+    return span.attributes, said
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}])
+@pytest.mark.parametrize(
+    ("way", "fields"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("chat", {"messages": [{"role": "user", "content": "hi"}], "n": 3}),
+        ("chat", {"messages": [{"role": "user", "content": "hi"}], "stop": ["L"]}),
+        ("complete", {"prompt": ["hi", "you"], "n": 2, "max_tokens": 5}),
+    ],
+    ids=["chat", "several answers", "stop", "several prompts"],
+)
+def test_the_trace_says_what_the_reply_says(
+    front: Any, here: Collector, way: str, fields: dict[str, Any], stream: dict[str, Any]
+) -> None:
+    told, said = told_and_said(front, here, way, {**fields, **stream}, Stages(HELLO, end="length"))
+    assert (told["gen_ai.response.id"], told["gen_ai.response.model"]) == (said[0]["id"], "tiny")
+    ends = {one["index"]: one["finish_reason"] for reply in said for one in reply["choices"] if one["finish_reason"]}
+    assert told["gen_ai.response.finish_reasons"] == [ends[index] for index in sorted(ends)]
+    assert len(ends) == fields.get("n", 1) * len(fields.get("prompt", [""]))
+    asked = (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"])
+    if used := said[-1].get("usage"):
+        assert asked == (used["prompt_tokens"], used["completion_tokens"])
+    else:  # nobody asked for it in the stream; it is known all the same
+        used = whole(front, way, fields)["usage"]
+        assert asked == (used["prompt_tokens"], used["completion_tokens"])
+
+
+def whole(front: Any, way: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The body of the same without a stream."""
+
+    async def main() -> Any:
+        answer = await getattr(front, way)({"model": "alias", **fields}, Stages(HELLO, end="length"))
+        return json.loads(answer.body)
+
+    return asyncio.run(main())
+
+
+def test_of_a_stream_that_is_left_the_trace_says_what_there_was(front: Any, here: Collector) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    told, said = told_and_said(front, here, "chat", body, Stages(HELLO, end="length"), read=2)
+    assert told["gen_ai.response.id"] == said[0]["id"]
+    assert "gen_ai.response.finish_reasons" not in told
+    assert 0 < told["gen_ai.usage.output_tokens"] <= len(HELLO)
+
+
+def test_of_a_refusal_the_trace_says_no_reply(front: Any, here: Collector) -> None:
+    async def main() -> None:
+        with tracing.span("request"), pytest.raises(ModelNotFound):
+            await front.chat({"model": "none", "messages": [{"role": "user", "content": "hi"}]}, Stages(HELLO))
+
+    asyncio.run(main())
+    (span,) = here.spans
+    assert span.attributes == {}

@@ -9,7 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -20,15 +20,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from msgspec.structs import replace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from starlette.testclient import TestClient
 
 from dynamo_epd import tracing
@@ -105,6 +101,9 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     assert (asked["gen_ai.operation.name"], asked["gen_ai.request.model"]) == ("chat", "tiny-llava")
     assert asked["gen_ai.usage.input_tokens"] == reply["usage"]["prompt_tokens"]
     assert asked["gen_ai.usage.output_tokens"] == reply["usage"]["completion_tokens"]
+    assert asked["gen_ai.response.id"] == reply["id"]
+    assert asked["gen_ai.response.model"] == reply["model"] == "tiny-llava"
+    assert asked["gen_ai.response.finish_reasons"] == [reply["choices"][0]["finish_reason"]]
     assert not any(span.failed for span in spans)
 
 
@@ -116,8 +115,9 @@ def test_a_streamed_chat_is_one_trace_with_what_was_asked_and_used(seeing: Graph
     names = {"POST /v1/chat/completions", *stages, "nixl.read", "llm_request"}
     reply, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
 
-    *_, last, done = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
-    used = json.loads(last)["usage"]
+    *events, done = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
+    *_, ended, last = [json.loads(event) for event in events]
+    used = last["usage"]
     assert (reply.status_code, done) == (200, "[DONE]")
     assert without_their_caller(spans) == ["POST /v1/chat/completions"]
     processor = named(spans, "Processor.chat")
@@ -127,6 +127,8 @@ def test_a_streamed_chat_is_one_trace_with_what_was_asked_and_used(seeing: Graph
     assert (asked["gen_ai.provider.name"], asked["gen_ai.request.max_tokens"]) == ("dynamo_epd", 7)
     assert asked["gen_ai.usage.input_tokens"] == used["prompt_tokens"]
     assert asked["gen_ai.usage.output_tokens"] == used["completion_tokens"] <= 7
+    assert (asked["gen_ai.response.id"], asked["gen_ai.response.model"]) == (last["id"], last["model"])
+    assert asked["gen_ai.response.finish_reasons"] == [ended["choices"][0]["finish_reason"]]
     assert not any(span.failed for span in spans)
 
 
@@ -140,7 +142,8 @@ def test_an_embedding_is_one_trace(seeing: Graph, collector: Collector) -> None:
     assert (embedded.service, embedded.parent) == ("EmbedWorker", named(spans, "POST /v1/embeddings").id)
     about = embedded.attributes
     assert (about["gen_ai.operation.name"], about["gen_ai.provider.name"]) == ("embeddings", "dynamo_epd")
-    assert about["gen_ai.request.model"] == reply.json()["model"] == "tiny-t5"
+    assert about["gen_ai.request.model"] == "tiny-t5"
+    assert about["gen_ai.response.model"] == reply.json()["model"] == "tiny-t5"
     assert about["gen_ai.usage.input_tokens"] == reply.json()["usage"]["prompt_tokens"] > 0
     assert "gen_ai.usage.output_tokens" not in about
 
@@ -148,11 +151,26 @@ def test_an_embedding_is_one_trace(seeing: Graph, collector: Collector) -> None:
 def test_a_validation_is_one_trace(seeing: Graph, collector: Collector) -> None:
     language = {"EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"}
     names = {"POST /v1/validations", "Processor.validate", "ImageWorker.generate", *language}
-    names |= {"EmbedWorker.embed", "nixl.read"}
+    names |= {"EmbedWorker.embed", "nixl.read", "chat"}
     _, spans = traced(seeing, collector, "/v1/validations", {"prompt": STAR, "seed": 880_002}, names)
     assert without_their_caller(spans) == ["POST /v1/validations"]
+    caption = named(spans, "chat")
+    assert caption.parent == named(spans, "Processor.validate").id
+    assert caption.attributes["gen_ai.operation.name"] == "chat"
+    assert caption.attributes["gen_ai.response.finish_reasons"]
     made = named(spans, "ImageWorker.generate").attributes
     assert (made["gen_ai.operation.name"], made["gen_ai.request.seed"]) == ("generate_content", 880_002)
+
+
+def test_a_refused_embedding_says_what_was_asked(seeing: Graph, collector: Collector) -> None:
+    names = {"POST /v1/embeddings", "EmbedWorker.embed"}
+    reply, spans = traced(seeing, collector, "/v1/embeddings", {"model": "none", "input": STAR}, names)
+    assert reply.status_code == 404
+    refused = named(spans, "EmbedWorker.embed")
+    assert refused.failed
+    assert refused.attributes["error.type"] == reply.json()["error"]["code"] == "model_not_found"
+    assert refused.attributes["gen_ai.request.model"] == "none"
+    assert "gen_ai.response.model" not in refused.attributes
 
 
 def test_a_job_goes_on_in_the_trace_of_who_asked(seeing: Graph, collector: Collector) -> None:
@@ -169,19 +187,6 @@ def test_a_refusal_is_a_span_too(seeing: Graph, collector: Collector) -> None:
     assert (refused.failed, refused.attributes["error.type"]) == (True, reply.json()["error"]["code"])
     assert entry.attributes["http.response.status_code"] == 400
     assert not entry.failed and "error.type" not in entry.attributes, "the client's failure, and not the server's"
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """Where the spans of this very process go, each as soon as it ends."""
-    with Collector() as own:
-        provider = TracerProvider(resource=Resource.create({"service.name": "here"}))
-        exporter = OTLPSpanExporter(f"{own.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces")
-        provider.add_span_processor(SimpleSpanProcessor(exporter))
-        monkeypatch.setattr(tracing, "ON", True)
-        monkeypatch.setattr(tracing, "start", lambda: provider.get_tracer("test"))
-        yield own
-        provider.shutdown()
 
 
 class Odd(Exception):

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from msgspec import Struct
+from msgspec.json import Decoder
 from msgspec.structs import replace
 from pydantic import ValidationError
 from vllm.config import VllmConfig
@@ -46,9 +48,13 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
+from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.language import encode_sampling
 from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound
+
+_DONE = "data: [DONE]\n\n"
+"""After the last event."""
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -181,6 +187,7 @@ class OpenAIFront:
             if isinstance(result, ErrorResponse):
                 raise _refusal(result)
             if not isinstance(result, AsyncGenerator):
+                run.note(result)
                 return Answer(200, result.model_dump_json())
             # The stages are asked only when the stream is first read, and a refusal then still has an HTTP status.
             events = _events(run, result)
@@ -227,6 +234,22 @@ def _greedy_many(body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+class _Choice(Struct):
+    index: int
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct):
+    """What an event of a stream says of the reply."""
+
+    id: str
+    model: str
+    choices: list[_Choice]
+
+
+_CHUNK = Decoder(_Chunk)
+
+
 @dataclass
 class _Run:
     """What belongs to one HTTP request while vLLM's layer, which knows nothing of it, works on it."""
@@ -234,9 +257,30 @@ class _Run:
     conduct: Conduct
     failure: EpdError | None = None
     outputs: list[AsyncGenerator[RequestOutput, None]] = field(default_factory=list)
+    reply: Any = None
+    """The body or, of a stream, the last event that was read."""
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    """By answer."""
+    read: int = 0
+    written: int = 0
+    """Tokens as vLLM counts them in ``usage``, which not every stream ends with."""
+
+    def note(self, reply: Any) -> None:
+        """Looks at a body or a `_Chunk`, for the request's span."""
+        self.reply = reply
+        self.finish_reasons |= {one.index: one.finish_reason for one in reply.choices if one.finish_reason is not None}
 
     async def close(self) -> None:
-        """Ends what produces tokens. vLLM's own generators, when closed, leave that to the garbage collector."""
+        """Ends what produces tokens, and tells of the reply what there was of it. vLLM's own generators, when closed,
+        leave that to the garbage collector."""
+        await self._end()
+        if self.reply is not None:
+            reasons = [reason for _, reason in sorted(self.finish_reasons.items())]
+            tracing.response(self.reply.model, self.reply.id, reasons)
+        if self.read:
+            tracing.usage(self.read, self.written)
+
+    async def _end(self) -> None:
         for outputs in self.outputs:
             with suppress(RuntimeError):  # of several prompts one failed: the others' are just being cancelled by vLLM
                 await outputs.aclose()
@@ -251,6 +295,8 @@ async def _events(run: _Run, stream: AsyncGenerator[str, None]) -> AsyncGenerato
         async for event in stream:
             if event.startswith('data: {"error"'):
                 raise run.failure or InternalError("The answer could not be completed.")
+            if tracing.ON and event != _DONE:
+                run.note(_CHUNK.decode(event.removeprefix("data: ")))
             yield event
     finally:
         await stream.aclose()
@@ -385,10 +431,13 @@ class _ConductedEngine(EngineClient):
             for answer, prompt in zip(answers, prompts, strict=True)
         ]
         try:
-            finished = False
+            finished, read = False, 0
             while not finished:
                 output = queue.get_nowait() or await queue.get()
                 finished = output.finished
+                run.read += len(output.prompt_token_ids) - read
+                read = len(output.prompt_token_ids)
+                run.written += sum(len(one.token_ids) for one in output.outputs)  # those since the output before
                 yield output
         finally:
             for task in tasks:
