@@ -152,6 +152,20 @@ def span(
             raise
 
 
+def past(
+    name: str, began: float, ended: float, attributes: Mapping[str, Any], error: BaseException | str | None = None
+) -> None:
+    """A span of what is over, below the current one, as another process has told of it: from ``began`` to ``ended``
+    (Unix seconds). ``error``: by what it failed, as `Span.fail` takes it."""
+    if ON:
+        one = start().start_span(name, start_time=int(began * 1e9))
+        recorded = _Recorded(one)
+        recorded.describe(attributes)
+        if error is not None:
+            recorded.fail(error)
+        one.end(int(ended * 1e9))
+
+
 def current() -> Span:
     """The span of what is being done now, to be told more."""
     if not ON:

@@ -22,6 +22,9 @@ class Span:
     """Empty for the root."""
     attributes: dict[str, Any]
     failed: bool
+    began: int
+    ended: int
+    """Unix nanoseconds."""
 
 
 class Collector(Receiver):
@@ -56,6 +59,8 @@ def spans_of(request: ExportTraceServiceRequest) -> list[Span]:
                         span.parent_span_id.hex(),
                         values(span.attributes),
                         span.status.code == span.status.STATUS_CODE_ERROR,
+                        span.start_time_unix_nano,
+                        span.end_time_unix_nano,
                     )
                 )
     return found

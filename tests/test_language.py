@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,18 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
+from dynamo_epd import tracing
 from dynamo_epd.engine import language, lease
 from dynamo_epd.engine.delta import Reasoning
 from dynamo_epd.engine.language import HANDED_OVER, ImageInput, LanguageEngine, encode_sampling, multi_modal_data
+from dynamo_epd.engine.lease import PULLED
 from dynamo_epd.engine.scheduler import FailOnPreemption
 from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable
 from dynamo_epd.sdk.serve import worker_environment
+from tests.collector import Collector
 
 KV = {
     "do_remote_prefill": True,
@@ -197,11 +202,16 @@ class Requests(FailOnPreemption):
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
         self.finished: list[str] = []
-        self._lost, self._unpulled = [], {}
+        self._lost, self._unpulled, self._pulls = [], {}, {}
+        self.connector_output: Any = None
 
-    def add(self, name: str, **params: Any) -> Any:
+    def add(self, name: str, *, traced: bool = False, **params: Any) -> Any:
         request = SimpleNamespace(
-            request_id=name, status=RequestStatus.WAITING, kv_transfer_params=params or None, arrival_time=time.time()
+            request_id=name,
+            status=RequestStatus.WAITING,
+            kv_transfer_params=params or None,
+            arrival_time=time.time(),
+            trace_headers={"traceparent": "00-1-1-01"} if traced else None,
         )
         self.add_request(request)
         return request
@@ -237,6 +247,94 @@ def test_an_engine_that_stood_still_pulls_nothing(monkeypatch: pytest.MonkeyPatc
     scheduler.schedule()
     assert scheduler.finished[2:] == ["came while it stood"]
     assert not scheduler._unpulled
+
+
+def said(name: str, end: FinishReason | None = None) -> EngineCoreOutput:
+    return EngineCoreOutput(name, [] if end == FinishReason.ERROR else [1], finish_reason=end)
+
+
+def test_the_scheduler_tells_when_a_kv_cache_was_pulled_in_all_that_is_said_of_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, outputs = 100.0, [EngineCoreOutputs()]
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, one: self.requests.update({one.request_id: one}))
+    monkeypatch.setattr(AsyncScheduler, "schedule", lambda self, throttle: None)
+    monkeypatch.setattr(AsyncScheduler, "update_from_output", lambda *_: {0: outputs[0]})
+    monkeypatch.setattr(time, "time", lambda: now)
+    scheduler = Requests()
+    names = ["comes", "fails", "is aborted", "fails later", "is not traced"]
+    requests = [scheduler.add(name, traced="not" not in name, do_remote_prefill=True) for name in names]
+
+    def step(arrived: set[str], *all_said: EngineCoreOutput) -> dict[str, Any]:
+        nonlocal now
+        now += 1.0
+        outputs[0] = EngineCoreOutputs(outputs=list(all_said))
+        heard = SimpleNamespace(kv_connector_output=SimpleNamespace(finished_recving=arrived or None))
+        told = scheduler.update_from_output(SimpleNamespace(), heard)[0]  # type: ignore[arg-type]
+        for name in arrived:
+            scheduler.requests[name].status = RequestStatus.RUNNING
+        for one in all_said:
+            if one.finished:
+                del scheduler.requests[one.request_id]
+        scheduler.schedule()
+        return {one.request_id: one.kv_transfer_params for one in told.outputs}
+
+    scheduler.schedule()  # they wait for blocks
+    for request in requests:
+        request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    now = 101.0
+    scheduler.schedule()
+    del scheduler.requests["is aborted"]
+    assert step(set()) == {}
+    came, failed = {PULLED: [101.0, 103.0, True]}, {PULLED: [101.0, 103.0, False]}
+    arrived = {"comes", "fails", "fails later", "is not traced"}
+    assert step(arrived, said("fails", FinishReason.ERROR)) == {"fails": failed}
+    assert step(set(), said("comes"), said("is not traced"), said("other")) == {
+        "comes": came,
+        "is not traced": None,
+        "other": None,
+    }
+    assert step(set(), said("fails later", FinishReason.ERROR)) == {"fails later": came}, "preempted, say"
+    assert step(set(), said("comes", FinishReason.STOP)) == {"comes": came}
+    assert not scheduler._pulls
+
+
+def test_of_a_pull_that_is_given_up_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, one: self.requests.update({one.request_id: one}))
+    monkeypatch.setattr(AsyncScheduler, "schedule", lambda self, throttle: None)
+    monkeypatch.setattr(time, "time", lambda: now)
+    scheduler = Requests()
+    scheduler.add("on its way", traced=True, do_remote_prefill=True).status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    scheduler.schedule()
+    assert scheduler._pulls
+    now += lease.STILL_SECONDS + 0.1
+    scheduler.schedule()
+    assert scheduler.finished == ["on its way"]
+    assert not scheduler._pulls
+
+
+@pytest.mark.parametrize(("came", "failed"), [(True, None), (False, "hand_off_failed")])
+def test_a_kv_cache_s_way_is_a_span_below_who_takes_it_over(here: Collector, came: bool, failed: str | None) -> None:
+    double = EngineDouble()
+
+    async def generate(*_: Any, **__: Any) -> Any:
+        for reason in (None, "length" if came else "error"):  # the second says it again
+            completion = SimpleNamespace(token_ids=[1], finish_reason=reason, stop_reason=None, logprobs=None)
+            yield SimpleNamespace(
+                outputs=[completion],
+                prompt_token_ids=[1, 2],
+                metrics=None,
+                kv_transfer_params={PULLED: [1_000.0, 1_000.5, came]},
+            )
+
+    double.generate = generate  # type: ignore[method-assign]
+    with suppress(Preempted), tracing.span("DecodeWorker.generate"):
+        generated(double, kv=KV)
+    way, whole = here.spans
+    assert (way.name, way.parent, way.attributes["kv.engine"]) == ("nixl.read_kv", whole.id, "e")
+    assert (way.began, way.ended) == (1_000_000_000_000, 1_000_500_000_000)
+    assert (way.failed, way.attributes.get("error.type")) == (failed is not None, failed)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     messages = [user("Describe the picture.", data_url(picture(880_001)))]
     body = {"model": "tiny-llava", "messages": messages, "max_tokens": 8, "temperature": 0}
     stages = ["Processor.chat", "EncodeWorker.encode", "PrefillWorker.prefill", "DecodeWorker.generate"]
-    names = {"POST /v1/chat/completions", *stages, "nixl.read", "llm_request"}
+    names = {"POST /v1/chat/completions", *stages, "nixl.read", "nixl.read_kv", "llm_request"}
     answer, spans = traced(seeing, collector, "/v1/chat/completions", body, names)
     reply = answer.json()
 
@@ -97,6 +97,10 @@ def test_a_chat_about_a_picture_is_one_trace(seeing: Graph, collector: Collector
     filled, taken = (named(spans, stage).attributes for stage in ("PrefillWorker.prefill", "DecodeWorker.generate"))
     assert (taken["kv.engine"], taken["kv.blocks"]) == (filled["kv.engine"], filled["kv.blocks"]), "the KV cache, whole"
     assert filled["kv.engine"] and filled["kv.blocks"] > 0
+    pull, decode = named(spans, "nixl.read_kv"), named(spans, "DecodeWorker.generate")
+    assert (pull.service, pull.parent) == ("DecodeWorker", decode.id)
+    assert pull.attributes == {"kv.engine": filled["kv.engine"]}
+    assert decode.began <= pull.began <= pull.ended <= decode.ended
     asked = processor.attributes
     assert (asked["gen_ai.operation.name"], asked["gen_ai.request.model"]) == ("chat", "tiny-llava")
     assert asked["gen_ai.usage.input_tokens"] == reply["usage"]["prompt_tokens"]

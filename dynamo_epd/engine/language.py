@@ -27,8 +27,8 @@ import psutil
 
 from dynamo_epd import dropped, tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
-from dynamo_epd.engine.lease import KV_LEASE_SECONDS, STILL_SECONDS, TAKE_OVER_SECONDS
-from dynamo_epd.errors import InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
+from dynamo_epd.engine.lease import KV_LEASE_SECONDS, PULLED, STILL_SECONDS, TAKE_OVER_SECONDS
+from dynamo_epd.errors import HandOffFailed, InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
 
@@ -280,9 +280,12 @@ class LanguageEngine:
                     await self.reject(request_id, kv)
             raise
         first = True
+        pulled = kv is None or not tracing.ON
         outputs = self._run(request_id, prompt, params, reasoning)
         try:
             async for output in outputs:
+                if kv is not None and not pulled:
+                    pulled = _trace_pull(kv, output.kv_transfer_params)
                 completion = output.outputs[0]
                 if completion.finish_reason in ("error", "abort"):
                     raise Preempted("the decode engine lost the KV cache of this request")
@@ -415,6 +418,17 @@ def _trace_hand_over(kv: Mapping[str, Any]) -> None:
     """Tells the current span whose KV cache is handed over, and its blocks: both ends say the same of it."""
     blocks = sum(len(group) if isinstance(group, Sequence) else 1 for group in kv["remote_block_ids"])
     tracing.current().describe({"kv.engine": kv["remote_engine_id"], "kv.blocks": blocks})
+
+
+def _trace_pull(kv: Mapping[str, Any], told: Mapping[str, Any] | None) -> bool:
+    """A span for the KV cache's way here, once the scheduler has told of it (`scheduler` says what its times are). What
+    was in this engine's prefix cache already is not pulled, and has none."""
+    if told is None or PULLED not in told:
+        return False
+    began, ended, came = told[PULLED]
+    error = None if came else HandOffFailed("the KV cache could not be pulled")
+    tracing.past("nixl.read_kv", began, ended, {"kv.engine": kv["remote_engine_id"]}, error)
+    return True
 
 
 def queued(output: Any) -> float:

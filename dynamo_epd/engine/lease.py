@@ -21,3 +21,7 @@ longer must do nothing, since another was asked and may be pulling. Told by the 
 
 STILL_SECONDS = 3.0
 """A decode worker or its engine that stood still for longer, with a KV cache that it had yet to pull, gives it up."""
+
+PULLED = "pulled"
+"""Under which a decode engine's scheduler says of a traced request's KV cache when it was pulled: [began, ended (Unix
+seconds), whether it came]."""
