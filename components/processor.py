@@ -272,7 +272,7 @@ class Conversation:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # a reply that came to its end has said it, by what vLLM counts
+        if kind is not None and self._read:  # a reply that came to its end has said it, by what vLLM counts
             tracing.usage(self._read, self._written)
         # Encoded ahead and wanted by no prompt: the request was refused while it was rendered.
         afterwards(self._release_unwanted(list(self._ahead.values())))

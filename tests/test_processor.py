@@ -24,8 +24,10 @@ from components.processor import (
     texts_of,
 )
 from components.protocol import DecodeRequest, Delta, Encoded, Handle, PrefillReply
+from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, HandOffFailed, Preempted, StageUnavailable, WorkerLost
 from dynamo_epd.families import FAMILIES
+from tests.collector import Collector
 
 
 def leased(uuid: str, **metadata: list[int]) -> Leased:
@@ -124,6 +126,9 @@ def test_every_text_of_a_body_is_looked_at():
     assert texts_of({"prompt": [[1, 2]]}) == []
 
 
+PROMPT_TOKENS = 7
+
+
 class CallDouble:
     """A call of ``instance``, which took it: these tokens, then ``end``; None is the end of the answer."""
 
@@ -134,7 +139,7 @@ class CallDouble:
 
     async def __anext__(self) -> Delta:
         if self._tokens:
-            return Delta([self._tokens.pop(0)])
+            return Delta([self._tokens.pop(0)], prompt_tokens=PROMPT_TOKENS)
         raise self._end or StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -212,6 +217,16 @@ def test_an_attempt_that_got_further_before_it_was_preempted_is_none_in_vain() -
     with pytest.raises(StageUnavailable):
         conversed(workers, greedy, attempts=2)
     assert len(workers.asked) == 2
+
+
+def test_the_trace_says_what_an_answer_has_cost_that_is_given_up(here: Collector) -> None:
+    lost = HandOffFailed("its bytes were wrong")
+    for tokens in (1, 0):
+        with pytest.raises(StageUnavailable), tracing.span("request"):
+            conversed(DecodeWorkersDouble(lost, lost, tokens=tokens), attempts=2)
+    some, none = (span.attributes for span in here.spans)
+    assert none == {"error.type": "stage_unavailable"}
+    assert some == none | {"gen_ai.usage.input_tokens": PROMPT_TOKENS, "gen_ai.usage.output_tokens": 2}
 
 
 def test_a_request_that_ended_two_workers_is_given_no_third_whatever_its_attempts() -> None:
