@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from dynamo_epd.sdk.control import ask
-from dynamo_epd.sdk.watching import samples_of
 from tests.test_worker import eventually
-from tests.toys.calling import busy_worker, door
+from tests.toys.calling import at_work, busy_worker, door, workers
 from tests.toys.running import Served
 
 GRAPH = "tests/toys/scaled.py:Front"
@@ -33,22 +30,8 @@ def served(home: Path) -> Iterator[Served]:
         yield graph.wait_until_up()
 
 
-def workers(home: Path, service: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = asyncio.run(ask(door(home), do="status"))["services"][service]
-    return found
-
-
 def resize(home: Path, service: str, count: int) -> None:
     asyncio.run(ask(door(home), do="scale", service=service, workers=count))
-
-
-def at_work(home: Path) -> dict[int, float]:
-    """Requests that wait or run, by worker of the first stage."""
-    found = {}
-    for one in workers(home, "Busy"):
-        with urllib.request.urlopen(one["metrics"], timeout=10) as reply:
-            found[one["index"]] = (samples_of(reply.read()) or {}).get(("epd_stage_queue_depth", ""), 0.0)
-    return found
 
 
 def with_one_at_the_second_door(

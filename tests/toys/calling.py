@@ -7,12 +7,14 @@ import asyncio
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from dynamo_epd.sdk.control import ask
+from dynamo_epd.sdk.watching import samples_of
 from tests.toys.running import Served
 
 LOOK_SECONDS = 1.0
@@ -102,7 +104,25 @@ def door(home: Path) -> Path:
     return Path(json.loads(record.read_text())["socket"])
 
 
+def status(home: Path) -> dict[str, list[dict[str, Any]]]:
+    """Service → what the graph says of its workers."""
+    found: dict[str, list[dict[str, Any]]] = asyncio.run(ask(door(home), do="status"))["services"]
+    return found
+
+
+def workers(home: Path, service: str) -> list[dict[str, Any]]:
+    return status(home)[service]
+
+
 def ready(home: Path) -> dict[str, int]:
     """Service → workers that serve."""
-    services = asyncio.run(ask(door(home), do="status"))["services"]
-    return {name: sum(one["ready"] for one in workers) for name, workers in services.items()}
+    return {name: sum(one["ready"] for one in found) for name, found in status(home).items()}
+
+
+def at_work(home: Path) -> dict[int, float]:
+    """Requests that wait or run, by worker of the first stage."""
+    found = {}
+    for one in workers(home, "Busy"):
+        with urllib.request.urlopen(one["metrics"], timeout=10) as reply:
+            found[one["index"]] = (samples_of(reply.read()) or {}).get(("epd_stage_queue_depth", ""), 0.0)
+    return found

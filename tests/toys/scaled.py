@@ -19,7 +19,13 @@ from dynamo_epd.sdk import api, async_on_start, depends, dynamo_context, endpoin
 
 
 class Work(msgspec.Struct, frozen=True):
+    """``until``: a file, for which it waits besides; work that is as long as a test wants it."""
+
     seconds: float
+    until: str = ""
+
+    def waits(self) -> bool:
+        return bool(self.until) and not os.path.exists(self.until)
 
 
 class Worked(msgspec.Struct, frozen=True):
@@ -51,6 +57,8 @@ class Sleeper:
             async with self.turn:
                 visit.waited = perf_counter() - arrived
                 await asyncio.sleep(work.seconds)
+                while work.waits():
+                    await asyncio.sleep(0.05)
         yield Worked(dynamo_context["worker_index"])
 
 
@@ -72,9 +80,10 @@ class Front:
 
     @api()
     async def call(self, order: dict[str, Any]) -> dict[str, Any]:
-        """``seconds`` of work in each stage, one after the other."""
+        """``seconds`` of work in the first stage, and until the file ``until`` is there; ``calm`` in the second."""
         self.busy.route("least-loaded")
-        first = [worked.worker async for worked in self.busy.work(Work(order["seconds"]))]
+        work = Work(order["seconds"], order.get("until", ""))
+        first = [worked.worker async for worked in self.busy.work(work)]
         last = [worked.worker async for worked in self.calm.work(Work(order.get("calm", 0.001)))]
         return {"workers": first + last, "pid": os.getpid()}
 
