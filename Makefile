@@ -28,8 +28,9 @@ check: setup
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy $(SOURCES)
 
+# `-rs`: what is skipped says why, and is not taken for tested.
 test: setup
-	@$(BIN)/pytest -q --durations=20 tests $(addprefix --ignore=,$(LONG)) $(ARGS)
+	@$(BIN)/pytest -q -rs --durations=20 tests $(addprefix --ignore=,$(LONG)) $(ARGS)
 
 # Two recipes at a time, which share the cores. What is trained already is not trained again.
 models: setup
@@ -51,7 +52,7 @@ image-recipe: t5-recipe vae-recipe
 # Each file by itself: graphs of two of them do not fit on one machine (memory, a user's inotify instances).
 acceptance: setup
 	@status=0; for one in $(LONG); do \
-	  echo "$$one"; $(BIN)/pytest -q $$one $(ARGS) || status=1; \
+	  echo "$$one"; $(BIN)/pytest -q -rs $$one $(ARGS) || status=1; \
 	done; exit $$status
 
 # Keeps load on two workers of every stage, kills and stops them by a seed, and checks every answer.

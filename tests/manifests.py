@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import kubernetes.utils
 import kubernetes_validate
 import yaml
 
-from tests import kubernetes_server
+from tests import kubectl, kubernetes_server
 from tests.toys.running import ROOT
 
 DEPLOY = ROOT / "deploy" / "kubernetes"
@@ -31,7 +30,9 @@ Object = dict[str, Any]
 
 
 def kustomized(place: str, work: Path) -> list[Object]:
-    """The objects of a kustomization, with secrets drawn as ``deploy/make-secrets`` does, but not secret."""
+    """The objects of a kustomization, with secrets drawn as ``deploy/make-secrets`` does, but not secret. Skips the
+    test where there is no kubectl that makes them.
+    """
     tree = work / "kubernetes"
     if not tree.exists():
         shutil.copytree(DEPLOY, tree, ignore=shutil.ignore_patterns(*SECRETS))
@@ -41,9 +42,7 @@ def kustomized(place: str, work: Path) -> list[Object]:
         )
         (secrets / "keys.yaml").write_text("[]\n")
         (secrets / "signing.key").write_text("0" * 96)
-    ran = subprocess.run(
-        ["kubectl", "kustomize", str(tree / place)], capture_output=True, text=True, timeout=120, check=False
-    )
+    ran = kubectl.run("kustomize", str(tree / place))
     assert ran.returncode == 0, ran.stderr
     return list(yaml.load_all(ran.stdout, Loader=yaml.CSafeLoader))
 

@@ -30,14 +30,13 @@ from dynamo_epd.sdk.deployment.manifest import LAST_APPLIED, ORDER
 from dynamo_epd.sdk.deployment.merging import change, three_way
 from dynamo_epd.sdk.deployment.status import state
 from dynamo_epd.sdk.operator import SYSTEM_PORT
+from tests import kubectl
 from tests.certificates import Certificates
 from tests.deploying import Desk, desk  # noqa: F401
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, KubernetesServer, Refused, make_ready, merged
 from tests.pods import Pod, main_of, nats
 from tests.test_worker import eventually
 from tests.toys.running import ROOT, clean_environment
-
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
 
 @pytest.fixture
@@ -689,9 +688,9 @@ def test_the_seeds_commands_run_verbatim(
     assert {main_of(one)["image"] for one in stored} == {IMAGE}
 
 
-@needs_kubectl
 def test_the_seeds_commands_find_the_frontends_pod(desk: Desk, cluster: KubernetesServer, checkout: Path) -> None:
     """What they do with it, `kubectl port-forward`, is not here: the double has no node to forward to."""
+    kubectl.needed()
     desk.patch.setenv("HOME", str(desk.directory))  # kubectl's cache of what the server knows
     for pod in ("multimodal-agg-frontend-0", "multimodal-agg-frontend-1", "multimodal-agg-processor-0", "other-0"):
         metadata = {"name": pod, "namespace": "dynamo-cloud"}
@@ -703,20 +702,16 @@ def test_the_seeds_commands_find_the_frontends_pod(desk: Desk, cluster: Kubernet
     assert said == "multimodal-agg-frontend-1\n"
 
 
-@needs_kubectl
 def test_kubectl_sees_and_applies_deployments(desk: Desk, cluster: KubernetesServer) -> None:
-    def kubectl(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120)
-
     desk.patch.setenv("HOME", str(desk.directory))  # its cache of what the server knows
     tag = deploy(desk)
-    listed = kubectl("get", "dgd", "-o", "name")
+    listed = kubectl.run("get", "dgd", "-o", "name")
     assert listed.stdout.split() == ["dynamographdeployment.nvidia.com/corner"], listed.stderr
     assert desk.run("deploy", tag, "-n", "second", "--dry-run") == 0
-    wrong = kubectl("apply", "-f", "-", text=desk.said.replace("scalingAdapter", "scalingAdaptor"))
+    wrong = kubectl.run("apply", "-f", "-", text=desk.said.replace("scalingAdapter", "scalingAdaptor"))
     assert wrong.returncode != 0
     assert 'unknown field "spec.components[0].scalingAdaptor"' in wrong.stderr
-    applied = kubectl("apply", "-f", "-", text=desk.said)
+    applied = kubectl.run("apply", "-f", "-", text=desk.said)
     assert applied.returncode == 0, applied.stderr
     assert cluster.deployment("second")["spec"] == cluster.deployment("corner")["spec"]
 

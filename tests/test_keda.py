@@ -17,7 +17,6 @@ from components.planner import PlannerConfig
 from dynamo_epd.metrics import LABELS, Metrics
 from tests.manifests import GRAPH, Object, kustomized, of_kind
 
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
 STAGES = ("EncodeWorker", "PrefillWorker", "DecodeWorker", "ImageWorker", "EmbedWorker")
 TRIGGER = {"serverAddress", "query", "threshold"}

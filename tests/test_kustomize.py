@@ -25,6 +25,7 @@ from dynamo_epd.http.auth import Keys, signing_key
 from dynamo_epd.sdk.config import Document, resolve, split_overrides
 from dynamo_epd.sdk.deployment.manifest import DRAIN, KILL_SECONDS, LEAVING_SECONDS, MARGIN_SECONDS
 from dynamo_epd.sdk.graph import load_graph
+from tests import kubectl
 from tests.kubernetes_server import KubernetesServer
 from tests.manifests import (
     DEPLOY,
@@ -43,7 +44,6 @@ from tests.manifests import (
 from tests.pods import nats as nats_server
 from tests.toys.running import ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 TAG = re.compile(r"frontend:[0-9a-f]{8}")
 NOT_PUBLIC = (
     "0.0.0.0/8",
@@ -506,9 +506,7 @@ def test_the_cpu_overlay_takes_the_gateway_too(tmp_path: Path) -> None:
 def test_an_overlay_without_secrets_says_what_is_missing(tmp_path: Path) -> None:
     tree = tmp_path / "kubernetes"
     shutil.copytree(DEPLOY, tree, ignore=shutil.ignore_patterns(*SECRETS))
-    ran = subprocess.run(
-        ["kubectl", "kustomize", str(tree / "overlays/cpu")], capture_output=True, text=True, timeout=120
-    )
+    ran = kubectl.run("kustomize", str(tree / "overlays/cpu"))
     assert ran.returncode == 1 and "secrets/graph.env" in ran.stderr
 
 
@@ -550,10 +548,8 @@ def test_kubectl_applies_the_graph(made: dict[str, list[Object]], device: str, t
     with KubernetesServer() as server:
         server.namespaces.add("dynamo-epd")
         # kubectl sends no token over plain HTTP: the double takes that for one who may
-        environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(tmp_path / "kubeconfig"))}
-        environment["HOME"] = str(tmp_path)
-        command = ["kubectl", "apply", "--server-side", "-f", str(file)]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        variables = {"KUBECONFIG": str(server.kubeconfig(tmp_path / "kubeconfig")), "HOME": str(tmp_path)}
+        ran = kubectl.run("apply", "--server-side", "-f", str(file), **variables)
         assert ran.returncode == 0, ran.stderr
         assert server.deployment("epd", "dynamo-epd")["spec"] == graph["spec"]
 
@@ -579,6 +575,7 @@ def test_the_readmes_commands_name_what_there_is() -> None:
 
 
 def test_the_readmes_kubectl_runs(tmp_path: Path) -> None:
+    kubectl.needed()
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -588,8 +585,8 @@ def test_the_readmes_kubectl_runs(tmp_path: Path) -> None:
     }
     with KubernetesServer() as server:
         server.put("discovery.k8s.io", "endpointslices", endpoints)
-        environment = {**os.environ, "KUBECONFIG": str(server.kubeconfig(tmp_path / "kubeconfig")), "HF_TOKEN": "hf_x"}
-        environment["HOME"] = str(tmp_path)
+        variables = {"KUBECONFIG": str(server.kubeconfig(tmp_path / "kubeconfig")), "HOME": str(tmp_path)}
+        environment = kubectl.environment(**variables, HF_TOKEN="hf_x")
 
         def said(words: str) -> str:
             (command,) = [one for one in COMMANDS if one.startswith(f"kubectl {words}")]
