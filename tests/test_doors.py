@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kubernetes import client, config
 from components.planner import PlannerConfig
 from dynamo_epd.planning.doors import DoorClosed, KubernetesDoor, Staffed, SupervisorDoor, Worker, door_of
 from dynamo_epd.sdk.operator import component_of
+from tests.certificates import Certificates
 from tests.kubernetes_server import ADAPTERS, DEPLOYMENTS, GROUP, KubernetesServer
 
 
@@ -181,6 +183,21 @@ def test_no_rights_no_adapter_and_no_server_are_one_line_each(server: Kubernetes
     nowhere.host, nowhere.retries = "http://127.0.0.1:1", False
     with pytest.raises(DoorClosed, match="cannot be reached"):
         asyncio.run(KubernetesDoor(client.ApiClient(nowhere), "default", "demo").services())
+
+
+@pytest.mark.parametrize("retries", [None, False])
+def test_tls_that_fails_is_said_as_the_commands_say_it(
+    server: KubernetesServer, tmp_path: Path, retries: bool | None
+) -> None:
+    deployed(server, EncodeWorker=2)
+    certificates = Certificates(tmp_path, "IP:127.0.0.1")
+    server._http.socket = certificates.server.wrap_socket(server._http.socket, server_side=True)
+    strange = client.Configuration()
+    strange.host, strange.retries = server.url.replace("http:", "https:"), retries
+    with pytest.raises(DoorClosed) as closed:
+        asyncio.run(KubernetesDoor(client.ApiClient(strange), "default", "demo").services())
+    words = rf"Kubernetes: no TLS with {strange.host}: .*certificate verify failed.*"
+    assert re.fullmatch(words, str(closed.value)), str(closed.value)
 
 
 def test_the_door_is_that_of_who_runs_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:

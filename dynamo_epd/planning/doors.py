@@ -20,6 +20,7 @@ from dynamo_epd.sdk.operator import (
     VERSIONS,
     adapter_of,
     component_of,
+    no_tls,
     service_of,
 )
 
@@ -115,6 +116,7 @@ class KubernetesDoor:
         patching = client.ApiClient(api_client.configuration, "Content-Type", "application/merge-patch+json")
         self._patches = client.CustomObjectsApi(patching)
         self._core = client.CoreV1Api(api_client)
+        self._host = api_client.configuration.host
         self._namespace, self._deployment = namespace, deployment
         self._said: dict[str, int] = {}
         """Service → replicas in the deployment, at the last look."""
@@ -178,9 +180,11 @@ class KubernetesDoor:
         try:
             return await asyncio.to_thread(function, *arguments, _request_timeout=REQUEST_SECONDS, **named)
         except ApiException as error:
-            raise DoorClosed(f"Kubernetes: {error.status} {error.reason}") from error
+            said = no_tls(error, self._host) or f"{error.status} {error.reason}"
+            raise DoorClosed(f"Kubernetes: {said}") from error
         except HTTPError as error:
-            raise DoorClosed("Kubernetes' API server cannot be reached") from error
+            said = no_tls(error, self._host) or "its API server cannot be reached"
+            raise DoorClosed(f"Kubernetes: {said}") from error
 
 
 def _worker(pod: Any) -> Worker:

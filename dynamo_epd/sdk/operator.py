@@ -49,6 +49,20 @@ def service_of(component: str) -> str:
     return component.replace("-", "_")
 
 
+def no_tls(error: Exception, host: str) -> str | None:
+    """One line of why there is no TLS with the API server at ``host``; None where ``error``, an ApiException or one of
+    urllib3's, is of anything else.
+    """
+    from urllib3.exceptions import SSLError
+
+    reason = getattr(error, "reason", None)
+    # The client's own error has no status then, and always one otherwise. After retries it is urllib3's.
+    if getattr(error, "status", None) != 0 and not isinstance(reason, SSLError):
+        return None
+    said = " ".join(str(reason).split()).removeprefix("SSLError ")
+    return f"no TLS with {host}: {said[:500]}"
+
+
 def configuration(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """What `CONFIG` holds; nothing without it. Raises ConfigError for what is no configuration."""
     try:

@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 from dynamo_epd.sdk.deployment import DeploymentError
 from dynamo_epd.sdk.deployment.manifest import BUILD, KIND, LAST_APPLIED, components_of, remembering
 from dynamo_epd.sdk.deployment.merging import change, three_way
-from dynamo_epd.sdk.operator import ADAPTERS, DEPLOYMENTS, GROUP, VERSIONS, adapter_of
+from dynamo_epd.sdk.operator import ADAPTERS, DEPLOYMENTS, GROUP, VERSIONS, adapter_of, no_tls
 
 SECONDS = 30.0
 """For the API server to answer."""
@@ -217,13 +217,13 @@ class Cluster:
 
     def _error(self, error: ApiException, name: str | None) -> DeploymentError:
         """One line of what the server said."""
+        if (insecure := no_tls(error, self._host)) is not None:
+            return DeploymentError(insecure)
         try:
             body = json.loads(error.body or "{}")
         except ValueError:
             body = {}
         message = _one_line(str(body.get("message") or error.reason or ""))
-        if not error.status:  # of TLS the client speaks so, and of nothing else that is done here
-            return DeploymentError(f"no TLS with {self._host}: {message.removeprefix('SSLError ')}")
         if error.status == 401:
             return DeploymentError(f"the cluster at {self._host} does not know you: {message}")
         if error.status == 403:
