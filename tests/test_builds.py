@@ -279,7 +279,7 @@ def test_both_images_are_pinned_and_find_what_they_copy(desk: Desk, origin: str)
     for line in lines:
         if line.startswith("FROM"):
             _, base, _, stage = line.split()
-            assert base in stages or re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+", base), line
+            assert base in stages or re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+-[a-z-]+@sha256:[0-9a-f]{64}", base), line
             stages.append(stage)
         if line.startswith("COPY"):
             assert (build.directory / line.split()[1]).exists(), line

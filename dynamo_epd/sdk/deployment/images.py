@@ -14,8 +14,10 @@ REGISTRY = "DYNAMO_REGISTRY"
 """Environment: where images of builds are pushed to and pulled from, as ``registry.example/team``."""
 IMAGE = "DYNAMO_IMAGE"
 """Environment: an image that was made by other means, has the graph's code, and runs as `USER` too."""
-BASE = "python:3.11.13-slim-bookworm"
-"""For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime."""
+BASE = "python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1"
+"""For both images: the CUDA libraries come with torch's wheels, the driver with the node's container runtime. It is the
+digest that counts, that of the index of all architectures; the tag tells a reader what it is.
+"""
 DEVICES = ("cpu", "gpu")
 USER = 1000
 """Of both images. A number: of a name Kubernetes cannot tell whether it is root."""
