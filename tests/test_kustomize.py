@@ -230,6 +230,17 @@ def test_checkpoints_come_from_the_volume(made: dict[str, list[Object]], place: 
         assert told["HF_HUB_OFFLINE"] == "1"
 
 
+def test_the_job_fetches_what_the_configuration_names() -> None:
+    document = Document()
+    document.read(ROOT / "configs" / "cova.yaml")
+    named = {section["model"] for section in document.values.values() if "model" in section}
+    job = yaml.safe_load((DEPLOY / "models" / "fetch" / "job.yaml").read_text())
+    _, _, *fetched = job["spec"]["template"]["spec"]["containers"][0]["args"]  # a script, and its name
+    assert sorted(fetched) == sorted(named)
+    rendered = yaml.safe_load((DEPLOY / "overlays" / "gpu" / "graph.yaml").read_text())
+    assert all(name in json.dumps(rendered) for name in named), "of which the overlay's graph is made"
+
+
 @pytest.mark.parametrize("place", OVERLAYS)
 def test_only_pods_that_are_ready_are_scraped(made: dict[str, list[Object]], place: str) -> None:
     """As targets.py does it on one machine: DynamoWorkerDown is no word for a pod that pulls its image or loads."""
