@@ -15,12 +15,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dynamo_epd.sdk.nats_server import nats_binary
 from tests.kubernetes_server import KubernetesServer
 from tests.test_worker import eventually
 from tests.toys.running import ROOT, clean_environment, free_port
 
-NATS_CONFIG = ROOT / "deploy" / "kubernetes" / "base" / "nats.conf"
+BASE = ROOT / "deploy" / "kubernetes" / "base"
+NATS_CONFIG = BASE / "nats.conf"
+MONITOR = next(yaml.safe_load_all((BASE / "monitor.yaml").read_text()))
 
 
 def main_of(one: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +144,13 @@ class Pod:
             return error.code
         except OSError:
             return 0
+
+    def metrics(self) -> str:
+        """What the PodMonitor of the base has Prometheus fetch."""
+        (endpoint,) = MONITOR["spec"]["podMetricsEndpoints"]
+        url = f"http://127.0.0.1:{self.ports[endpoint['portNumber']]}{endpoint['path']}"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return str(reply.read().decode())
 
     def show(self, cluster: KubernetesServer) -> None:
         """A ready pod's EndpointSlice, as a Service of the operator's makes Kubernetes write it."""

@@ -744,6 +744,10 @@ def test_merging_three_ways() -> None:
     assert live["gone"] == 3
 
 
+STARTED = "(?m)^process_start_time_seconds "
+"""By which the alert DynamoContainerDied knows one process from the next."""
+
+
 def test_the_manifests_command_starts_its_service_and_answers_on_its_probes(
     desk: Desk, cluster: KubernetesServer
 ) -> None:
@@ -767,6 +771,7 @@ def test_the_manifests_command_starts_its_service_and_answers_on_its_probes(
             eventually(lambda: door.probe("readiness") == 200, "the door is ready", 120)
             assert door.probe("liveness") == 200
             eventually(lambda: buy(door) == {"goods": ["one lamp"]}, "the door finds the store", 60)
+            assert all(re.search(STARTED, pod.metrics()) for pod in (door, store)), "the frontend's are there too"
             found = cluster.objects["nvidia.com", "dynamoworkermetadatas", "default", store.name]["spec"]["data"]
             assert sorted(path.rpartition("/")[0] for path in found["endpoints"]) == [
                 "default-corner-0a1b2c3d/store/fetch",
@@ -907,10 +912,8 @@ def test_a_planner_in_a_pod_scales_by_the_adapters(desk: Desk, cluster: Kubernet
 
 def decisions(planner: Pod) -> dict[str, float]:
     """That it has counted, by direction."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{planner.ports[9090]}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
     counted = re.findall(
-        r'(?m)^epd_planner_decisions_total\{.*direction="(\w+)".*stage="EncodeWorker".*\} (\S+)$', text
+        r'(?m)^epd_planner_decisions_total\{.*direction="(\w+)".*stage="EncodeWorker".*\} (\S+)$', planner.metrics()
     )
     return {direction: float(value) for direction, value in counted}
 

@@ -70,6 +70,8 @@ def pods_of(
         eventually(up, "every stage is up", START_SECONDS)
         eventually(lambda: pods["Frontend"].probe("readiness") == 200, "the frontend is ready", START_SECONDS)
         assert pods["Frontend"].probe("liveness") == 200
+        for name, pod in pods.items():
+            assert "\nprocess_start_time_seconds " in pod.metrics(), name
         pods["Frontend"].show(cluster)  # its Service has the labels too: others READ pictures from it
         yield pods
     finally:
@@ -112,6 +114,7 @@ def test_the_manifests_commands_are_the_graph(
 
             try:
                 eventually(answered, "each stage has found the others", 60)
+                assert "\nepd_request_duration_seconds_count{" in pods["Frontend"].metrics()
                 if "ImageWorker" in components:
                     eventually(lambda: validated(pods["Frontend"], scene), "a picture is made and compared", 60)
             finally:
