@@ -80,8 +80,17 @@ def test_a_build_and_its_manifest(tmp_path: Path):
     assert (made["kind"], made["metadata"]["name"]) == ("DynamoGraphDeployment", "demo")
 
 
+def test_the_graph_that_is_scaled_and_watched_is_the_one_that_runs(seeing: Graph):
+    """With as many workers as there are: one more would load an engine for a minute. `dynamo scale` does it below."""
+    for line in SCALE[0].splitlines():
+        done = run(f"XDG_STATE_HOME={seeing.state} {line.replace('EncodeWorker=2', 'EncodeWorker=1')}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        expected = "EncodeWorker: 1 ready" if " scale " in line else "EncodeWorker +1/1"
+        assert re.search(expected, done.stdout), done.stdout
+
+
 def test_a_running_graph_is_scaled_and_watched(tmp_path: Path):
-    """A small graph, which starts sooner, in the place of the one that the README names."""
+    """A small graph, whose workers start sooner, in the place of the one that the README names."""
     small = "tests/toys/scaled.py:Front"
     with Served(tmp_path, small) as served:
         served.wait_for(r"^http://", 300)
