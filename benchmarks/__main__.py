@@ -33,6 +33,7 @@ from benchmarks import plan, recorded, report
 from benchmarks.arms import WORK
 from benchmarks.figures import Row, shown
 from benchmarks.gpu.goals import GOALS
+from benchmarks.obedient import reason
 from benchmarks.plan import Step
 from benchmarks.preparing import prepare
 from benchmarks.room import lacking, rest
@@ -168,12 +169,6 @@ def bounded(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def reason(error: BaseException) -> str:
-    """What failed, and the last line of what it said: most often a log's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
 
 
 def progress(steps: Sequence[Step], place: int, row: Row, gone: float) -> str:

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -48,8 +49,8 @@ STOCK = WORK / "stock"
 STOCK_PIN = "ai-dynamo==1.6.1"
 START_SECONDS = 400.0
 STOP_SECONDS = 60.0
-PAUSE_SECONDS = 3600.0
-"""How long a paused arm may stand."""
+KEEP_SECONDS = 2.0
+"""From one touch of an arm's discovery files to the next."""
 MAX_MODEL_LEN = 2048
 
 KV_BYTES = 256 * 2**20
@@ -95,6 +96,7 @@ class Arm:
         self._started = started
         self._processes: list[subprocess.Popen[bytes]] = []
         self._began = 0.0
+        self._closed = threading.Event()
 
     @property
     def commands(self) -> list[str]:
@@ -117,6 +119,8 @@ class Arm:
         """Starts its processes; `wait` sees them through."""
         (WORK / "logs").mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
+        if self._discovery is not None:
+            threading.Thread(target=self._keep, args=(self._discovery,), daemon=True).start()
         try:
             for place, (command, environment) in enumerate(self._started):
                 with (WORK / "logs" / f"{self.name}-{place}.log").open("wb") as log:
@@ -151,11 +155,6 @@ class Arm:
         """Stops all of its processes where they stand, if they would spin meanwhile."""
         if self.spins:
             self._signal(signal.SIGSTOP)
-            # Dynamo's file discovery forgets a worker whose file nobody has touched for 10 s, for good.
-            later = time.time() + PAUSE_SECONDS
-            for file in self._discovery.rglob("*") if self._discovery else ():
-                if file.is_file():
-                    os.utime(file, (later, later))
 
     def resume(self) -> None:
         """Lets them go on."""
@@ -182,6 +181,7 @@ class Arm:
 
     def close(self) -> None:
         """Ends what was started here: all are asked at once."""
+        self._closed.set()
         self.resume()
         for process in self._processes:
             if process.poll() is None:
@@ -200,7 +200,8 @@ class Arm:
             for place, process in enumerate(self._processes):
                 if process.poll() is not None:
                     log = WORK / "logs" / f"{self.name}-{place}.log"
-                    raise RuntimeError(f"{self.name}: a process ended:\n{log.read_text(errors='replace')[-2000:]}")
+                    said = log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"{self.name}: a process ended ({process.returncode}):\n{said}")
             try:
                 with urllib.request.urlopen(request, timeout=60) as reply:
                     self.first_said = json.load(reply)["choices"][0]["message"].get("content") or ""
@@ -211,6 +212,14 @@ class Arm:
                 pass
             time.sleep(0.2)
         raise RuntimeError(f"{self.name} has not answered within {START_SECONDS:g} s{refusal}")
+
+    def _keep(self, discovery: Path) -> None:
+        """Until it is closed: Dynamo's file discovery forgets a worker for good whose file nobody has touched for 10 s:
+        one that is paused, or finds no core among its own."""
+        while not self._closed.wait(KEEP_SECONDS):
+            for file in discovery.rglob("*"):
+                with suppress(OSError):  # it was withdrawn just now
+                    os.utime(file)
 
     def _signal(self, number: int) -> None:
         for process in self.processes():

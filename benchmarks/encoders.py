@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.arms import CPU, QUIET, ROOT, STOCK, TUNED, WORK, environment_without_graphs, install_stock
 from benchmarks.figures import Row
-from benchmarks.obedient import FAILURES, Obedient, last_line
+from benchmarks.obedient import FAILURES, Obedient, reason
 
 LINE = 16 * 2**20
 """Bytes of a command: pictures travel in it."""
@@ -89,7 +89,7 @@ def forgiven(kind: str, stages: dict[str, EncodeStage], row: Row) -> Iterator[No
         if not kind.startswith("STOCK"):
             raise
         stages.pop(kind, None)
-        row.notes.append(f"{kind}: its encode stage failed: {last_line(error)}")
+        row.notes.append(f"{kind}: its encode stage failed: {reason(error)}")
 
 
 Encode = Callable[[Sequence[str], int | None], Awaitable[int | None]]

@@ -18,9 +18,10 @@ FAILURES = (RuntimeError, OSError, subprocess.CalledProcessError)
 """With which a peer fails that could not be installed or started, or has ended: it costs its own figures, no others."""
 
 
-def last_line(error: BaseException) -> str:
-    """What failed, in short: a log's end is in it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def reason(error: BaseException) -> str:
+    """What failed, and the last line of what it said: most often a log's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
 
 
 class Obedient:

@@ -22,7 +22,7 @@ from benchmarks import checkpoints
 from benchmarks.arms import Arm, agg, close_all, ours_agg, ours_disagg, stock
 from benchmarks.figures import Row
 from benchmarks.load import Told, ask, chat, within
-from benchmarks.obedient import last_line
+from benchmarks.obedient import reason
 
 START: Mapping[str, Callable[[Path], Arm]] = {
     "AGG": lambda model: agg(model, tuned=False),
@@ -123,7 +123,7 @@ class Standing:
 
 def _not_started(who: str, error: Exception) -> str:
     """A note."""
-    return f"{who}: not started: {last_line(error)}"
+    return f"{who}: not started: {reason(error)}"
 
 
 @asynccontextmanager

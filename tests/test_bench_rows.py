@@ -260,7 +260,8 @@ def test_a_connector_that_fails_costs_its_own_goal_alone() -> None:
     row = Row(3, "t", "s")
     arms = takes(log, arena=1e-4, nixl=0.2, nixl_connect=0.0)
     seconds = asyncio.run(transfer.by_turns(arms, 1, 5, row))
-    assert row.notes == ["nixl_connect failed: nixl_connect broke"] and log.count("nixl_connect") == 1
+    assert row.notes == ["nixl_connect failed: the connector-reader owner has ended: … nixl_connect broke"]
+    assert log.count("nixl_connect") == 1
     assert {arm: len(of) for arm, of in seconds.items()} == {"arena": 5, "nixl": 5}
     assert [goal.met for goal in transfer.goals("4 KiB", seconds)] == [True, False]
     assert list(arms) == ["arena", "nixl"], "nor is it asked for the next size"
@@ -330,7 +331,8 @@ def rows_of_encode_stages(
 
 def test_an_encode_worker_of_stocks_that_ends_costs_its_own_goal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     row, started = rows_of_encode_stages(monkeypatch, lambda: EncodeStageDouble(fails=3))
-    assert row.notes[0] == "STOCK: its encode stage failed: ValueError: no such picture"
+    failed = "STOCK's encode stage has ended: … ValueError: no such picture"
+    assert row.notes[0] == f"STOCK: its encode stage failed: {failed}"
     missed = [goal for goal in row.goals if not goal.met]
     assert [(goal.what, goal.values) for goal in missed] == [("tiny (2 layers of 64): OURS against STOCK", [])]
     assert {len(goal.values) for goal in row.goals if goal.met} == {5, 15}, "all others are there, and whole"

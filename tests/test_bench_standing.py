@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import arms as arms_module
 from benchmarks import checkpoints, standing
-from benchmarks.arms import PAUSE_SECONDS, Arm
+from benchmarks.arms import Arm
 from benchmarks.checkpoints import TINY
 from benchmarks.figures import Row
 from benchmarks.load import Told
@@ -164,7 +164,7 @@ def test_one_of_stocks_that_does_not_start_is_left_out(
     monkeypatch.setattr(standing, "START", doubles)
     row = Row(1, "t", "s")
     assert list(Standing(Path).arms(row, "tiny", ("AGG", "STOCK", "STOCK-tuned"))) == ["AGG", healthy]
-    assert row.notes[0] == f"{broken}: not started: ValueError: no such model"
+    assert row.notes[0] == f"{broken}: not started: {broken}: a process ended: … ValueError: no such model"
     assert [line for line in log if line.startswith("end")] == [f"end {broken}"], "who began beside it goes on"
 
 
@@ -237,11 +237,14 @@ def test_a_paused_arm_stands_and_keeps_its_registration(tmp_path: Path) -> None:
     registered = tmp_path / "instances" / "worker"
     registered.parent.mkdir()
     registered.touch()
-    arm = Arm("double", [], 1, spins=True, discovery=tmp_path)
-    arm._processes.append(subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True))
+    os.utime(registered, (1, 1))
+    arm = Arm("double", [([sys.executable, "-c", "while True: pass"], {})], 1, spins=True, discovery=tmp_path)
+    arm.begin()
     try:
         arm.pause()
-        assert registered.stat().st_mtime > time.time() + PAUSE_SECONDS / 2
+        eventually(lambda: registered.stat().st_mtime > 1, "a touch", 20)
+        os.utime(registered, (1, 1))
+        eventually(lambda: registered.stat().st_mtime > 1, "another", 20)
         (process,) = arm.processes()
         eventually(lambda: process.status() == psutil.STATUS_STOPPED, "a stopped process", 20)
         arm.resume()

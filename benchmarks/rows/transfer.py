@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import settled
-from benchmarks.obedient import FAILURES, last_line
+from benchmarks.obedient import FAILURES, reason
 from benchmarks.owners import MIB, ROOM, Owner, check, content, owner
 from benchmarks.standing import rotated
 
@@ -117,7 +117,7 @@ async def _arms(source: Owner, row: Row) -> AsyncIterator[dict[str, Take]]:
 
 
 def _failed(row: Row, error: Exception) -> None:
-    row.notes.append(f"{CONNECTOR} failed: {last_line(error)}")
+    row.notes.append(f"{CONNECTOR} failed: {reason(error)}")
 
 
 @asynccontextmanager
