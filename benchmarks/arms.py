@@ -270,7 +270,8 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     place = (WORK / f"discovery-{name}-{port}").absolute()
     shared = CPU | QUIET | (TUNED if tuned else {}) | {"PYTHONPATH": str(STOCK.absolute())}
     shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_EVENT_PLANE": "zmq"}
-    worker = [sys.executable, "-m", "dynamo.vllm", "--model", str(model), "--served-model-name", MODEL, *ENGINE]
+    worker = [sys.executable, "-m", "benchmarks.bounded_stock", "--model", str(model), "--served-model-name", MODEL]
+    worker += ENGINE
     worker += ["--enable-multimodal", *(["--distributed-executor-backend", "uni"] if tuned else [])]
     embeds = ["--enable-mm-embeds", "--kv-transfer-config"]
     roles = {

@@ -30,6 +30,10 @@ class DecodeConfig:
     engine_silence: float = 120.0
     """Seconds without any output while requests wait or run, after which the engine counts as hung and the worker ends.
     More than its longest step takes."""
+    delta_seconds: float = 0.005
+    """Tokens of one answer that follow the last ones sent sooner than this travel together: nobody sees it, and each
+    message takes its part of four processes. A model whose steps take longer is streamed token by token; so is any at
+    0."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +58,8 @@ class DecodeWorker(ArenaOwner):
         # What this engine must be able to do is the graph's to say, not a flag's: with prefill workers in it, KV caches
         # are taken over; without, prompts are prefilled here.
         role: Role = "decode" if "PrefillWorker" in dynamo_context["graph"].services else "both"
-        self.engine = await LanguageEngine.start(self.config.engine_args, role, self.config.engine_silence)
+        config = self.config
+        self.engine = await LanguageEngine.start(config.engine_args, role, config.engine_silence, config.delta_seconds)
         metrics = Metrics(dynamo_context["namespace"], "DecodeWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage()
         await self.open_arena(self.config.arena_bytes)

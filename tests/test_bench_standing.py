@@ -287,7 +287,7 @@ def test_stocks_requests_go_the_way_that_they_go_by_default(monkeypatch: pytest.
     monkeypatch.setenv("DYN_REQUEST_PLANE", "nats")
     for tuned in (False, True):
         started = arms_module.stock(tmp_path, tuned=tuned)._started
-        assert [command[2] for command, _ in started] == ["dynamo.frontend", *["dynamo.vllm"] * 3]
+        assert [command[2] for command, _ in started] == ["dynamo.frontend", *["benchmarks.bounded_stock"] * 3]
         for _, environment in started:
             assert "DYN_REQUEST_PLANE" not in arms_module.environment_without_graphs() | environment
 

@@ -28,6 +28,7 @@ import psutil
 from dynamo_epd import dropped, tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.lease import KV_LEASE_SECONDS, PULLED, STILL_SECONDS, TAKE_OVER_SECONDS
+from dynamo_epd.engine.together import together
 from dynamo_epd.errors import HandOffFailed, InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
@@ -91,10 +92,11 @@ class HandedOver(msgspec.Struct):
 class LanguageEngine:
     """An AsyncLLM and its EngineCore process. Build it with `start`, end it with `close`."""
 
-    def __init__(self, engine: Any, role: Role, silence: float):
+    def __init__(self, engine: Any, role: Role, silence: float, delta_seconds: float = 0.0):
         self._engine = engine
         self._role = role
         self._silence = silence
+        self._delta_seconds = delta_seconds
         self._heard = time.monotonic()
         self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
@@ -104,12 +106,15 @@ class LanguageEngine:
             self._note_what_is_handed_over()
 
     @classmethod
-    async def start(cls, engine_args: Mapping[str, Any], role: Role, silence: float) -> LanguageEngine:
+    async def start(
+        cls, engine_args: Mapping[str, Any], role: Role, silence: float, delta_seconds: float = 0.0
+    ) -> LanguageEngine:
         """Loads the model in a child process (tens of seconds).
 
         ``engine_args`` are vLLM's by name and win over what the role sets. ``silence`` is how many seconds the engine
-        may leave requests without any output before it counts as hung. Raises whatever vLLM raises for arguments that
-        do not fit the model.
+        may leave requests without any output before it counts as hung. Tokens of one answer that come within
+        ``delta_seconds`` after a delta make up the next one. Raises whatever vLLM raises for arguments that do not fit
+        the model.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -146,7 +151,7 @@ class LanguageEngine:
             os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = tracing.protocol()
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence)
+        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence, delta_seconds)
         await engine._warm_up()
         engine._processes = psutil.Process().children(recursive=True)
         return engine
@@ -281,7 +286,7 @@ class LanguageEngine:
             raise
         first = True
         pulled = kv is None or not tracing.ON
-        outputs = self._run(request_id, prompt, params, reasoning)
+        outputs = together(self._run(request_id, prompt, params, reasoning), self._delta_seconds)
         try:
             async for output in outputs:
                 if kv is not None and not pulled:
