@@ -2,14 +2,14 @@
 """What is measured side by side: plain vLLM, Dynamo's own encode, prefill and decode workers, and our graphs.
 
 Every arm answers OpenAI's routes at ``url``. *Tuned* ones have our engine settings (`TUNED`), so what settings win and
-what the design wins are told apart: one thread, no Worker process, nothing compiled, no log line a request. One of them
+what the design wins are told apart: no Worker process, nothing compiled, no log line a request. One of them
 also calls upon `dynamo_epd.engine.plugin`, which every vLLM here loads, and so they have all that it registers: a
 progress thread of NIXL's that rests, engines that NIXL's connector binds to no core, a side channel that outlives what
 is no handshake, an engine that ends with its side channel, stacks at SIGUSR1, and our classes of some models that no
 row serves. They keep vLLM's cache of processed pictures: ours go without, for embeddings bypass it, but who is asked
-with pixels wins by it. The others are as they are shipped, but for what they need to run here at all (float32, no
-compiler, no cores of their own for their threads, a KV cache that leaves memory to the rest): torch chooses their
-threads, as many as there are cores.
+with pixels wins by it. The others are as they are shipped, but for what they need to run here at all, one beside the
+other: float32, no compiler, one thread of torch's in a process, a KV cache and a receive buffer that leave memory to
+the rest.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ KV_BYTES = 256 * 2**20
 ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
 ENGINE += ["--kv-cache-memory-bytes", str(KV_BYTES)]
 CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-TUNED = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Of torch's in each process of an engine, on any core. Of two cores vLLM itself would take one, and bind the thread to
+it: as fast for one engine, but it would be the same core for two."""
+TUNED = ONE_THREAD | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DYNAMO_NIXL_PROGRESS_DELAY_US": "2000"}
 TUNED |= {"TORCHDYNAMO_DISABLE": "1"}  # as ours under `enforce-eager`, which all have
 TUNED |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_LOGS": "-all", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 TUNED |= {"PYTHONWARNINGS": "ignore::FutureWarning"}
@@ -131,7 +134,9 @@ class Arm:
                             env=environment_without_graphs() | environment,
                             stdout=log,
                             stderr=subprocess.STDOUT,
-                            start_new_session=True,
+                            # No session of its own: Linux shares the cores among sessions first, and Dynamo's four
+                            # processes that spin, one of each, would take ten times as long for an answer.
+                            process_group=0,
                         )
                     )
         except BaseException:
@@ -243,7 +248,7 @@ def agg(model: Path, *, tuned: bool) -> Arm:
     arguments = [str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
     more = ["--distributed-executor-backend", "uni", "--disable-uvicorn-access-log"] if tuned else []
     command = [str(BIN / "vllm"), "serve", *arguments, *ENGINE, *more]
-    name, environment = ("AGG-tuned", CPU | QUIET | TUNED) if tuned else ("AGG", CPU | QUIET)
+    name, environment = ("AGG-tuned", CPU | QUIET | TUNED) if tuned else ("AGG", CPU | QUIET | ONE_THREAD)
     return Arm(name, [(command, environment | named_vllm())], port, spins=not tuned)
 
 
@@ -268,7 +273,7 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     name = "STOCK-tuned" if tuned else "STOCK"
     port = _free_port()
     place = (WORK / f"discovery-{name}-{port}").absolute()
-    shared = CPU | QUIET | (TUNED if tuned else {}) | {"PYTHONPATH": str(STOCK.absolute())}
+    shared = CPU | QUIET | (TUNED if tuned else ONE_THREAD) | {"PYTHONPATH": str(STOCK.absolute())}
     shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_EVENT_PLANE": "zmq"}
     worker = [sys.executable, "-m", "benchmarks.bounded_stock", "--model", str(model), "--served-model-name", MODEL]
     worker += ENGINE

@@ -451,6 +451,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     logging.getLogger("dynamo_epd.request").setLevel(logging.INFO)  # one line a request, shown without -v too
     split_credentials(os.environ)
+    # The runtime's own threads, by default as many as there are cores, in each process of a graph. What they do for one
+    # Python loop is less than a core's work, and a message wakes one of them instead of two.
+    os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "1")
     status = 0
     try:
         graph = load_graph(arguments.graph, arguments.working_dir)
