@@ -196,7 +196,8 @@ class Arm:
         self._processes.clear()
 
     def _until_it_answers(self) -> None:
-        body = chat("Ready?", [picture(0)] if self._pictures else [], tokens=1) | {"stream": False}
+        # Two tokens: the first of ours comes without a decode worker.
+        body = chat("Ready?", [picture(0)] if self._pictures else [], tokens=2) | {"stream": False}
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), head)
         end = time.monotonic() + START_SECONDS

@@ -60,9 +60,10 @@ class PrefillWorker(ArenaOwner):
                     images,
                     cache_salt=request.cache_salt,
                     streamed=request.streamed,
+                    sampling=request.sampling,
                 )
             visit.waited = filled.queue_seconds
-        yield PrefillReply(filled.kv, filled.until, filled.token_ids, filled.queue_seconds)
+        yield PrefillReply(filled.kv, filled.until, filled.token_ids, filled.queue_seconds, filled.first)
 
     @endpoint(addressed=True)
     async def withdraw(self, request: WithdrawRequest) -> AsyncIterator[Withdrawn]:

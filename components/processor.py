@@ -295,7 +295,6 @@ class Conversation:
         for attempt in itertools.count():
             if lost is not None and streamed and not resumable(prompt.sampling):
                 break
-            before = len(streamed)
             try:
                 async with aclosing(self._attempt(prompt, attempt, streamed)) as deltas:
                     async for delta in deltas:
@@ -311,16 +310,17 @@ class Conversation:
                 lost = error
                 log.info("%s attempt %d: %s", prompt.request_id, attempt + 1, error.message)
                 # An engine short of KV blocks may preempt the same answer often, but each time it got further.
-                if not (isinstance(error, Preempted) and len(streamed) > before):
-                    fruitless += 1
+                fruitless += not isinstance(error, Preempted)
                 if fruitless >= self._processor.config.attempts:
                     break
         assert lost is not None
         raise StageUnavailable(f"{lost.message}; the request can be sent again") from lost
 
     async def _attempt(self, prompt: Prompt, attempt: int, streamed: list[int]) -> AsyncGenerator[Delta, None]:
-        """Encode → prefill → decode, once. ``streamed`` is the beginning of the answer, if there is one already."""
+        """Encode → prefill → decode, once. ``streamed`` is the beginning of the answer, if there is one already, and
+        grows by what is yielded. Raises Preempted only where decode has got further."""
         processor = self._processor
+        begun = len(streamed)
         request_id = f"{prompt.request_id}.{attempt}"
         token_ids = prompt.token_ids + streamed
         images = await self._images(prompt)
@@ -343,6 +343,13 @@ class Conversation:
                 unread, kv = [], prefilled.kv
                 self.queue_seconds += prefilled.queue_seconds
                 decode = processor.take_over(decode, images, prefilled)
+                if (first := prefilled.first) is not None:
+                    begun += len(first.token_ids)
+                    yield replace(first, prompt_tokens=None) if streamed else first
+                    if first.finish_reason is not None:
+                        return
+                    sampling = continued(decode.sampling, len(first.token_ids))
+                    decode = replace(decode, streamed=decode.streamed + first.token_ids, sampling=sampling)
             blocks = processor.blocks_of(processor.decode_worker, token_ids, images, self._request.tenant)
             asked = call = processor.decode_worker.generate(decode, blocks=blocks)
             async with aclosing(call):
@@ -355,6 +362,10 @@ class Conversation:
                         delta = replace(delta, prompt_tokens=None)
                     yield delta
                     delta = await self._before_deadline(anext(call, None))
+        except Preempted as error:
+            if len(streamed) > begun:
+                raise
+            raise Retryable(error.message) from error
         finally:
             self._release(unread)
             if kv is not None:
@@ -397,7 +408,10 @@ class Conversation:
             raise
 
     async def _prefill(self, decode: DecodeRequest, blocks: Sequence[bytes]) -> PrefillReply:
-        request = PrefillRequest(decode.request_id, decode.token_ids, decode.images, decode.cache_salt, decode.streamed)
+        sampling = decode.sampling if resumable(decode.sampling) else None
+        request = PrefillRequest(
+            decode.request_id, decode.token_ids, decode.images, decode.cache_salt, decode.streamed, sampling
+        )
         call = self._processor.prefill_worker.prefill(request, blocks=blocks)
         try:
             with self._suspected(call):

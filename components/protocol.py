@@ -317,6 +317,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str | None = None
     streamed: list[int] = []
     """The beginning of the answer, where there is one already."""
+    sampling: str | None = None
+    """How the answer's next token is sampled, for an answer that can go on elsewhere behind it."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -361,6 +363,8 @@ class PrefillReply(msgspec.Struct, frozen=True, omit_defaults=True):
     token_ids: list[int]
     """The prompt with its image tokens expanded, and what there was of the answer."""
     queue_seconds: float = 0.0
+    first: Delta | None = None
+    """The answer's next token, where ``sampling`` was told and the decode engine can go on behind it."""
 
 
 class Completed(msgspec.Struct, frozen=True, omit_defaults=True):

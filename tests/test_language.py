@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from dynamo_epd import tracing
 from dynamo_epd.engine import language, lease
-from dynamo_epd.engine.delta import Reasoning
+from dynamo_epd.engine.delta import Delta, Reasoning
 from dynamo_epd.engine.language import HANDED_OVER, ImageInput, LanguageEngine, encode_sampling, multi_modal_data
 from dynamo_epd.engine.lease import PULLED
 from dynamo_epd.engine.scheduler import FailOnPreemption
@@ -43,7 +44,9 @@ class EngineDouble:
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(max_model_len=64)
-        self.vllm_config = SimpleNamespace(structured_outputs_config=SimpleNamespace(reasoning_parser=""))
+        self.vllm_config = SimpleNamespace(
+            structured_outputs_config=SimpleNamespace(reasoning_parser=""), cache_config=SimpleNamespace(block_size=4)
+        )
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
         self.renderer = SimpleNamespace(
             default_cmpl_tok_params=SimpleNamespace(with_kwargs=lambda **_: None), render_cmpl_async=self._render
@@ -170,6 +173,48 @@ def test_a_kv_cache_whose_request_does_not_reach_the_engine_is_given_back() -> N
 
     asyncio.run(left_while_it_is_rendered())
     assert (double.given, double.rejected) == ([], ["r", "left"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "reason", "told"),
+    [
+        ([1, 9, 2, 3], 16, "length", Delta([5], None, prompt_tokens=5, queue_seconds=0.0)),
+        ([1, 9, 2, 3], 1, "length", Delta([5], "length", prompt_tokens=5, queue_seconds=0.0)),
+        ([1, 9, 2, 3], None, "stop", Delta([5], "stop", prompt_tokens=5, queue_seconds=0.0)),
+        ([1] * 63, None, "length", Delta([5], "length", prompt_tokens=63, queue_seconds=0.0)),
+        ([1, 9, 2], 16, "length", None),
+        ([1, 9, 2], 1, "length", Delta([5], "length", prompt_tokens=4, queue_seconds=0.0)),
+    ],
+    ids=[
+        "goes on",
+        "is all that was asked for",
+        "ends",
+        "fills the model",
+        "begins a block",
+        "is the last all the same",
+    ],
+)
+def test_the_token_that_prefill_samples_is_the_answers_first(
+    prompt: list[int], most: int | None, reason: str, told: Delta | None
+) -> None:
+    """Not where it would begin a block of the KV cache: the decode engine would look for that block here."""
+    from vllm import SamplingParams
+
+    double = EngineDouble()
+
+    async def sampled(rendered: Any, params: Any, *_: Any, **__: Any) -> Any:
+        assert (params.max_tokens, params.min_tokens, params.top_k) == (1, 1, 3)
+        completion = SimpleNamespace(token_ids=[5], finish_reason=reason, stop_reason=None, logprobs=None)
+        ids = rendered["prompt_token_ids"]
+        yield SimpleNamespace(outputs=[completion], kv_transfer_params=KV, prompt_token_ids=ids, metrics=None)
+
+    async def main() -> None:
+        engine = LanguageEngine(double, "prefill", silence=1.0)
+        sampling = encode_sampling(SamplingParams(top_k=3, max_tokens=most, min_tokens=1 if most == 1 else 6))
+        assert (await engine.prefill("r", prompt, [], cache_salt=None, sampling=sampling)).first == told
+
+    double.generate = sampled  # type: ignore[method-assign]
+    asyncio.run(main())
 
 
 def test_a_kv_cache_is_handed_over_with_its_time() -> None:
@@ -320,13 +365,9 @@ def test_a_kv_cache_s_way_is_a_span_below_who_takes_it_over(here: Collector, cam
 
     async def generate(*_: Any, **__: Any) -> Any:
         for reason in (None, "length" if came else "error"):  # the second says it again
-            completion = SimpleNamespace(token_ids=[1], finish_reason=reason, stop_reason=None, logprobs=None)
-            yield SimpleNamespace(
-                outputs=[completion],
-                prompt_token_ids=[1, 2],
-                metrics=None,
-                kv_transfer_params={PULLED: [1_000.0, 1_000.5, came]},
-            )
+            completion = CompletionOutput(0, "", [1], None, None, finish_reason=reason)
+            told = {PULLED: [1_000.0, 1_000.5, came]}
+            yield RequestOutput("r", None, [1, 2], None, [completion], reason is not None, kv_transfer_params=told)
 
     double.generate = generate  # type: ignore[method-assign]
     with suppress(Preempted), tracing.span("DecodeWorker.generate"):

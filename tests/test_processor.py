@@ -23,7 +23,7 @@ from components.processor import (
     tenant_salt,
     texts_of,
 )
-from components.protocol import DecodeRequest, Delta, Encoded, Handle, PrefillReply
+from components.protocol import DecodeRequest, Delta, Encoded, Handle, PrefillReply, PrefillRequest
 from dynamo_epd import tracing
 from dynamo_epd.errors import EpdError, HandOffFailed, Preempted, StageUnavailable, WorkerLost
 from dynamo_epd.families import FAMILIES
@@ -127,6 +127,7 @@ def test_every_text_of_a_body_is_looked_at():
 
 
 PROMPT_TOKENS = 7
+KV = {"remote_host": "x"}
 
 
 class CallDouble:
@@ -164,14 +165,36 @@ class DecodeWorkersDouble:
         return CallDouble(turn, [turn] * (self._tokens if end else 1), end)
 
 
-def conversed(workers: DecodeWorkersDouble, sampling: str = "{}", **config: Any) -> list[int]:
+class PrefillWorkersDouble:
+    """Prefill workers that say a first token too, if they may. ``asked``: what they were asked, in order."""
+
+    def __init__(self, finish_reason: str | None = None):
+        self.asked: list[PrefillRequest] = []
+        self._finish_reason = finish_reason
+
+    def prefill(self, request: PrefillRequest, *, blocks: Any) -> Any:
+        self.asked.append(request)
+        first = Delta([100 + len(self.asked)], self._finish_reason, prompt_tokens=PROMPT_TOKENS)
+        reply = PrefillReply(KV, time.time() + 10, [1, 9, *request.streamed], first=first if request.sampling else None)
+
+        async def only() -> PrefillReply:
+            return reply
+
+        return SimpleNamespace(only=only, instance=1, taken=True)
+
+
+def conversed(
+    workers: DecodeWorkersDouble, sampling: str = "{}", *, prefill: PrefillWorkersDouble | None = None, **config: Any
+) -> list[int]:
     """The tokens of an answer that these workers give."""
     unobserved = SimpleNamespace(observe=lambda _: None)
     conductor: Any = SimpleNamespace(
         config=ProcessorConfig(**config),
         metrics=SimpleNamespace(first_token=unobserved, inter_token=unobserved),
-        prefills_apart=lambda *_: False,
+        prefills_apart=lambda *_: prefill is not None,
         blocks_of=lambda *_: (),
+        prefill_worker=prefill,
+        take_over=processor(LLAVA).take_over,
         decode_worker=workers,
     )
     request: Any = SimpleNamespace(pictures=[], deadline=time.time() + 60, request_id="q", tenant="")
@@ -204,19 +227,66 @@ def test_by_default_the_third_attempt_is_the_last() -> None:
 
 def test_an_attempt_that_got_further_before_it_was_preempted_is_none_in_vain() -> None:
     """Any other loss costs one of the attempts, however far the answer was."""
+    sampling = greedy(max_tokens=16)
+    preempted, lost = Preempted("no room"), HandOffFailed("its bytes were wrong")
+    workers = DecodeWorkersDouble(*[preempted] * 4, None, tokens=1)
+    assert conversed(workers, sampling, attempts=2) == [1, 2, 3, 4, 5]
+    assert [one.streamed for one in workers.asked] == [[*range(1, turn)] for turn in range(1, 6)]
+    workers = DecodeWorkersDouble(*[lost] * 4, None, tokens=1)
+    with pytest.raises(StageUnavailable):
+        conversed(workers, sampling, attempts=2)
+    assert len(workers.asked) == 2
+
+
+def greedy(**more: Any) -> str:
     from vllm import SamplingParams
 
     from dynamo_epd.engine.language import encode_sampling
 
-    greedy = encode_sampling(SamplingParams(temperature=0.0, max_tokens=16))
-    preempted, lost = Preempted("no room"), HandOffFailed("its bytes were wrong")
-    workers = DecodeWorkersDouble(*[preempted] * 4, None, tokens=1)
-    assert conversed(workers, greedy, attempts=2) == [1, 2, 3, 4, 5]
-    assert [one.streamed for one in workers.asked] == [[*range(1, turn)] for turn in range(1, 6)]
-    workers = DecodeWorkersDouble(*[lost] * 4, None, tokens=1)
-    with pytest.raises(StageUnavailable):
-        conversed(workers, greedy, attempts=2)
-    assert len(workers.asked) == 2
+    return encode_sampling(SamplingParams(temperature=0.0, **more))
+
+
+def test_the_first_token_is_prefills_and_decode_goes_on_behind_it() -> None:
+    from dynamo_epd.engine.language import decode_sampling
+
+    workers, prefill = DecodeWorkersDouble(None), PrefillWorkersDouble()
+    assert conversed(workers, greedy(max_tokens=16, min_tokens=3), prefill=prefill) == [101, 1]
+    (asked,) = workers.asked
+    assert (asked.token_ids, asked.streamed, asked.kv) == ([1, 9], [101], KV)
+    rest = decode_sampling(asked.sampling)
+    assert (rest.max_tokens, rest.min_tokens) == (15, 2)
+    assert decode_sampling(prefill.asked[0].sampling or "").max_tokens == 16
+
+
+def test_an_answer_that_depends_on_where_it_began_is_begun_by_decode() -> None:
+    workers, prefill = DecodeWorkersDouble(None), PrefillWorkersDouble()
+    assert conversed(workers, greedy(presence_penalty=0.5), prefill=prefill) == [1]
+    assert (prefill.asked[0].sampling, workers.asked[0].streamed) == (None, [])
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_an_answer_that_is_over_with_its_first_token_goes_to_no_decode_worker(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejected: list[Any] = []
+
+    async def reject(self: Conversation, request_id: str, kv: Any, asked: int | None = None) -> None:
+        rejected.append((request_id, kv, asked))
+
+    monkeypatch.setattr(Conversation, "_reject", reject)
+    workers = DecodeWorkersDouble()
+    assert conversed(workers, greedy(), prefill=PrefillWorkersDouble(reason)) == [101]
+    assert (workers.asked, rejected) == ([], [("q.0", KV, None)]), "and nobody pulls its KV cache"
+
+
+def test_prefills_token_alone_is_no_progress_of_a_decode_worker_that_preempts() -> None:
+    preempted = Preempted("no room")
+    workers, prefill = DecodeWorkersDouble(*[preempted] * 9), PrefillWorkersDouble()
+    with pytest.raises(StageUnavailable, match="no room"):
+        conversed(workers, greedy(), prefill=prefill, attempts=2)
+    assert [one.streamed for one in prefill.asked] == [[], [101]], "what was said is said"
+    workers = DecodeWorkersDouble(*[preempted] * 3, None, tokens=1)
+    assert conversed(workers, greedy(), prefill=PrefillWorkersDouble(), attempts=2) == [101, 1, 102, 2, 103, 3, 104, 4]
 
 
 def test_the_trace_says_what_an_answer_has_cost_that_is_given_up(here: Collector) -> None:

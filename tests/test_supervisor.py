@@ -31,12 +31,14 @@ from dynamo_epd.sdk.supervisor import (
     LEAVE_SECONDS,
     MAX_DEATHS,
     MAX_FIRST_STARTS,
+    STILL_HTTP_SECONDS,
     GraphFailed,
     Slot,
     Supervisor,
     _Output,
 )
 from dynamo_epd.transfer.slots import MAX_LEASE_SECONDS
+from tests.serving import eventually
 
 
 def shown(*chunks: bytes, verbose: bool = False) -> tuple[list[str], Slot]:
@@ -277,6 +279,38 @@ def test_who_leaves_is_ended_where_it_stands_still_and_hurries_where_the_graph_e
     asyncio.run(main())
     assert said.read_text() == told
     assert any("Back-0 has stood still" in line for line in lines) == (then == "stands still")
+
+
+@pytest.mark.parametrize(("waited", "alive"), [(6.0, True), (4.0, False)])
+def test_a_worker_that_finds_no_core_does_not_stand_still(
+    monkeypatch: pytest.MonkeyPatch, waited: float, alive: bool
+) -> None:
+    lines = list[str]()
+    supervisor = Supervisor([["Back"]], drain=30, show=lines.append)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        slot = Slot("Back", 0, [], {})
+        slot.pid, slot.url = process.pid, "http://127.0.0.1:1"
+        slot.waited, slot.heard = 1.0, time.monotonic() - STILL_HTTP_SECONDS - 5
+        supervisor.slots[slot.name] = slot
+        monkeypatch.setattr(supervisor_module, "_waited", lambda pid: 1.0 + waited)
+        supervisor._look(0.0)
+        assert (slot.heard is not None) == alive
+        if alive:
+            process.kill()
+    assert bool(lines) is not alive
+
+
+def test_how_long_a_process_found_no_core() -> None:
+    core = min(os.sched_getaffinity(0))
+    busy = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    both = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(2)]
+    try:
+        eventually(lambda: all(supervisor_module._waited(one.pid) > 0.5 for one in both), "two that share a core")
+    finally:
+        for one in both:
+            one.kill()
+            one.wait()
+    assert supervisor_module._waited(both[0].pid) == 0.0
 
 
 def test_who_leaves_has_time_for_the_longest_request() -> None:

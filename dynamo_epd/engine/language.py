@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import psutil
+from msgspec.structs import replace
 
 from dynamo_epd import dropped, tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
@@ -75,6 +76,8 @@ class Prefilled:
     until: float
     token_ids: list[int]
     queue_seconds: float
+    first: Delta | None = None
+    """The answer's first token, where one was asked for and the decode engine can go on behind it."""
 
 
 class HandedOver(msgspec.Struct):
@@ -172,9 +175,13 @@ class LanguageEngine:
         *,
         cache_salt: str | None,
         streamed: Sequence[int] = (),
+        sampling: str | None = None,
     ) -> Prefilled:
-        """Fills the KV cache of a prompt, and of what is there of its answer, and keeps it for one reader. The one
-        sampled token is thrown away.
+        """Fills the KV cache of a prompt, and of what is there of its answer, and keeps it for one reader.
+
+        With ``sampling`` (`encode_sampling`'s text) the token that this samples is the answer's next one. A decode
+        engine that is given it behind the prompt has nothing of it to pull: it computes what that token adds to the KV
+        cache, as it does for the last token of any prompt. Without, it is thrown away.
 
         Raises:
             InvalidRequest: the expanded prompt does not fit the model.
@@ -182,7 +189,7 @@ class LanguageEngine:
         """
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        params = SamplingParams(temperature=0.0, detokenize=False) if sampling is None else decode_sampling(sampling)
         params.extra_args = {
             "kv_transfer_params": {
                 "do_remote_decode": True,
@@ -195,6 +202,9 @@ class LanguageEngine:
         }
         last = None
         prompt = await self._rendered(token_ids, images, cache_salt, params, streamed)
+        only = params.max_tokens == 1
+        params.max_tokens = 1
+        params.min_tokens = min(params.min_tokens, 1)
         # From here to EngineCore nothing is waited for: `withdraw` finds a prompt there, or was here first.
         if request_id in self._being_withdrawn or self._handed_over.has_left(request_id):
             raise Retryable("the caller left before its prompt was prefilled")
@@ -204,7 +214,15 @@ class LanguageEngine:
             raise Retryable("prefill ended without a KV cache to hand over")
         _trace_hand_over(last.kv_transfer_params)
         until = time.time() + TAKE_OVER_SECONDS
-        return Prefilled(last.kv_transfer_params, until, list(last.prompt_token_ids), queued(last))
+        first = None
+        # The decode engine pulls into the blocks of its own prompt. Were the token the first of a block, that would be
+        # one more than there are here.
+        block_size = self._engine.vllm_config.cache_config.block_size
+        if sampling is not None and (only or len(last.prompt_token_ids) % block_size):
+            first = _delta(last, first=True)
+            if first.finish_reason == "length" and not only:
+                first = replace(first, finish_reason=None)
+        return Prefilled(last.kv_transfer_params, until, list(last.prompt_token_ids), queued(last), first)
 
     def _note_what_is_handed_over(self) -> None:
         """As soon as EngineCore says it: AsyncLLM drops what is said of a request that was aborted on this side."""
@@ -296,14 +314,7 @@ class LanguageEngine:
                     raise Preempted("the decode engine lost the KV cache of this request")
                 if not completion.token_ids and completion.finish_reason is None:
                     continue
-                yield Delta(
-                    token_ids=list(completion.token_ids),
-                    finish_reason=completion.finish_reason,
-                    stop_reason=completion.stop_reason,
-                    logprobs=_logprobs(completion.logprobs, completion.token_ids),
-                    prompt_tokens=len(output.prompt_token_ids) if first else None,
-                    queue_seconds=queued(output) if first else None,
-                )
+                yield _delta(output, first=first)
                 first = False
         finally:
             await outputs.aclose()
@@ -410,6 +421,18 @@ class LanguageEngine:
             raise InvalidRequest(str(error.args[0]), param=error.parameter) from error
         except EngineDeadError as error:
             raise WorkerLost("the engine's process is gone") from error
+
+
+def _delta(output: Any, *, first: bool) -> Delta:
+    completion = output.outputs[0]
+    return Delta(
+        token_ids=list(completion.token_ids),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        logprobs=_logprobs(completion.logprobs, completion.token_ids),
+        prompt_tokens=len(output.prompt_token_ids) if first else None,
+        queue_seconds=queued(output) if first else None,
+    )
 
 
 def _check_handed_over(kv: dict[str, Any]) -> None:

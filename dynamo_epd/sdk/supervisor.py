@@ -149,6 +149,8 @@ class Slot:
     """Looks in a row that found its process stopped."""
     heard: float | None = None
     """When its event loop last said that it turns; None before it is ready and from its drain on."""
+    waited: float = 0.0
+    """What `_waited` said of it then."""
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
 
     @property
@@ -433,7 +435,10 @@ class Supervisor:
                 slot.heard += late + WATCH_SECONDS
             still = time.monotonic() - slot.heard
             slot.stopped = slot.stopped + 1 if slot.url and _is_stopped(slot.pid) else 0
-            if still > (STILL_HTTP_SECONDS if slot.url else STILL_SECONDS) or slot.stopped >= 2:
+            most = STILL_HTTP_SECONDS if slot.url else STILL_SECONDS
+            if still > most:
+                still -= _waited(slot.pid) - slot.waited
+            if still > most or slot.stopped >= 2:
                 self._show(f"{slot.name} has stood still for {still:.0f} s")
                 slot.heard = None
                 with contextlib.suppress(ProcessLookupError):
@@ -480,7 +485,7 @@ class Supervisor:
             slot.ready_at, slot.patience = time.monotonic(), 1
             slot.url, slot.instance = fields.get("X_URL"), fields.get("X_INSTANCE")
         if "READY" in fields or "WATCHDOG" in fields:
-            slot.heard = time.monotonic()
+            slot.heard, slot.waited = time.monotonic(), _waited(slot.pid or 0)
         if "STOPPING" in fields:
             slot.heard = None
         if "X_DRAINED" in fields:
@@ -604,6 +609,15 @@ def _is_stopped(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     except (psutil.Error, OSError):  # psutil lets those through that are about this process, which has no descriptor
         return False
+
+
+def _waited(pid: int) -> float:
+    """Seconds in which its main thread, which turns the event loop, could have run and found no core: others had them,
+    and it does not stand still for that (the second number of ``/proc/PID/schedstat``, sched-stats.rst)."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):  # it has ended, or this kernel does not count that
+        return 0.0
 
 
 def _let_go_of_output(watcher: Watcher, process: Process) -> None:
