@@ -245,7 +245,7 @@ class Arm:
 
 def agg(model: Path, *, tuned: bool) -> Arm:
     """One ``vllm serve``."""
-    port = _free_port()
+    port = free_port()
     arguments = [str(model), "--served-model-name", MODEL, "--port", str(port), "--host", "127.0.0.1"]
     more = ["--distributed-executor-backend", "uni", "--disable-uvicorn-access-log"] if tuned else []
     command = [str(BIN / "vllm"), "serve", *arguments, *ENGINE, *more]
@@ -272,7 +272,7 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     that workers are found by files, and events go over ZeroMQ, saves a server of each."""
     install_stock()
     name = "STOCK-tuned" if tuned else "STOCK"
-    port = _free_port()
+    port = free_port()
     place = (WORK / f"discovery-{name}-{port}").absolute()
     shared = CPU | QUIET | (TUNED if tuned else ONE_THREAD) | {"PYTHONPATH": str(STOCK.absolute())}
     shared |= {"DYN_FILE_KV": str(place), "DYN_DISCOVERY_BACKEND": "file", "DYN_EVENT_PLANE": "zmq"}
@@ -288,7 +288,7 @@ def stock(model: Path, *, tuned: bool) -> Arm:
     frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     started: list[Started] = [(frontend, shared)]
     started += [
-        ([*worker, *more], shared | {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}) for more in roles.values()
+        ([*worker, *more], shared | {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}) for more in roles.values()
     ]
     return Arm(name, started, port, spins=not tuned, discovery=place)
 
@@ -303,7 +303,7 @@ def graph(
     environment: Mapping[str, str] | None = None,
 ) -> Arm:
     """One of this project's graphs. ``pictures``: whether it answers questions about them."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "dynamo_epd.sdk.cli", "serve", spec, "-f", config, "-p", str(port)]
     command += [f"--Common.model={model}", f"--Common.served-model-name={MODEL}", *overrides]
     own = {"XDG_STATE_HOME": str((WORK / f"state-{name}").absolute())}
@@ -360,7 +360,7 @@ def environment_without_graphs() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that Linux gives to connections: an arm binds it up to a minute later."""
     while True:
         port = random.randrange(10_000, 20_000)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
-from components.embed_worker import AT_ONCE, MOST_CHARACTERS, EmbedConfig, EmbedWorker, tokenized
+from components.embed_worker import AT_ONCE, MOST_CHARACTERS, SHORT, EmbedConfig, EmbedWorker, tokenized
 from components.protocol import StatesRequest
 from dynamo_epd import metrics
 from dynamo_epd.errors import InvalidRequest
@@ -180,13 +180,28 @@ def test_no_piece_of_the_vocabulary_is_longer_than_the_bound_says() -> None:
 
 def test_requests_that_tokenize_at_once_do_not_disturb_each_other() -> None:
     encoder = TextEncoder(str(DIRECTORY), max_tokens=512)
-    encoder.tokenize("ready", "input")  # as the worker does: the first call takes the truncation out of the tokenizer
     texts = ["a large red star on a blue background " * 8] * 40
 
     async def all_of() -> list[list[list[int]]]:
         return await asyncio.gather(*(tokenized(encoder.tokenize, texts, 512) for _ in range(16)))
 
     assert all(found == [encoder.tokenize(texts[0], "input")] * 40 for found in asyncio.run(all_of()))
+
+
+def test_a_lone_short_text_is_tokenized_on_the_loop() -> None:
+    def where(text: str, param: str) -> list[int]:
+        assert param == "input"
+        return [threading.get_ident()]
+
+    here = [threading.get_ident()]
+    assert asyncio.run(tokenized(where, ["s" * SHORT], 512)) == [here]
+    assert asyncio.run(tokenized(where, ["s" * (SHORT + 1)], 512)) != [here]
+
+
+def test_token_ids_are_those_that_the_tokenizer_gives_when_it_is_called() -> None:
+    encoder, tokenizer = TextEncoder(str(DIRECTORY)), AutoTokenizer.from_pretrained(DIRECTORY)
+    for text in ("a large red star", "", " two  spaces\n", "Größe ﬁ ½ 星", "<pad></s> a", "x" * 300):
+        assert encoder.tokenize(text, "input") == tokenizer(text).input_ids
 
 
 def test_texts_are_tokenized_in_order_beside_the_loop_and_not_after_a_cancel() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from time import perf_counter, process_time
 
-from benchmarks import checkpoints
+from benchmarks import bare, checkpoints
 from benchmarks.arms import WORK, graph
 from benchmarks.figures import Goal, Row, Samples, percentile
 from benchmarks.load import Told, ask, chat, session
+from benchmarks.obedient import FAILURES, reason
 
 NUMBER = 2
 TITLE = "what the graph adds to an engine's call"
@@ -47,9 +48,24 @@ async def measure(repeats: int) -> Row:
     if failed:
         row.void = f"{len(failed)} requests failed: {failed[0]}"
         return row
-    groups = [[1e3 * answer.whole for answer in told[at : at + PER_REPEAT]] for at in range(0, len(told), PER_REPEAT)]
+    whole = [1e3 * answer.whole for answer in told]
     for share, name, limit in ((0.5, "p50", 2.0), (0.99, "p99", 5.0)):
-        values = [percentile(group, share) for group in groups]
+        values = percentiles(whole, share)
         row.samples.append(Samples(name, values, "ms"))
         row.goals.append(Goal(name, values, "≤", limit, "ms"))
+    try:
+        alone = [1e3 * one for one in bare.calls(repeats * PER_REPEAT)]
+    except FAILURES as error:
+        row.notes.append(f"the runtime's own calls failed: {reason(error)}")
+        return row
+    row.samples.append(Samples("one call of Dynamo's runtime alone, p50", percentiles(alone, 0.5), "ms"))
+    row.notes.append(
+        "A question is two calls of Dynamo's runtime, one within the other: from the frontend to the processor, and "
+        "from there to the engine's worker. What one takes between two processes that do nothing else is shown."
+    )
     return row
+
+
+def percentiles(values: list[float], share: float) -> list[float]:
+    """One of each repeat's."""
+    return [percentile(values[at : at + PER_REPEAT], share) for at in range(0, len(values), PER_REPEAT)]

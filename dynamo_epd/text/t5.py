@@ -75,6 +75,11 @@ class TextEncoder:
         except Exception as error:  # what a broken model raises is up to two libraries
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise TextEncoderError(f"text encoder {model!r} cannot be loaded: {line}") from error
+        # What the tokenizer's own call goes through in Python takes longer than the text does.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._encode = backend.encode
         self._model = loaded.to(self._device).eval()
         self.vocabulary: int = loaded.config.vocab_size
         """Token ids lie below it."""
@@ -83,7 +88,7 @@ class TextEncoder:
 
     def tokenize(self, text: str, param: str) -> list[int]:
         """Token ids with T5's end mark. Raises `InvalidRequest`, naming ``param``, for too many."""
-        ids: list[int] = self._tokenizer(text, truncation=False).input_ids
+        ids: list[int] = self._encode(text).ids
         if len(ids) > self._max_tokens:
             raise InvalidRequest(
                 f"'{param}' has {len(ids)} tokens, {self._max_tokens} are the limit", param=param, code="text_too_long"

@@ -16,7 +16,7 @@ from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import Digest, Memory
 from dynamo_epd.transfer.peers import Peer, Peers
 
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 4 << 20
 PIECES_IN_FLIGHT = 4
 """Enough to keep a network busy while the digest runs."""
 
