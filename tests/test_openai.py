@@ -110,9 +110,10 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 
 def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
-    text = client.chat.completions.create(**request(max_tokens=24)).choices[0].message.content or ""
+    # Long enough: a random model's answer of 24 tokens may hold no letter at all.
+    text = client.chat.completions.create(**request(max_tokens=96)).choices[0].message.content or ""
     stop = next(letter for letter in text[3:] if letter.isascii() and letter.isprintable())
-    reply = client.chat.completions.create(**request(max_tokens=24), stop=[stop])
+    reply = client.chat.completions.create(**request(max_tokens=96), stop=[stop])
     assert reply.choices[0].finish_reason == "stop"
     assert reply.choices[0].message.content == text[: text.index(stop)]
 
