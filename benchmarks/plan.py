@@ -3,9 +3,9 @@
 
 Rows that need no arm, or their own, come first. Then those that share arms, a model at a time: a start takes as long as
 a row. The seconds are expected ones, starts included, on two quiet cores: an engine's imports take 10 s of a core in
-each of its processes, so one ``vllm serve`` is up after 42 s, the disaggregated graph after 36 to 40, Dynamo's stages
-after 70, two arms that are started at once after 40, and four after 90. Models are written and Dynamo's stages are
-installed before.
+each of its processes, so one ``vllm serve`` is up after 24 to 42 s, the disaggregated graph after 36 to 40, Dynamo's
+stages after 30 to 50, two arms that are started at once after 40, and four after 90. Models are written and Dynamo's
+stages are installed before.
 
 A whole run is to take half an hour, with a minute left for what lies between rows: arms that end, and plots. Rows 3 and
 9 have as many repeats as that leaves them; a turn of theirs is short, and their medians move least. Row 12 comes right

@@ -14,9 +14,9 @@ async def together(outputs: AsyncGenerator[Any, None], seconds: float) -> AsyncG
     or more after the one before; others are put together until then. Raises what ``outputs`` raises, after what came
     before it; closing it closes ``outputs``.
 
-    An output is a message from this process to the processor, from there to the frontend and on to the client: on two
-    cores 2 ms for what a small model's step does in 1.2 (``make bench ROW=1``). Steps that take longer than ``seconds``
-    are streamed one by one, as they were.
+    An output is a message from this process to the processor, from there to the frontend and on to the client. On two
+    cores, where the tiny model's step is faster than that, an answer of 16 tokens took 99 ms of CPU one by one, and 67
+    at 5 ms (``make bench ROW=1`` has its time). Steps that take longer than ``seconds`` are streamed one by one.
     """
     loop = asyncio.get_running_loop()
     due = 0.0
