@@ -77,7 +77,8 @@ def byte_tokenizer(specials: list[str], *, bos: str | None, eos: str, pad: str, 
 
 
 def randomise(model, seed: int, std: float) -> None:
-    """Draws every matrix from N(0, (std / sqrt(fan_in))²) so that answers depend on the whole prompt, images included.
+    """Draws every matrix from N(0, (std / sqrt(fan_in))²) so that answers depend on the whole prompt, images included,
+    and every embedding that is one vector from N(0, 1 / length).
 
     transformers' own initialisation (0.02) leaves a toy-sized model whose greedy answer ignores its input.
     """
@@ -92,6 +93,9 @@ def randomise(model, seed: int, std: float) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif name.endswith("bias"):
                 parameter.zero_()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith(("class_embedding", "image_newline")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / len(parameter) ** 0.5)
 
 
 def clip_and_llama(tokenizer):
