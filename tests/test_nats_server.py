@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from dynamo_epd.sdk import nats_server
-from dynamo_epd.sdk.nats_server import LocalNats, discovery_dir, state_dir
+from dynamo_epd.sdk.nats_server import LocalNats, _free_port, discovery_dir, state_dir
 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr(nats_server, "_free_port", lambda: 4222)
+    monkeypatch.setattr(nats_server, "_free_port", lambda: (4222, None))
     return state_dir()
 
 
@@ -86,6 +87,23 @@ def test_who_joins_a_server_joins_its_discovery(monkeypatch: pytest.MonkeyPatch)
     joined.close()
     assert nats.discovery.parent.exists()
     nats.close()
+
+
+def test_graphs_that_start_at_one_moment_choose_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither's server listens yet, and each may have a state directory of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        usual = probe.getsockname()[1]
+    monkeypatch.setattr(nats_server, "DEFAULT_PORT", usual)
+    first, claim = _free_port()
+    second, nothing = _free_port()
+    assert claim is not None and nothing is None
+    assert first == usual != second
+    claim.close()
+    again, claim = _free_port()
+    assert again == usual
+    assert claim is not None
+    claim.close()
 
 
 @pytest.mark.parametrize(("supervisor", "printed"), [("the parent", "started\n"), ("gone", "")])

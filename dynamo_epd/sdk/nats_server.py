@@ -80,7 +80,7 @@ class LocalNats:
                 self.url, self.password, self.owned = known["url"], known["password"], False
                 self._directory = _directory_of(int(known["pid"]))
                 return
-            port = _free_port()
+            port, self._port_claim = _free_port()
             self.url = f"nats://127.0.0.1:{port}"
             self.password = secrets.token_urlsafe(32)
             self.name = f"dynamo-{os.getpid()}"
@@ -152,6 +152,8 @@ class LocalNats:
                 _record_file().unlink(missing_ok=True)
         shutil.rmtree(self._directory, ignore_errors=True)
         self._claim.close()
+        if self._port_claim is not None:
+            self._port_claim.close()
 
 
 def _directory_of(pid: int) -> Path:
@@ -184,14 +186,30 @@ def _claim_jetstream() -> tuple[Path, IO[str]]:
     raise AssertionError
 
 
-def _free_port() -> int:
-    for port in (DEFAULT_PORT, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return int(probe.getsockname()[1])
-    raise ConfigError("no free port for NATS")
+def _free_port() -> tuple[int, socket.socket | None]:
+    """The usual port and a claim on it, to be held as long as the server may run; another port where either is taken.
+
+    A server listens only a while after its port was chosen. Until then the port looks free to a graph that starts at
+    the same moment, of any user: the claim, a name in the abstract namespace, which is as wide as that of ports, tells.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0dynamo-nats-{DEFAULT_PORT}")
+        return _bound(DEFAULT_PORT), claim
+    except OSError:
+        claim.close()
+    try:
+        return _bound(0), None
+    except OSError as error:
+        raise ConfigError("no free port for NATS") from error
+
+
+def _bound(port: int) -> int:
+    """The port that a server could have. Raises OSError where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return int(probe.getsockname()[1])
 
 
 def _write_secret(path: Path, text: str) -> None:
