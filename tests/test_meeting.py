@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -39,13 +41,16 @@ def call(value: float, rows: int = 1, width: int = 3) -> tuple[tuple[Any, ...], 
 
 def picture(meeting: Meeting, value: float, steps: int, told: Callable[[int], None] = lambda _: None) -> list[float]:
     """As a pipeline does: one call a step. Returns what each said."""
-    with meeting.attended(None) as denoiser:
+
+    def drawn(denoiser: Any) -> list[float]:
         found = []
         for step in range(steps):
             given, named = call(value + step)
             found.append(float(denoiser(*given, **named)[0][0, 0]))
             told(step)
         return found
+
+    return meeting.make(None, drawn)
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -61,18 +66,33 @@ def test_one_after_another_is_called_alone() -> None:
     assert picture(meeting, 1, steps=3) == [2, 4, 6]
     assert picture(meeting, 5, steps=2) == [10, 12]
     assert denoiser.calls == sizes == [1] * 5
-    with meeting.attended(None) as stand_in:
-        assert stand_in.config == "of the denoiser"
+    assert meeting.make(None, lambda stand_in: stand_in.config) == "of the denoiser"
 
 
 def all_at_once(meeting: Meeting, one: Callable[[float], Any], values: list[float]) -> list[Any]:
-    """Pictures of which none begins before all are in."""
-    with ThreadPoolExecutor(len(values)) as threads:
-        with meeting.attended(None):
-            found = threads.map(one, values)
-            while meeting._awake <= len(values):
-                time.sleep(0.001)
-        return list(found)
+    """Pictures of which none begins before all are in the line."""
+    with ThreadPoolExecutor(1 + len(values)) as threads, held(meeting, threads):
+        found = threads.map(one, values)
+        eventually(lambda: len(meeting._line) == len(values))
+    return list(found)
+
+
+@contextmanager
+def held(meeting: Meeting, threads: ThreadPoolExecutor) -> Iterator[None]:
+    """The meeting's thread is at somebody's picture, which calls no denoiser."""
+    entered, may_go = threading.Event(), threading.Event()
+
+    def holding(_: Any) -> None:
+        entered.set()
+        assert may_go.wait(BOUND)
+
+    holder = threads.submit(meeting.make, None, holding)
+    assert entered.wait(BOUND)
+    try:
+        yield
+    finally:
+        may_go.set()
+        holder.result(BOUND)
 
 
 def test_pictures_that_are_there_share_their_steps_and_get_their_own_rows() -> None:
@@ -100,30 +120,28 @@ def test_a_late_one_is_in_after_one_step() -> None:
         if step == 3:
             late.append(threading.Thread(target=lambda: picture(meeting, 50, steps=4)))
             late[0].start()
-            eventually(lambda: meeting._awake == 2)
+            eventually(lambda: len(meeting._line) == 1)
 
     picture(meeting, 1, steps=60, told=told)
     late[0].join(BOUND)
-    assert sizes[:4] == [1] * 4
-    assert sizes.count(2) == 4, "all four steps of the late one were shared"
+    assert sizes == [1] * 4 + [2] * 4 + [1] * 52
 
 
 def test_no_more_are_inside_than_may_be_and_others_come_in_order() -> None:
-    meeting = Meeting(Doubling(), 1, lambda _: None)
+    sizes: list[int] = []
+    meeting = Meeting(Doubling(), 1, sizes.append)
     order: list[int] = []
-    threads = []
-    with meeting.attended(None):
+
+    def one(index: int) -> None:
+        picture(meeting, index, 2, lambda _: order.append(index))
+
+    with ThreadPoolExecutor(4) as threads, held(meeting, threads):
         for index in range(3):
-            threads.append(
-                threading.Thread(target=lambda index=index: picture(meeting, index, 1, lambda _: order.append(index)))
-            )
-            threads[-1].start()
-            while len(meeting._line) <= index:
-                time.sleep(0.001)
+            threads.submit(one, index)
+            eventually(lambda index=index: len(meeting._line) == index + 1)  # type: ignore[misc]
         assert order == []
-    for thread in threads:
-        thread.join(BOUND)
-    assert order == [0, 1, 2]
+    assert order == [0, 0, 1, 1, 2, 2]
+    assert sizes == [1] * 6
 
 
 def test_those_of_another_adapter_wait_until_all_of_this_one_are_out() -> None:
@@ -131,61 +149,82 @@ def test_those_of_another_adapter_wait_until_all_of_this_one_are_out() -> None:
     seen: list[str] = []
     entered, may_leave = threading.Event(), threading.Event()
 
-    def first() -> None:
-        with meeting.attended("red"):
-            seen.append("red")
-            entered.set()
-            with meeting.away():
-                assert may_leave.wait(BOUND)
-            seen.append("red is out")
+    def first(_: Any) -> None:
+        seen.append("red")
+        entered.set()
+        assert meeting.away(lambda: may_leave.wait(BOUND))
+        seen.append("red is out")
 
-    def other(kind: str) -> None:
-        with meeting.attended(kind):
-            seen.append(kind)
-
-    threads = [threading.Thread(target=first)]
-    threads[0].start()
-    assert entered.wait(BOUND)
-    for index, kind in enumerate(("blue", "red")):  # a red one that comes later does not pass the blue one
-        threads.append(threading.Thread(target=other, args=(kind,)))
-        threads[-1].start()
-        while len(meeting._line) <= index:
-            time.sleep(0.001)
-    may_leave.set()
-    for thread in threads:
-        thread.join(BOUND)
+    with ThreadPoolExecutor(3) as threads:
+        made = [threads.submit(meeting.make, "red", first)]
+        assert entered.wait(BOUND)
+        for index, kind in enumerate(("blue", "red")):  # a red one that comes later does not pass the blue one
+            made.append(threads.submit(meeting.make, kind, lambda _, kind=kind: seen.append(kind)))
+            eventually(lambda index=index: len(meeting._line) == index + 1)  # type: ignore[misc]
+        may_leave.set()
+        for one in made:
+            one.result(BOUND)
     assert seen == ["red", "red is out", "blue", "red"]
 
 
-def test_the_second_in_line_is_in_though_it_was_woken_before_the_first() -> None:
-    meeting = Meeting(Doubling(), 3, lambda _: None)
-    wake_up = meeting._changed._acquire_restore  # type: ignore[attr-defined]
+def test_nobody_waits_for_who_is_away() -> None:
+    sizes: list[int] = []
+    meeting = Meeting(Doubling(), 2, sizes.append)
+    left, may_return = threading.Event(), threading.Event()
 
-    def slowly(state: Any) -> None:
-        if threading.current_thread().name == "first":
-            time.sleep(0.1)
-        wake_up(state)
+    def waiting(denoiser: Any) -> str:
+        thread = threading.current_thread()
 
-    meeting._changed._acquire_restore = slowly  # type: ignore[attr-defined]
-    found: list[str] = []
+        def wait() -> str:
+            assert threading.current_thread() is not thread
+            left.set()
+            assert may_return.wait(BOUND)
+            return "told"
 
-    def first() -> None:
-        with meeting.attended("red"):
-            eventually(lambda: meeting._inside == 2)  # while it keeps its turn
-            found.append("both")
+        found = meeting.away(wait)
+        given, named = call(7)
+        denoiser(*given, **named)
+        return found
 
-    def second() -> None:
-        with meeting.attended("red"):
-            found.append("second")
+    with ThreadPoolExecutor(1) as threads:
+        one = threads.submit(meeting.make, None, waiting)
+        assert left.wait(BOUND)
+        assert picture(meeting, 1, steps=3) == [2, 4, 6]
+        may_return.set()
+        assert one.result(BOUND) == "told"
+    assert sizes == [1] * 4
 
-    threads = [threading.Thread(target=one, name=one.__name__) for one in (first, second)]
-    with meeting.attended(None):
-        for waiting, thread in enumerate(threads, 1):
-            thread.start()
-            eventually(lambda waiting=waiting: len(meeting._line) == waiting)  # type: ignore[misc]
-    for thread in threads:
-        thread.join(2 * BOUND)
-    assert found == ["both", "second"]
+
+def test_what_was_waited_for_in_vain_is_that_pictures_error() -> None:
+    meeting = Meeting(Doubling(), 2, lambda _: None)
+
+    def refused() -> None:
+        raise ConnectionError("nobody there")
+
+    with pytest.raises(ConnectionError, match="nobody there"):
+        meeting.make(None, lambda _: meeting.away(refused))
+    assert picture(meeting, 1, steps=1) == [2]
+
+
+def test_all_pictures_are_made_in_one_thread_and_keep_their_own_contexts() -> None:
+    meeting = Meeting(Doubling(), 4, lambda _: None)
+    threads: set[int] = set()
+    own: ContextVar[float] = ContextVar("own", default=-1)
+
+    def one(value: float) -> tuple[float, float]:
+        def drawn(denoiser: Any) -> tuple[float, float]:
+            before = own.get()
+            own.set(value)
+            given, named = call(value)
+            assert denoiser(*given, **named)[0].is_inference()
+            threads.add(threading.get_ident())
+            return before, own.get()
+
+        return meeting.make(None, drawn)
+
+    assert all_at_once(meeting, one, [1.0, 2.0, 3.0]) == [(-1, 1), (-1, 2), (-1, 3)]
+    assert one(4.0) == (-1, 4)
+    assert len(threads) == 1
 
 
 class Narrow(Doubling):
@@ -203,10 +242,12 @@ def test_more_rows_than_there_is_memory_for_are_not_tried_at_every_step(caplog: 
     meeting = Meeting(denoiser, 8, sizes.append)
 
     def guided(width: float) -> None:
-        with meeting.attended(None) as stand_in:
+        def drawn(denoiser: Any) -> None:
             for step in range(6):
                 given, named = call(step, rows=2, width=int(width))
-                assert stand_in(*given, **named)[0].eq(2 * step).all()
+                assert denoiser(*given, **named)[0].eq(2 * step).all()
+
+        meeting.make(None, drawn)
 
     all_at_once(meeting, guided, [3, 3, 3, 3])
     assert denoiser.calls[:2] == [8, 2], "each is computed alone where they could not be together"

@@ -15,7 +15,7 @@ import torch
 
 from dynamo_epd.diffusion.loading import Switches, denoiser_name, denoiser_of, device, dtype_of, load
 from dynamo_epd.diffusion.meeting import Meeting
-from dynamo_epd.diffusion.text_encoder import Ask, Conditioning, RemoteTextEncoder, Row
+from dynamo_epd.diffusion.text_encoder import Ask, RemoteTextEncoder
 from dynamo_epd.errors import InvalidRequest, UnsupportedParameter
 
 
@@ -106,11 +106,7 @@ class Generator:
         self._meeting = Meeting(denoiser_of(self._pipeline), 1 if self._alone else max_batch, on_batch)
 
     def _asking(self, ask: Ask) -> Ask:
-        def asked(row: Row) -> Conditioning:
-            with self._meeting.away():
-                return ask(row)
-
-        return asked
+        return lambda row: self._meeting.away(lambda: ask(row))
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -162,27 +158,15 @@ class Generator:
             Stopped: when its turn has come, or at the first step, after ``stop`` is set.
         """
         self.check(wanted)  # before its turn: an adapter that there is not would keep all others waiting for nothing
-        with self._meeting.attended(wanted.lora) as denoiser, torch.inference_mode():
+
+        def picture(denoiser: Any) -> tuple[np.ndarray, bytes | None]:
             if stop.is_set():
                 raise Stopped
             on_begin()
-            arguments = self._arguments(wanted)
-            pipeline = self._fresh(denoiser)
-            self._choose_lora(wanted.lora)
-            for encoder in self._remote:
-                encoder.vector = None
-            arguments |= self._callback(pipeline, wanted, on_step, stop)
-            prompt_tokens = self._tokens(wanted.prompt)
-            try:
-                found = pipeline(**arguments, output_type="np").images[0]
-            except ValueError as error:
-                about_size = any(word in str(error).lower() for word in ("height", "width", "size"))
-                raise InvalidRequest(
-                    f"the image pipeline refuses this request: {error}", param="size" if about_size else None
-                ) from error
-            except Stopped:
-                pipeline.maybe_free_model_hooks()  # as a pipeline does at its end: nothing stays on the GPU
-                raise
+            found = self._drawn(wanted, self._fresh(denoiser), on_step, stop)
+            return found, next((encoder.vector for encoder in self._remote), None)
+
+        found, vector = self._meeting.make(wanted.lora, picture)
         if found.shape[:2] != (wanted.height, wanted.width):
             raise InvalidRequest(f"the image model makes {found.shape[1]}x{found.shape[0]} of this", param="size")
         if not np.isfinite(found).all():
@@ -190,12 +174,24 @@ class Generator:
                 "the picture is not finite: another 'guidance_scale', prompt or seed may do; if none does, the image "
                 "model needs another dtype"
             )
-        return Made(
-            to_bytes(found),
-            prompt_tokens,
-            wanted.width * wanted.height // self._patch**2,
-            next((encoder.vector for encoder in self._remote), None),
-        )
+        tokens = wanted.width * wanted.height // self._patch**2
+        return Made(to_bytes(found), self._tokens(wanted.prompt), tokens, vector)
+
+    def _drawn(self, wanted: Wanted, pipeline: Any, on_step: OnStep, stop: threading.Event) -> np.ndarray:
+        """float32 (height, width, 3) in 0 to 1, or as large as the pipeline has made it."""
+        self._choose_lora(wanted.lora)
+        arguments = self._arguments(wanted) | self._callback(pipeline, wanted, on_step, stop)
+        try:
+            found: np.ndarray = pipeline(**arguments, output_type="np").images[0]
+        except ValueError as error:
+            about_size = any(word in str(error).lower() for word in ("height", "width", "size"))
+            raise InvalidRequest(
+                f"the image pipeline refuses this request: {error}", param="size" if about_size else None
+            ) from error
+        except Stopped:
+            pipeline.maybe_free_model_hooks()  # as a pipeline does at its end: nothing stays on the GPU
+            raise
+        return found
 
     def _fresh(self, denoiser: Any) -> Any:
         """The pipeline for one picture, with a scheduler of its own: a scheduler is the state of one picture."""
@@ -203,7 +199,7 @@ class Generator:
         if not self._alone:
             # Not by setattr, which would also have it in the configuration that all copies share.
             vars(pipeline)[denoiser_name(pipeline)] = denoiser
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        pipeline.scheduler = copy.deepcopy(self._pipeline.scheduler)  # which nobody steps
         return pipeline
 
     def _choose_lora(self, name: str | None) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures that are made at once meet at each denoise step, and the denoiser is called once for all of them.
 
-Each picture is a thread that runs its own pipeline of diffusers, with its own scheduler. Threads take turns: one alone
-computes at any time, so that nothing in a pipeline need stand two of them. Where a pipeline calls the denoiser its
-thread puts the call down and gives its turn away; when nobody is left who could put down another, the calls become one.
-A picture that comes later is therefore in after one step at most, whatever the others' step counts are.
+Each picture is a greenlet that runs its own pipeline of diffusers, with its own scheduler; all of them are in one
+thread, which is also torch's: of several threads each would have its own pool of OpenMP's, and they would spin for the
+cores that one of them computes on. Nothing in a pipeline need stand two of them at once. Where a pipeline calls the
+denoiser its greenlet puts the call down and the next one goes on; when nobody is left who could put down another, the
+calls become one. A picture that comes later is therefore in after one step at most, whatever the others' step counts
+are.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from greenlet import getcurrent, greenlet
 
 ROWS = frozenset(
     {
@@ -36,6 +41,7 @@ ROWS = frozenset(
 SHARED = frozenset({"img_ids", "txt_ids"})
 """Tensors that are the same for all rows (FLUX)."""
 
+T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
@@ -54,91 +60,106 @@ class Meeting:
         self._denoiser = denoiser
         self._at_once = at_once
         self._on_step = on_step
-        self._changed = threading.Condition()
-        self._line: deque[object] = deque()
-        self._kind: str | None = None
-        """Of those inside."""
-        self._inside = 0
-        self._awake = 0
-        """Of those inside: who has the turn or wants it. The others have put a call down, or are away."""
-        self._taken = False
+        self._thread = ThreadPoolExecutor(1, "denoise")
+        self._elsewhere = ThreadPoolExecutor(at_once, "away")
+        self._lock = threading.Lock()
+        """Of the line, and of whether the thread is at work."""
+        self._line: deque[_Picture] = deque()
+        self._at_work = False
+        self._news: SimpleQueue[greenlet | None] = SimpleQueue()
+        """Who is back; None: somebody is in the line."""
+        # What follows is the thread's alone.
+        self._inside: set[_Picture] = set()
+        self._ready: deque[greenlet] = deque()
+        """Of those inside: who can go on. The others have put a call down, or are away."""
         self._calls: list[_Call] = []
         self._most_rows: dict[torch.Size, int] = {}
         """By the shape of one row of latents, where more were too many for one call."""
 
-    @contextmanager
-    def attended(self, kind: str | None) -> Iterator[Any]:
-        """Around all that is computed for one picture, whose adapter is ``kind``: those inside all have the same.
+    def make(self, kind: str | None, picture: Callable[[Any], T]) -> T:
+        """What ``picture`` returns, or raises, when its turn has come, in the thread of this meeting. It is given what
+        stands in its pipeline where the denoiser would. Called in any other thread, which waits.
 
-        Yields what stands in its pipeline where the denoiser would.
+        ``kind``: its adapter. Those inside all have the same.
         """
-        ticket = object()
-        with self._changed:
-            self._line.append(ticket)
-            self._changed.wait_for(lambda: self._line[0] is ticket and self._has_room_for(kind))
-            self._line.popleft()
-            self._inside += 1
-            if self._inside == 1:
-                self._kind = kind
-            self._changed.notify_all()  # who is now the first in line may have been woken before
-            self._awake += 1
-            self._take_turn()
-        try:
-            yield _Denoiser(self)
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._give_turn_away()
+        made: Future[T] = Future()
+        one = _Picture(kind, lambda: _told(made, lambda: picture(_Denoiser(self))))
+        with self._lock:
+            self._line.append(one)
+            if self._at_work:
+                self._news.put(None)
+            else:
+                self._at_work = True
+                self._thread.submit(self._work)
+        return made.result()
 
-    def _has_room_for(self, kind: str | None) -> bool:
-        return self._inside == 0 or (self._inside < self._at_once and kind == self._kind)
-
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Around a wait for another process: nobody waits for who waits."""
-        with self._changed:
-            self._give_turn_away()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._awake += 1
-                self._take_turn()
+    def away(self, wait: Callable[[], T]) -> T:
+        """What ``wait`` returns, or raises, in a thread of its own: nobody waits for a picture that waits. Called by a
+        picture."""
+        waited = self._elsewhere.submit(wait)
+        me = getcurrent()
+        waited.add_done_callback(lambda _: self._news.put(me))
+        self._pause()
+        return waited.result()
 
     def step(self, arguments: Arguments) -> Any:
-        """One call of the denoiser, with those of the others who are at theirs now."""
+        """One call of the denoiser, with those of the others who are at theirs now. Called by a picture."""
         call = _Call(arguments)
-        with self._changed:
-            self._calls.append(call)
-            self._give_turn_away()
-            self._changed.wait_for(lambda: call.answered or self._is_to_begin(call))
-            if not call.answered:
-                self._taken = True
-                calls, self._calls = self._calls, []
-                self._changed.release()
-                try:
-                    self._answer(calls)
-                finally:
-                    self._changed.acquire()
-                    self._awake += len(calls)
-                    for one in calls:
-                        one.answered = True
-                    self._changed.notify_all()
-            else:
-                self._take_turn()
+        self._calls.append(call)
+        self._pause()
         return call.result()
 
-    def _is_to_begin(self, call: _Call) -> bool:
-        return self._awake == 0 and not self._taken and self._calls[0] is call
+    @staticmethod
+    def _pause() -> None:
+        parent = getcurrent().parent
+        assert parent is not None, "called by no picture"
+        parent.switch()
 
-    def _take_turn(self) -> None:
-        self._changed.wait_for(lambda: not self._taken)
-        self._taken = True
+    @torch.inference_mode()  # of the thread, not of a picture: greenlets would end it for each other
+    def _work(self) -> None:
+        """Until nobody is inside, nor in the line."""
+        while True:
+            self._let_in()
+            if self._ready:
+                self._ready.popleft().switch()
+            elif calls := self._calls:
+                self._calls = []
+                self._answer(calls)
+                self._ready += [call.of for call in calls]
+            elif self._inside:
+                self._hear(self._news.get())
+            elif self._is_over():
+                return
 
-    def _give_turn_away(self) -> None:
-        self._awake -= 1
-        self._taken = False
-        self._changed.notify_all()
+    def _is_over(self) -> bool:
+        with self._lock:
+            self._at_work = bool(self._line)
+            return not self._at_work
+
+    def _hear(self, who: greenlet | None) -> None:
+        if who is not None:
+            self._ready.append(who)
+
+    def _let_in(self) -> None:
+        while True:
+            try:
+                self._hear(self._news.get_nowait())
+            except Empty:
+                break
+        with self._lock:
+            while self._line and self._has_room_for(self._line[0].kind):
+                self._enter(self._line.popleft())
+
+    def _has_room_for(self, kind: str | None) -> bool:
+        return all(one.kind == kind for one in self._inside) and len(self._inside) < self._at_once
+
+    def _enter(self, one: _Picture) -> None:
+        def inside() -> None:
+            one.make()
+            self._inside.remove(one)
+
+        self._inside.add(one)
+        self._ready.append(greenlet(inside))
 
     def _answer(self, calls: list[_Call]) -> None:
         groups: list[list[_Call]] = []
@@ -200,12 +221,28 @@ class _Denoiser:
         return self._meeting.step((given, named))
 
 
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    kind: str | None
+    make: Callable[[], None]
+
+
+def _told(made: Future[T], make: Callable[[], T]) -> None:
+    try:
+        found = make()
+    except BaseException as error:
+        made.set_exception(error)
+    else:
+        made.set_result(found)
+
+
 class _Call:
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
+        self.of = getcurrent()
+        """Who put it down."""
         self.output: Any = None
         self.error: Exception | None = None
-        self.answered = False
 
     def result(self) -> Any:
         if self.error is not None:

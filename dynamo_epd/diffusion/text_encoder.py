@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -57,17 +57,13 @@ class RemoteTextEncoder(nn.Module):
         self._ask = ask
         self._most = kept
         self._kept: OrderedDict[Row, Conditioning] = OrderedDict()
-        self._heard = threading.local()
+        self._heard: ContextVar[bytes | None] = ContextVar("heard", default=None)
 
     @property
     def vector(self) -> bytes | None:
-        """Of the first row since this was None in this thread: pipelines encode the prompt before what guides away from
-        it."""
-        return getattr(self._heard, "vector", None)
-
-    @vector.setter
-    def vector(self, value: bytes | None) -> None:
-        self._heard.vector = value
+        """Of the first row in this context, which is a picture's own: pipelines encode the prompt before what guides
+        away from it."""
+        return self._heard.get()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
@@ -76,7 +72,7 @@ class RemoteTextEncoder(nn.Module):
         masks = attention_mask if attention_mask is not None else [None] * len(input_ids)
         rows = [_row(ids, mask) for ids, mask in zip(input_ids, masks, strict=True)]
         found = [self._conditioning(row) for row in rows]
-        self.vector = self.vector or found[0].vector
+        self._heard.set(self._heard.get() or found[0].vector)
         states = [one.states for one in found]
         padded = states[0].new_zeros((len(rows), input_ids.shape[1], states[0].shape[-1]))
         for into, one in zip(padded, states, strict=True):
