@@ -159,6 +159,20 @@ def test_no_step_attends_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [made.prompt_tokens] * 4
 
 
+def test_t5_encodes_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = generator("pixart")._pipeline.text_encoder.encoder
+    forward, seen = stack.forward, []
+
+    def told(*given: Any, **named: Any) -> Any:
+        seen.append((tuple(named["input_ids"].shape), tuple(named["attention_mask"].shape)))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(stack, "forward", told)
+    made = make(generator("pixart"), WANTED)
+    assert seen == [((1, made.prompt_tokens),) * 2, ((1, 1),) * 2], "the prompt, and nothing to guide away from"
+    assert_plain(made.pixels, "pixart", WANTED)
+
+
 # T5 elsewhere
 
 

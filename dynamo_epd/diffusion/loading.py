@@ -98,6 +98,10 @@ def load(
     for name in elsewhere:
         assert remote is not None
         setattr(pipeline, name, remote())
+    # A pipeline that takes the mask of a prompt gives it to its denoiser too; others show theirs the padding.
+    if not elsewhere and "prompt_attention_mask" in inspect.signature(kind.__call__).parameters:
+        for name in t5_components(index):
+            _encode_without_padding(pipeline.components[name])
     with _in_one_line(model):
         _place(pipeline, switches.cpu_offload)
     if switches.attention_slicing:
@@ -161,10 +165,30 @@ def _without_padding(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> t
     states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
     if states is None or mask is None or mask.shape != states.shape[:2]:
         return None
-    real = max(1, int(mask.sum(1).max()))
-    if mask[:, real:].any():
-        return None
+    real = _longest(mask)
     return given, named | {"encoder_hidden_states": states[:, :real], "encoder_attention_mask": mask[:, :real]}
+
+
+def _encode_without_padding(encoder: Any) -> None:
+    """Has a T5 encode no padding, of whose states nobody takes any: they are 0."""
+    forward = encoder.forward
+
+    def encoded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **named: Any) -> Any:
+        if attention_mask is None:
+            return forward(input_ids, **named)
+        real = _longest(attention_mask)
+        found = forward(input_ids[:, :real], attention_mask=attention_mask[:, :real], **named)
+        padding = input_ids.shape[1] - real
+        found.last_hidden_state = torch.nn.functional.pad(found.last_hidden_state, (0, 0, 0, padding))
+        return found
+
+    encoder.forward = encoded
+
+
+def _longest(mask: torch.Tensor) -> int:
+    """Columns of a mask (rows, tokens) up to the last one that any row attends to, 1 at least."""
+    attended = mask.any(0).nonzero()
+    return int(attended[-1]) + 1 if len(attended) else 1
 
 
 def _load_lora(pipeline: Any, name: str, source: str) -> None:

@@ -108,14 +108,18 @@ class TextEncoder:
         return [found[index] for index in range(len(texts))]
 
     def _forward(self, texts: Sequence[list[int]]) -> list[EncodedText]:
-        longest = max(len(ids) for ids in texts)
-        padding = self._tokenizer.pad_token_id
+        counts = [len(ids) for ids in texts]
+        longest, padding = max(counts), self._tokenizer.pad_token_id
         ids = torch.tensor([[*text, *[padding] * (longest - len(text))] for text in texts], device=self._device)
-        lengths = torch.tensor([len(text) for text in texts], device=self._device)
-        mask = torch.arange(longest, device=self._device) < lengths[:, None]
-        states = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        kept = states.float() * mask[:, :, None]
-        vectors = normalize(kept.sum(1) / lengths[:, None], dim=-1).cpu()
+        lengths = torch.tensor(counts, device=self._device)[:, None]
+        if min(counts) == longest:  # a lone text: what there is to be masked is nothing, and a mask takes its time
+            states = self._model(input_ids=ids).last_hidden_state
+            kept = states.float()
+        else:
+            mask = torch.arange(longest, device=self._device) < lengths
+            states = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            kept = states.float() * mask[:, :, None]
+        vectors = normalize(kept.sum(1) / lengths, dim=-1).cpu()
         rows = zip(vectors, states, texts, strict=True)
         return [EncodedText(vector, row[: len(text)].cpu()) for vector, row, text in rows]
 
