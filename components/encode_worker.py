@@ -86,9 +86,14 @@ class EncodeWorker(ArenaOwner):
         """One picture in, one handle out. The reply is the work-complete event; the bytes stay here."""
         with self.metrics.visit() as visit:
             visit.waited = 0.0  # fetching is no waiting, however it ends
-            data = await self._data(request.picture)
-            uuid = await asyncio.to_thread(self._uuid, request.tenant, data)
-            entry, queued = self.arena.lookup(uuid), 0.0
+            entry, queued, known = None, 0.0, request.picture.content
+            if known is not None:
+                uuid = self._uuid(request.tenant, b"", known)
+                entry = self.arena.lookup(uuid)
+            if entry is None:
+                data = await self._data(request.picture)
+                uuid = self._uuid(request.tenant, *await asyncio.to_thread(content_of, data))
+                entry = self.arena.lookup(uuid, again=known is not None)
             if entry is None:
                 visit.waited = None  # until its batch has run
                 entry, queued = await self.flights.join(uuid, lambda: self._encode(uuid, data))
@@ -153,8 +158,13 @@ class EncodeWorker(ArenaOwner):
         except ValueError as error:
             raise MediaError(f"the model's image processor refuses this image: {error}") from error
 
-    def _uuid(self, tenant: str, data: bytes | numpy.ndarray) -> str:
+    def _uuid(self, tenant: str, kind: bytes, content: str) -> str:
         """H(tenant, content, processor and tower revision): never the address that the content came from."""
-        kind = b"" if isinstance(data, bytes) else repr(data.shape).encode()
-        content = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
-        return hashlib.sha256(b"\0".join((tenant.encode(), kind, content, self.revision.encode()))).hexdigest()
+        return hashlib.sha256(b"\0".join((tenant.encode(), kind, content.encode(), self.revision.encode()))).hexdigest()
+
+
+def content_of(data: bytes | numpy.ndarray) -> tuple[bytes, str]:
+    """What the bytes are, nothing for a file, and their SHA-256 in hex."""
+    if isinstance(data, bytes):
+        return b"", hashlib.sha256(data).hexdigest()
+    return repr(data.shape).encode(), hashlib.sha256(data.tobytes()).hexdigest()

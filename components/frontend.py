@@ -8,6 +8,7 @@ again. Only handles travel on.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import time
@@ -408,11 +409,11 @@ class Frontend(BesideChat):
         The body's parts then say where in this list their picture is. All room is reserved at once.
         """
         pictures: list[Picture] = []
-        bodies: list[tuple[int, bytes]] = []
+        bodies: list[tuple[int, bytes, str]] = []
         for index, image in enumerate(images):
             url = image.url
             if url[:5].lower() == "data:":
-                bodies.append((index, await decoded(url, self.config.media.max_bytes)))
+                bodies.append((index, *await decoded(url, self.config.media.max_bytes)))
                 pictures.append(Picture())
             else:
                 check_url(url, self.config.media)
@@ -422,14 +423,14 @@ class Frontend(BesideChat):
             yield pictures
             return
         seconds = max(0.0, deadline - time.time())
-        with await self._in_time(request, self.arena.reserve([len(data) for _, data in bodies], seconds)) as slots:
+        with await self._in_time(request, self.arena.reserve([len(data) for _, data, _ in bodies], seconds)) as slots:
             leases = []
             try:
-                for slot, (index, data) in zip(slots, bodies, strict=True):
+                for slot, (index, data, content) in zip(slots, bodies, strict=True):
                     slot.write(data)
                     handle = self.arena.lease(slot.publish(), seconds, ends_on_read=False)
                     leases.append(handle.lease)
-                    pictures[index] = Picture(handle=handle)
+                    pictures[index] = Picture(handle=handle, content=content)
                 yield pictures
             finally:
                 for lease in leases:
@@ -444,11 +445,14 @@ class Account:
     images: int = 0
 
 
-async def decoded(url: str, max_bytes: int) -> bytes:
-    """The bytes of a ``data:`` URL; large ones are decoded in a thread."""
-    if len(url) > LARGE_BODY:
-        return await asyncio.to_thread(parse_data_url, url, max_bytes)
-    return parse_data_url(url, max_bytes)
+async def decoded(url: str, max_bytes: int) -> tuple[bytes, str]:
+    """The bytes of a ``data:`` URL and their SHA-256 in hex; large ones are decoded in a thread."""
+
+    def both() -> tuple[bytes, str]:
+        data = parse_data_url(url, max_bytes)
+        return data, hashlib.sha256(data).hexdigest()
+
+    return await asyncio.to_thread(both) if len(url) > LARGE_BODY else both()
 
 
 async def events(call: Any, account: Account) -> AsyncGenerator[bytes, None]:

@@ -52,10 +52,14 @@ __all__ = [
 
 class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
     """A picture: an address; bytes that came in the body and lie in the frontend's arena; or the pixels of one that
-    was made here, uint8 (height, width, 3), in an image worker's."""
+    was made here, uint8 (height, width, 3), in an image worker's.
+
+    ``content``: SHA-256 of those bytes, in hex. An embedding that is kept under it is found before they are READ.
+    """
 
     url: str | None = None
     handle: Handle | None = None
+    content: str | None = None
 
     @property
     def key(self) -> str:

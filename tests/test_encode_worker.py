@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An encode worker without a graph and without a tower: what it says of one that hangs."""
+"""An encode worker without a graph and without a tower: what it says of one that hangs, and when it READs."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
@@ -13,9 +15,11 @@ from unittest.mock import AsyncMock, MagicMock
 import pytest
 
 from components.encode_worker import EncodeConfig, EncodeWorker
+from components.protocol import EncodeRequest, Picture
 from dynamo_epd import metrics
 from dynamo_epd.engine import checkpoint, encoder, environment
 from dynamo_epd.failures import Hung
+from dynamo_epd.flights import Flights
 from dynamo_epd.sdk import dynamo_context
 from tests.fake_clock import FakeClock
 
@@ -72,5 +76,54 @@ def test_a_worker_whose_forward_hangs_says_that_it_does_not_live(
         assert worker.alive()
         worker.batcher.close()
         worker.fetcher.close()
+
+    asyncio.run(main())
+
+
+class Away(Exception):
+    """The bytes are not there any more."""
+
+
+def test_a_picture_whose_embedding_is_kept_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the frontend says that it is; what an embedding is kept under says the worker itself, of what it READ."""
+    worker = object.__new__(EncodeWorker)
+    kept: dict[str, str] = {}
+    looked: list[tuple[bool, bool]] = []
+
+    def lookup(uuid: str, *, again: bool = False) -> str | None:
+        looked.append((uuid in kept, again))
+        return kept.get(uuid)
+
+    async def encoded(uuid: str, data: bytes) -> tuple[str, float]:
+        kept[uuid] = f"of {data.decode()}"
+        return kept[uuid], 0.0
+
+    vars(worker).update(
+        config=EncodeConfig(),
+        metrics=SimpleNamespace(visit=lambda: nullcontext(SimpleNamespace())),
+        arena=SimpleNamespace(lookup=lookup, lease=lambda entry, seconds: entry),
+        flights=Flights(),
+        metadata={"of a picture": {}, "of another": {}},
+        revision="revision",
+        give=lambda request_id, handle: True,
+        _encode=encoded,
+    )
+
+    async def ask(content: str | None, data: bytes | None, tenant: str = "") -> str:
+        worker._data = AsyncMock(return_value=data, side_effect=Away if data is None else None)  # type: ignore[method-assign]
+        (reply,) = [one async for one in worker.encode(EncodeRequest("", tenant, Picture(content=content)))]
+        return str(reply.handle)
+
+    async def main() -> None:
+        content = hashlib.sha256(b"a picture").hexdigest()
+        assert await ask(content, b"a picture") == "of a picture"
+        assert await ask(content, None) == "of a picture"
+        assert await ask(None, b"a picture") == "of a picture"
+        assert looked == [(False, False), (False, True), (True, False), (True, False)]
+        with pytest.raises(Away):
+            await ask(content, None, tenant="another")
+        assert await ask("no digest of it", b"another") == "of another"
+        with pytest.raises(Away):
+            await ask("no digest of it", None)
 
     asyncio.run(main())

@@ -127,9 +127,10 @@ class Arena:
 
     # Owner's side
 
-    def lookup(self, key: str) -> Entry | None:
-        """What was published under ``key``, if it is still here. Lease it before the next ``await``."""
-        return self._slots.lookup(key)
+    def lookup(self, key: str, *, again: bool = False) -> Entry | None:
+        """What was published under ``key``, if it is still here. Lease it before the next ``await``. ``again``: for one
+        that has been counted among the hits or misses."""
+        return self._slots.lookup(key, again=again)
 
     async def reserve(self, sizes: Sequence[int], timeout: float) -> Reservation:
         """Slots of these ``sizes`` (bytes), all at once or none, in the order of asking; a context manager.

@@ -219,13 +219,14 @@ class Slots:
             asyncio.get_running_loop().call_soon(self._serve)
         return entry
 
-    def lookup(self, key: str) -> Entry | None:
-        """The entry published under ``key``, now the most recently used, or None."""
+    def lookup(self, key: str, *, again: bool = False) -> Entry | None:
+        """The entry published under ``key``, now the most recently used, or None. Neither counts where it is looked up
+        ``again``."""
         entry = self._by_key.get(key)
         if entry is None:
-            self.misses += 1
+            self.misses += not again
             return None
-        self.hits += 1
+        self.hits += not again
         if entry in self._idle:
             self._idle.move_to_end(entry)
         return entry
