@@ -45,7 +45,7 @@ NEEDED: Mapping[int, Sequence[Need]] = {
     weights.NUMBER: (tiny, weights.large),
     encoder.NUMBER: (*(partial(checkpoints.directory, name) for name in encoder.TOWERS), install_stock),
     texts.NUMBER: (texts.base,),
-    pictures.NUMBER: (),
+    pictures.NUMBER: (pictures.tiny,),
     added.NUMBER: (tiny,),
     copies.NUMBER: (copies.large,),
     answer.NUMBER: (tiny, install_stock),

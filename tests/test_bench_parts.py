@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ import numpy
 import pytest
 
 from benchmarks import checkpoints, fire, scale
+from benchmarks.apart import Call, apart
 from benchmarks.arms import ROOT
 from benchmarks.load import picture
 from benchmarks.obedient import Obedient
@@ -179,6 +183,29 @@ def test_an_encode_stage_tells_how_far_a_batch_is_from_one_a_forward(tower: str,
         stage.kill()
 
 
+def test_who_is_apart_has_a_process_of_its_own_and_says_how_long_a_call_took() -> None:
+    with apart(Path, ".") as path:
+        seconds, found = path("resolve")
+        assert found == Path.cwd() and 0 < seconds < 60
+        with pytest.raises(IsADirectoryError):
+            path("read_text")
+    with apart(os.getpid) as pid:
+        assert pid("__int__")[1] != os.getpid()
+
+
+@contextmanager
+def here(make: Any, *arguments: Any) -> Iterator[Call]:
+    """A double of `apart` in this process, where a test can change what is called."""
+    held = make(*arguments)
+
+    def call(method: str, *given: Any) -> tuple[float, Any]:
+        began = time.perf_counter()
+        found = getattr(held, method)(*given)
+        return time.perf_counter() - began, found
+
+    yield call
+
+
 def test_texts_come_out_alike_every_way() -> None:
     row = asyncio.run(texts.measure(1, {"tiny": texts.TINY}))
     assert not row.void
@@ -189,16 +216,19 @@ def test_texts_come_out_alike_every_way() -> None:
 def test_vectors_that_differ_make_the_row_void(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = texts.Direct.in_batches
     monkeypatch.setattr(texts.Direct, "in_batches", lambda self, of: forward(self, of)[::-1])
+    monkeypatch.setattr(texts, "apart", here)
     row = asyncio.run(texts.measure(1, {"tiny": texts.TINY}))
     assert "fixed batches" in row.void and not row.met
 
 
 def test_pictures_come_out_alike_at_once_and_alone() -> None:
-    row = asyncio.run(pictures.measure(1, steps=4))
+    row = asyncio.run(pictures.measure(1, {"tiny": pictures.tiny(), "another": pictures.tiny()}, steps=4))
     goals: dict[str, Any] = {goal.what: goal for goal in row.goals}
-    assert goals["a pixel's largest difference, same seed"].met
-    assert goals["a late one waits"].median >= 0
-    assert [one.unit for one in row.samples] == ["ms"] * 3
+    for name in ("tiny", "another"):
+        assert goals.pop(f"{name}, a pixel's largest difference, same seed").met
+        assert goals.pop(f"{name}, a late one waits").median >= 0
+    assert list(goals) == ["tiny, one after another against at once"], "it is judged with the first model"
+    assert [one.unit for one in row.samples] == ["ms"] * 6 + ["times"]
 
 
 def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +246,7 @@ def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.Mon
     monkeypatch.setattr(texts.Direct, "one", direct)
     monkeypatch.setattr(texts.Direct, "one_by_one", lambda self, of: self.in_batches(of))
     monkeypatch.setattr(Batcher, "submit_all", submitted)
+    monkeypatch.setattr(texts, "apart", here)
     asyncio.run(texts.measure(5, {"tiny": texts.TINY}))
     singles = log[-2 * 5 * texts.SINGLES :]
     pairs = list(zip(singles[::2], singles[1::2], strict=True))
@@ -226,9 +257,9 @@ def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.Mon
         def __init__(self, model: Path):
             """Loads nothing."""
 
-        def make(self, wanted: Any) -> Any:
-            log.append("plain")
-            return numpy.zeros((2, 2, 3), numpy.uint8)
+        def one_after_another(self, wanted: Sequence[Any]) -> Any:
+            log.extend(["plain"] * len(wanted))
+            return [numpy.zeros((2, 2, 3), numpy.uint8) for _ in wanted]
 
     def at_once(generator: Any, wanted: Sequence[Any]) -> list[Any]:
         log.extend(["ours"] * len(wanted))
@@ -238,7 +269,8 @@ def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.Mon
     monkeypatch.setattr(pictures, "Plain", PlainDouble)
     monkeypatch.setattr(pictures, "Late", lambda *_: SimpleNamespace(steps_waited=0, seconds_waited=0.1))
     monkeypatch.setattr(pictures, "at_once", at_once)
-    row = asyncio.run(pictures.measure(5))
+    monkeypatch.setattr(pictures, "apart", here)
+    row = asyncio.run(pictures.measure(5, {"tiny": Path()}))
     begins = log[:: 2 * pictures.AT_ONCE]
     assert len(begins) == 6 and begins.count("ours") == begins.count("plain") == 3
     assert not row.void and [len(one.values) for one in row.samples] == [5, 5, 5]
@@ -246,8 +278,8 @@ def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.Mon
 
 def test_pixels_that_differ_make_the_row_void(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "difference", lambda *_: 3.0)
-    row = asyncio.run(pictures.measure(1, steps=4))
-    assert row.void == "a pixel of a picture made at once is 3 of 255 from plain diffusers'" and not row.met
+    row = asyncio.run(pictures.measure(1, {"tiny": pictures.tiny()}, steps=4))
+    assert row.void == "tiny: a pixel of a picture made at once is 3 of 255 from plain diffusers'" and not row.met
 
 
 def test_a_model_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row 10: many short texts at once through the embed worker's batching, beside transformers called in two usual ways.
 
-All of it in one process, as the goal says: tokenizing, the forward and the pooled vector, without a message. *One by
-one* is a call of the model for each text; *fixed batches* are sorted by length and padded to their longest, 32 at a
-time, as sentence-transformers does by default. The embed worker's own way is that of its endpoint, with its own
-defaults: tokenized in a thread, then all texts of a request handed to its `Batcher`.
+All of it without a message: tokenizing, the forward and the pooled vector. *One by one* is a call of the model for each
+text; *fixed batches* are sorted by length and padded to their longest, 32 at a time, as sentence-transformers does by
+default; both are in a process of their own. The embed worker's own way is that of its endpoint, with its own defaults:
+tokenized in a thread, then all texts of a request handed to its `Batcher`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy
 
 from benchmarks import checkpoints
+from benchmarks.apart import Call, apart
 from benchmarks.arms import ROOT, WORK
 from benchmarks.figures import Goal, Row, Samples, ratios
 from benchmarks.load import settled
@@ -67,7 +68,8 @@ async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
     setting = f"{TEXTS} texts of 4 to 16 words, in process, random weights but for tiny, {repeats} repeats by turns"
     row = Row(NUMBER, TITLE, setting)
     for name, model in models.items():
-        await _one_model(row, name, model, repeats)
+        with apart(Direct, model) as direct:
+            await _one_model(row, name, model, direct, repeats)
     row.notes.append(
         "The goal names no model. Six times is what is won where the cost of a call rules: it is judged at "
         f"{next(iter(models))}. Where arithmetic does, as with a larger model on a CPU, batching wins what a wider "
@@ -76,9 +78,7 @@ async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
     return row
 
 
-async def _one_model(row: Row, name: str, model: Path, repeats: int) -> None:
-    import torch
-
+async def _one_model(row: Row, name: str, model: Path, direct: Call, repeats: int) -> None:
     from components.embed_worker import EmbedConfig, tokenized
     from dynamo_epd.batching import Batcher
     from dynamo_epd.text.t5 import TextEncoder
@@ -86,43 +86,43 @@ async def _one_model(row: Row, name: str, model: Path, repeats: int) -> None:
     config = EmbedConfig(model=str(model))
     encoder = TextEncoder(config.model, dtype="float32", max_tokens=config.max_tokens, batch_tokens=config.batch_tokens)
     batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len)
-    direct = Direct(model)
     texts = short_texts(TEXTS)
     settled()
 
-    async def ours(those: Sequence[str]) -> list[torch.Tensor]:
+    async def ours(those: Sequence[str]) -> tuple[float, list[numpy.ndarray]]:
         """As `EmbedWorker.embed` does it."""
+        began = time.perf_counter()
         items = await tokenized(encoder.tokenize, those, config.max_tokens)
-        return [one.result.vector for one in await batcher.submit_all(items)]
+        done = await batcher.submit_all(items)
+        seconds = time.perf_counter() - began
+        return seconds, [one.result.vector.numpy() for one in done]
 
-    ways: dict[str, Callable[[], Any]] = {
+    async def directly(method: str, given: Sequence[str] | str) -> tuple[float, list[numpy.ndarray]]:
+        return direct(method, given)
+
+    ways: dict[str, Callable[[], Awaitable[tuple[float, list[numpy.ndarray]]]]] = {
         "embed worker": lambda: ours(texts),
-        "one by one": lambda: asyncio.to_thread(direct.one_by_one, texts),
-        f"fixed batches of {FIXED}": lambda: asyncio.to_thread(direct.in_batches, texts),
+        "one by one": lambda: directly("one_by_one", texts),
+        f"fixed batches of {FIXED}": lambda: directly("in_batches", texts),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(WARM_UP + repeats):
-        vectors = {}
+        vectors: dict[str, numpy.ndarray] = {}
         for way, run in rotated(ways, repeat):
-            began = time.perf_counter()
-            vectors[way] = torch.stack(await run())
+            took, found = await run()
+            vectors[way] = numpy.array(found)
             if repeat >= WARM_UP:
-                seconds[way].append(time.perf_counter() - began)
-        for way, found in vectors.items():
-            if (found - vectors["one by one"]).abs().max() > CLOSE:
+                seconds[way].append(took)
+        for way, those in vectors.items():
+            if numpy.abs(those - vectors["one by one"]).max() > CLOSE:
                 row.void = f"{name}: the vectors of the {way} differ from those of one by one"
     alone: dict[str, list[float]] = {"embed worker": [], "direct call": []}
     for repeat in range(repeats):
         of: dict[str, list[float]] = {way: [] for way in alone}
         for number, text in enumerate(short_texts(SINGLES, seed=11), repeat):
-            # By turns: whoever comes second finds the text's own tables warm.
             for way in alone if number % 2 else reversed(alone):
-                began = time.perf_counter()
-                if way == "embed worker":
-                    await ours([text])
-                else:
-                    direct.one(text)
-                of[way].append(time.perf_counter() - began)
+                took, _ = await (ours([text]) if way == "embed worker" else directly("one", text))
+                of[way].append(took)
         for way, values in of.items():
             alone[way].append(sorted(values)[len(values) // 2])
     batcher.close()
@@ -150,26 +150,28 @@ class Direct:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModelForTextEncoding.from_pretrained(model, dtype=torch.float32).eval()
 
-    def one(self, text: str) -> Any:
+    def one(self, text: str) -> numpy.ndarray:
+        """A vector of length 1, as the others'."""
         return self._forward([text])[0]
 
-    def one_by_one(self, texts: Sequence[str]) -> list[Any]:
+    def one_by_one(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         return [self.one(text) for text in texts]
 
-    def in_batches(self, texts: Sequence[str]) -> list[Any]:
+    def in_batches(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """In the order of ``texts``."""
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-        found: dict[int, Any] = {}
+        found: dict[int, numpy.ndarray] = {}
         for start in range(0, len(order), FIXED):
             indices = order[start : start + FIXED]
             found |= zip(indices, self._forward([texts[index] for index in indices]), strict=True)
         return [found[index] for index in range(len(texts))]
 
-    def _forward(self, texts: Sequence[str]) -> Any:
+    def _forward(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         import torch
 
         with torch.inference_mode():
             given = self._tokenizer(list(texts), padding=True, return_tensors="pt")
             states = self._model(**given).last_hidden_state
             mask = given["attention_mask"][:, :, None]
-            return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+            vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+            return list(vectors.numpy())
