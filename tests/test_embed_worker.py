@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
-from components.embed_worker import AT_ONCE, MOST_CHARACTERS, SHORT, EmbedConfig, EmbedWorker, tokenized
+from components.embed_worker import AT_ONCE, MOST_CHARACTERS, PER_TEXT, SHORT, EmbedConfig, EmbedWorker, tokenized
 from components.protocol import StatesRequest
 from dynamo_epd import metrics
 from dynamo_epd.errors import InvalidRequest
@@ -188,14 +188,15 @@ def test_requests_that_tokenize_at_once_do_not_disturb_each_other() -> None:
     assert all(found == [encoder.tokenize(texts[0], "input")] * 40 for found in asyncio.run(all_of()))
 
 
-def test_a_lone_short_text_is_tokenized_on_the_loop() -> None:
+@pytest.mark.parametrize("count", [1, 64])
+def test_few_short_texts_are_tokenized_on_the_loop(count: int) -> None:
     def where(text: str, param: str) -> list[int]:
-        assert param == "input"
         return [threading.get_ident()]
 
     here = [threading.get_ident()]
-    assert asyncio.run(tokenized(where, ["s" * SHORT], 512)) == [here]
-    assert asyncio.run(tokenized(where, ["s" * (SHORT + 1)], 512)) != [here]
+    most = SHORT // count - PER_TEXT
+    assert asyncio.run(tokenized(where, ["s" * most] * count, 512)) == [here] * count
+    assert asyncio.run(tokenized(where, ["s" * (most + 1)] * count, 512))[0] != here
 
 
 def test_token_ids_are_those_that_the_tokenizer_gives_when_it_is_called() -> None:
@@ -205,7 +206,7 @@ def test_token_ids_are_those_that_the_tokenizer_gives_when_it_is_called() -> Non
 
 
 def test_texts_are_tokenized_in_order_beside_the_loop_and_not_after_a_cancel() -> None:
-    texts = [str(number) for number in range(3 * AT_ONCE)]
+    texts = [str(number) for number in range(5 * AT_ONCE)]
     free = threading.Event()
     seen: list[str] = []
 
@@ -235,8 +236,8 @@ def test_texts_are_tokenized_in_order_beside_the_loop_and_not_after_a_cancel() -
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ([64, *[2] * 90], [(1, 64), (90, 2)]),
-        (list(range(21, 1, -1)), [(5, 21), (15, 16)]),
+        ([64, *[2] * 90], [(4, 64)]),
+        (list(range(21, 1, -1)), [(5, 48)]),
     ],
 )
 def test_batch_tokens_bound_a_forward_with_its_padding(
