@@ -60,7 +60,7 @@ PLAN = (
     Step(transfer, 12, 45, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 45, "five encoders at once"),
     Step(encoder, 5, 170, "eight encode stages: three of the tiny tower and of B/32, two of the largest one"),
-    Step(texts, 5, 120, "a process for each model, beside the client's"),
+    Step(texts, 5, 70, "a process for each model, beside the client's"),
     Step(pictures, 5, 60, "a process for each model, beside the client's"),
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
     Step(copies, 5, 75, "two graphs with five image workers each"),

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from components.protocol import Embedded, EmbedRequest, ModelNames, ModelsQuery, States, StatesRequest
 from dynamo_epd import tracing
-from dynamo_epd.batching import Batcher
+from dynamo_epd.batching import Batcher, one_thread
 from dynamo_epd.errors import InvalidRequest, ModelNotFound
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.sdk import async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service, service_config
@@ -68,13 +69,16 @@ class EmbedWorker(ArenaOwner):
         from dynamo_epd.text.t5 import TextEncoder
 
         config = self.config
-        self.encoder = await asyncio.to_thread(
+        loop, thread = asyncio.get_running_loop(), one_thread()
+        load = partial(
             TextEncoder,
             config.model,
             dtype=config.dtype,
             max_tokens=config.max_tokens,
             batch_tokens=config.batch_tokens,
         )
+        self.encoder = await loop.run_in_executor(thread, load)
+        await loop.run_in_executor(thread, self.encoder.encode, [self.encoder.tokenize("ready", "input")])
         metrics = Metrics(dynamo_context["namespace"], "EmbedWorker", config.model)
         self.metrics = metrics.stage()
         self.batcher = Batcher(
@@ -84,10 +88,10 @@ class EmbedWorker(ArenaOwner):
             weight=len,  # without padding: the encoder splits what would be too much with it, by length
             observe=metrics.embed_batch_size().observe,
             silence=config.engine_silence,
+            thread=thread,
         )
         await self.open_arena(config.arena_bytes)
         metrics.watch_arena(self.arena.stats, cache=False)
-        await asyncio.to_thread(self.encoder.encode, [self.encoder.tokenize("ready", "input")])
 
     @endpoint()
     async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:

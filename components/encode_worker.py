@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from components.protocol import Completed, Encoded, EncodeRequest, Picture, ReleaseRequest
-from dynamo_epd.batching import Batcher
+from dynamo_epd.batching import Batcher, one_thread
 from dynamo_epd.errors import MediaError
 from dynamo_epd.exchange import ArenaOwner
 from dynamo_epd.flights import Flights
@@ -63,8 +63,9 @@ class EncodeWorker(ArenaOwner):
         from dynamo_epd.engine.checkpoint import revision_of
         from dynamo_epd.engine.encoder import load_encoder
 
-        self.encoder = await asyncio.to_thread(load_encoder, self.config.engine_args)
-        await asyncio.to_thread(self._warm_up)
+        loop, thread = asyncio.get_running_loop(), one_thread()
+        self.encoder = await loop.run_in_executor(thread, load_encoder, self.config.engine_args)
+        await loop.run_in_executor(thread, self._warm_up)
         self.revision = revision_of(self.config.engine_args)
         metrics = Metrics(dynamo_context["namespace"], "EncodeWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage()
@@ -74,6 +75,7 @@ class EncodeWorker(ArenaOwner):
             waiting=self.config.max_waiting,
             observe=metrics.batch_size().observe,
             silence=self.config.engine_silence,
+            thread=thread,
         )
         self.flights: Flights[tuple[Entry, float]] = Flights()
         self.fetcher = Fetcher(self.config.media)

@@ -39,6 +39,12 @@ class _Waiting(Generic[Item, Result]):
     since: float
 
 
+def one_thread() -> ThreadPoolExecutor:
+    """Where a model is loaded, warmed up and run. Each thread that calls torch has OpenMP threads of its own; where all
+    of them are more than the cores, those of the one that computes wait asleep for each of its operations."""
+    return ThreadPoolExecutor(1, thread_name_prefix="batch")
+
+
 class Batcher(Generic[Item, Result]):
     """Calls ``run`` in one thread of its own, with as many items as ``most`` allows.
 
@@ -51,6 +57,7 @@ class Batcher(Generic[Item, Result]):
         weight: of an item; by default each weighs 1.
         observe: told the size of each batch before it runs.
         silence: seconds that one batch may take, before it counts as hung.
+        thread: the executor of one thread that ``run`` is called in, and that `close` ends. By default one of its own.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class Batcher(Generic[Item, Result]):
         weight: Callable[[Item], int] = lambda item: 1,
         observe: Callable[[int], None] = lambda size: None,
         silence: float = math.inf,
+        thread: ThreadPoolExecutor | None = None,
     ):
         self._run = run
         self._most = most
@@ -69,7 +77,7 @@ class Batcher(Generic[Item, Result]):
         self._weight = weight
         self._observe = observe
         self._queue: deque[_Waiting[Item, Result]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self._thread = thread or one_thread()
         self._loop: asyncio.Task[None] | None = None
         self.failures = Failures(silence)
 

@@ -226,9 +226,9 @@ def test_pictures_come_out_alike_at_once_and_alone() -> None:
     goals: dict[str, Any] = {goal.what: goal for goal in row.goals}
     for name in ("tiny", "another"):
         assert goals.pop(f"{name}, a pixel's largest difference, same seed").met
-        assert goals.pop(f"{name}, a late one waits").median >= 0
+    assert goals.pop("another, a late one waits").median >= 0
     assert list(goals) == ["tiny, one after another against at once"], "it is judged with the first model"
-    assert [one.unit for one in row.samples] == ["ms"] * 6 + ["times"]
+    assert [one.unit for one in row.samples] == ["ms"] * 5 + ["times"]
 
 
 def test_who_begins_with_a_text_or_with_pictures_changes(monkeypatch: pytest.MonkeyPatch) -> None:

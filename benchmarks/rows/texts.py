@@ -30,8 +30,9 @@ TEXTS = 64
 FIXED = 32
 WARM_UP = 1
 ROUNDS = 5
-"""Of all texts, one after another in a turn, of which the median is taken: who begins anew finds cores and caches cold,
-a call of 64 forwards once, and a batch that is one forward in all of it."""
+"""Of all texts, one after another in a turn, unless they take too long. The median is taken: who begins anew finds
+cores and caches cold, one by one at the first of 64 forwards, and a batch in all of its one."""
+ROUNDS_SECONDS = 1.0
 SINGLES = 20
 """Single texts of which one repeat's median is taken."""
 TINY = ROOT / "models/tiny/t5"
@@ -68,7 +69,7 @@ def write(directory: Path) -> None:
 async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
     """The row. ``models``: by the name that the table has for them."""
     models = models if models is not None else {"tiny": TINY, "T5 base": base()}
-    setting = f"{TEXTS} texts of 4 to 16 words, in process, random weights but for tiny, {repeats} repeats by turns, {ROUNDS} rounds in a turn"
+    setting = f"{TEXTS} texts of 4 to 16 words, no messages, random weights but for tiny, {repeats} repeats by turns"
     row = Row(NUMBER, TITLE, setting)
     for name, model in models.items():
         with apart(Direct, model) as direct:
@@ -83,12 +84,14 @@ async def measure(repeats: int, models: dict[str, Path] | None = None) -> Row:
 
 async def _one_model(row: Row, name: str, model: Path, direct: Call, repeats: int) -> None:
     from components.embed_worker import EmbedConfig, tokenized
-    from dynamo_epd.batching import Batcher
+    from dynamo_epd.batching import Batcher, one_thread
     from dynamo_epd.text.t5 import TextEncoder
 
     config = EmbedConfig(model=str(model))
-    encoder = TextEncoder(config.model, dtype="float32", max_tokens=config.max_tokens, batch_tokens=config.batch_tokens)
-    batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len)
+    thread = one_thread()
+    limits = {"max_tokens": config.max_tokens, "batch_tokens": config.batch_tokens}
+    encoder = thread.submit(TextEncoder, config.model, dtype="float32", **limits).result()
+    batcher = Batcher(encoder.encode, most=config.batch_tokens, waiting=config.max_waiting, weight=len, thread=thread)
     texts = short_texts(TEXTS)
     settled()
 
@@ -112,13 +115,13 @@ async def _one_model(row: Row, name: str, model: Path, direct: Call, repeats: in
     for repeat in range(WARM_UP + repeats):
         vectors: dict[str, numpy.ndarray] = {}
         for way, run in rotated(ways, repeat):
-            took = []
-            for _ in range(ROUNDS):
+            took: list[float] = []
+            while len(took) < ROUNDS and sum(took) < ROUNDS_SECONDS:
                 one, found = await run()
                 took.append(one)
             vectors[way] = numpy.array(found)
             if repeat >= WARM_UP:
-                seconds[way].append(sorted(took)[ROUNDS // 2])
+                seconds[way].append(sorted(took)[len(took) // 2])
         for way, those in vectors.items():
             if numpy.abs(those - vectors["one by one"]).max() > CLOSE:
                 row.void = f"{name}: the vectors of the {way} differ from those of one by one"
@@ -127,8 +130,8 @@ async def _one_model(row: Row, name: str, model: Path, direct: Call, repeats: in
         of: dict[str, list[float]] = {way: [] for way in alone}
         for number, text in enumerate(short_texts(SINGLES, seed=11), repeat):
             for way in alone if number % 2 else reversed(alone):
-                took, _ = await (ours([text]) if way == "embed worker" else directly("one", text))
-                of[way].append(took)
+                seconds_taken, _ = await (ours([text]) if way == "embed worker" else directly("one", text))
+                of[way].append(seconds_taken)
         for way, values in of.items():
             alone[way].append(sorted(values)[len(values) // 2])
     batcher.close()
