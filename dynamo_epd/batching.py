@@ -100,7 +100,7 @@ class Batcher(Generic[Item, Result]):
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._drain())
         try:
-            return list(await asyncio.gather(*(one.future for one in waiting)))
+            return [await one.future for one in waiting]  # they end in this order
         except BaseException:
             for one in waiting:
                 one.future.cancel()

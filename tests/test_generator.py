@@ -168,9 +168,12 @@ def test_t5_encodes_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(*given, **named)
 
     monkeypatch.setattr(stack, "forward", told)
-    made = make(generator("pixart"), WANTED)
-    assert seen == [((1, made.prompt_tokens),) * 2, ((1, 1),) * 2], "the prompt, and nothing to guide away from"
-    assert_plain(made.pixels, "pixart", WANTED)
+    one, another = WANTED, replace(WANTED, prompt="what nobody has asked for", negative_prompt="a star")
+    for wanted in (one, another, replace(another, seed=6), one):
+        assert_plain(make(generator("pixart"), wanted).pixels, "pixart", wanted)
+    tokens = [len(generator("pixart")._pipeline.tokenizer(text).input_ids) for text in (another.prompt, "a star")]
+    assert seen[-2:] == [((1, count),) * 2 for count in tokens]
+    assert len(seen) <= 4, "no text is encoded again"
 
 
 # T5 elsewhere

@@ -76,25 +76,25 @@ def _one_model(row: Row, name: str, model: Path, plain: Call, repeats: int, step
     from dynamo_epd.diffusion.generator import Generator
 
     generator = Generator(str(model), dtype="float32", max_batch=ImageConfig(model=str(model)).max_batch)
-    wanted = eight(steps)
     settled()
 
-    def ours() -> tuple[float, list[numpy.ndarray]]:
+    def ours(wanted: Sequence[Wanted]) -> tuple[float, list[numpy.ndarray]]:
         began = time.perf_counter()
         made = at_once(generator, wanted)
         return time.perf_counter() - began, [one.pixels for one in made]
 
-    ways: dict[str, Callable[[], tuple[float, list[numpy.ndarray]]]] = {
+    ways: dict[str, Callable[[Sequence[Wanted]], tuple[float, list[numpy.ndarray]]]] = {
         "at once": ours,
-        "plain diffusers, one after another": lambda: plain("one_after_another", wanted),
+        "plain diffusers, one after another": lambda wanted: plain("one_after_another", wanted),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     furthest: list[float] = []
     lates: list[Late] = []
     for repeat in range(1 + repeats):
+        wanted = eight(steps, repeat)
         made: dict[str, list[numpy.ndarray]] = {}
         for way, make in rotated(ways, repeat):
-            took, made[way] = make()
+            took, made[way] = make(wanted)
             if repeat:
                 seconds[way].append(took)
         if not repeat:
@@ -122,16 +122,15 @@ def _one_model(row: Row, name: str, model: Path, plain: Call, repeats: int, step
         row.void = f"{name}: a pixel of a picture made at once is {max(furthest):g} of 255 from plain diffusers'"
 
 
-def eight(steps: int) -> list[Wanted]:
-    """Eight prompts with a seed each."""
+def eight(steps: int, repeat: int) -> list[Wanted]:
+    """Eight prompts with a seed each, new ones in each repeat."""
     from dynamo_epd.diffusion.generator import Wanted
 
-    chance = random.Random(11)
+    chance = random.Random(11 + repeat)
     colours, shapes = ("red", "green", "blue", "yellow"), ("circle", "square", "star", "ring")
-    prompts = [
-        f"a large {chance.choice(colours)} {chance.choice(shapes)} on a white background" for _ in range(AT_ONCE)
-    ]
-    return [Wanted(prompt, seed, SIDE, SIDE, steps, GUIDANCE) for seed, prompt in enumerate(prompts)]
+    numbers = range(repeat * AT_ONCE, (repeat + 1) * AT_ONCE)
+    prompts = [f"a {chance.choice(colours)} {chance.choice(shapes)} on a white background, {one}" for one in numbers]
+    return [Wanted(prompt, seed, SIDE, SIDE, steps, GUIDANCE) for prompt, seed in zip(prompts, numbers, strict=True)]
 
 
 def at_once(generator: Generator, wanted: Sequence[Wanted]) -> list[Made]:

@@ -101,7 +101,8 @@ class Generator:
         # One to count with, in any thread: the pipeline's own is changed by whoever has his turn. The first call of a
         # tokenizer takes its file's padding off, and later ones change nothing.
         self._tokenizer = copy.deepcopy(tokenizer_of(self._pipeline))
-        self._tokens("")
+        self._tokenizer.backend_tokenizer.no_padding()
+        self._tokenizer.backend_tokenizer.no_truncation()
         self._alone = max_batch == 1 or compile or cpu_offload
         self._meeting = Meeting(denoiser_of(self._pipeline), 1 if self._alone else max_batch, on_batch)
 
@@ -251,7 +252,7 @@ class Generator:
         return float(default if wanted.guidance_scale is None else wanted.guidance_scale)
 
     def _tokens(self, text: str) -> int:
-        return len(self._tokenizer(text, verbose=False).input_ids)
+        return len(self._tokenizer.backend_tokenizer.encode(text))
 
     @property
     def _most_tokens(self) -> int:

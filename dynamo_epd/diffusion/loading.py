@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 from dynamo_epd import weights
 from dynamo_epd.diffusion.text_encoder import RemoteTextEncoder
@@ -30,6 +32,8 @@ NEEDED = frozenset({"prompt", "height", "width", "num_inference_steps", "generat
 FOREIGN = frozenset({"strength", "mask_image", "control_image", "num_frames"})
 """What pipelines take that change a picture, or make films."""
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+KEPT_TEXTS = 16
+"""Prompts whose states a pipeline's own T5 keeps."""
 GRAPHS = 64
 """Compiled forms of one denoiser: for each size, with and without guidance, for each LoRA adapter. torch allows 8."""
 
@@ -170,17 +174,24 @@ def _without_padding(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> t
 
 
 def _encode_without_padding(encoder: Any) -> None:
-    """Has a T5 encode no padding, of whose states nobody takes any: they are 0."""
+    """Has a T5 encode no padding, of whose states nobody takes any: they are 0. Texts of late are not encoded again:
+    what guides away is the same in every request, and a request may want several pictures of one prompt."""
     forward = encoder.forward
+    kept: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
 
     def encoded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **named: Any) -> Any:
-        if attention_mask is None:
-            return forward(input_ids, **named)
-        real = _longest(attention_mask)
-        found = forward(input_ids[:, :real], attention_mask=attention_mask[:, :real], **named)
-        padding = input_ids.shape[1] - real
-        found.last_hidden_state = torch.nn.functional.pad(found.last_hidden_state, (0, 0, 0, padding))
-        return found
+        if attention_mask is None or len(input_ids) != 1:
+            return forward(input_ids, attention_mask=attention_mask, **named)
+        length, real = input_ids.shape[1], _longest(attention_mask)
+        text = (*input_ids[0, :real].tolist(), *attention_mask[0, :real].tolist())
+        if text not in kept:
+            found = forward(input_ids[:, :real], attention_mask=attention_mask[:, :real], **named)
+            kept[text] = found.last_hidden_state
+            if len(kept) > KEPT_TEXTS:
+                kept.popitem(last=False)
+        kept.move_to_end(text)
+        states = torch.nn.functional.pad(kept[text], (0, 0, 0, length - real))
+        return BaseModelOutput(last_hidden_state=states)
 
     encoder.forward = encoded
 

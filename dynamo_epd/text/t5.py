@@ -81,6 +81,7 @@ class TextEncoder:
         backend.no_truncation()
         backend.no_padding()
         self._encode = backend.encode
+        self._padding: int = self._tokenizer.pad_token_id
         _fuse_activations(loaded)
         self._model = loaded.to(self._device).eval()
         self.vocabulary: int = loaded.config.vocab_size
@@ -113,28 +114,28 @@ class TextEncoder:
     def _forward(self, texts: Sequence[list[int]], rows: Sequence[Sequence[int]]) -> dict[int, EncodedText]:
         """By index; ``rows``: of indices."""
         width = max(sum(len(texts[index]) for index in row) for row in rows)
+        count = sum(map(len, rows))
         ids: list[int] = []
         whose: list[int] = []
         begins: dict[int, int] = {}
         for row in rows:
-            end = len(ids) + width
             for index in row:
+                whose += [len(begins)] * len(texts[index])
                 begins[index] = len(ids)
                 ids += texts[index]
-                whose += [len(begins) - 1] * len(texts[index])
-            whose += [NOBODYS] * (end - len(ids))
-            ids += [self._tokenizer.pad_token_id] * (end - len(ids))
+            padding = -len(ids) % width
+            whose += [count] * padding  # it attends to itself: of what attends to nothing there are no numbers
+            ids += [self._padding] * padding
         given = {"input_ids": torch.tensor(ids, device=self._device).view(len(rows), width)}
         owners = torch.tensor(whose, device=self._device)
-        if len(begins) > 1 or NOBODYS in whose:  # else one text attends to all there is, and a mask takes its time
+        if whose[-1] > 0:  # else one text attends to all there is, and a mask takes its time
             of = owners.view(len(rows), width)
             given["attention_mask"] = (of[:, :, None] == of[:, None, :])[:, None]
         states = self._model(**given).last_hidden_state.flatten(0, 1)
-        real = owners != NOBODYS
-        sums = states.new_zeros((len(begins), states.shape[1]), dtype=torch.float32)
-        sums.index_add_(0, owners[real], states[real].float())
-        counts = torch.tensor([len(texts[index]) for index in begins], device=self._device)
-        vectors, states = normalize(sums / counts[:, None], dim=-1).cpu(), states.cpu()
+        sums = states.new_zeros((count + 1, states.shape[1]), dtype=torch.float32)
+        sums.index_add_(0, owners, states.float())
+        lengths = torch.tensor([len(texts[index]) for index in begins], device=self._device)
+        vectors, states = normalize(sums[:-1] / lengths[:, None], dim=-1).cpu(), states.cpu()
         return {
             index: EncodedText(vector, states[begin : begin + len(texts[index])])
             for vector, (index, begin) in zip(vectors, begins.items(), strict=True)
@@ -147,10 +148,6 @@ def _fuse_activations(model: torch.nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-
-
-NOBODYS = -1
-"""Padding attends to padding: of what attends to nothing attention makes no numbers."""
 
 
 def forwards(lengths: Sequence[int], most: int) -> list[list[list[int]]]:
