@@ -103,10 +103,12 @@ class Arm:
 
     @property
     def commands(self) -> list[str]:
-        return [
+        """As they are typed in the root of a clone."""
+        typed = [
             " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
             for command, environment in self._started
         ]
+        return [one.replace(f"{ROOT}/", "") for one in typed]
 
     @property
     def ended(self) -> bool:

@@ -277,6 +277,7 @@ def test_agg_is_the_command_that_a_user_would_type(monkeypatch: pytest.MonkeyPat
         ((command, environment),) = arm._started
         assert (Path(command[0]).name, *command[1:3]) == ("vllm", "serve", str(tmp_path))
         assert f"vllm serve {tmp_path} " in arm.commands[0]
+        assert str(arms_module.ROOT) not in arm.commands[0], "a report tells of no machine's paths"
         assert os.access(command[0], os.X_OK)
         asked = [sys.executable, "-c", "import importlib.metadata as about; about.version('vllm')"]
         subprocess.run(asked, env=os.environ | environment, check=True, timeout=60)
