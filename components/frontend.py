@@ -366,7 +366,7 @@ class Frontend(BesideChat):
             if head.body is not None:
                 return Response(head.body, account.status, media_type="application/json")
             return HeldStream(
-                events(call, account), held.pop_all(), account.status, seconds=self.config.admission.to_read
+                events(call, account, head.event), held.pop_all(), account.status, seconds=self.config.admission.to_read
             )
 
     @contextmanager
@@ -455,9 +455,11 @@ async def decoded(url: str, max_bytes: int) -> tuple[bytes, str]:
     return await asyncio.to_thread(both) if len(url) > LARGE_BODY else both()
 
 
-async def events(call: Any, account: Account) -> AsyncGenerator[bytes, None]:
-    """The rest of a stream. Where it breaks off it ends in an error event, and not in silence."""
+async def events(call: Any, account: Account, first: str | None = None) -> AsyncGenerator[bytes, None]:
+    """A stream, of which ``first`` is there. Where it breaks off it ends in an error event, and not in silence."""
     try:
+        if first is not None:
+            yield first.encode()
         async for reply in call:
             yield reply.event.encode()
     except EpdError as error:

@@ -53,6 +53,7 @@ from dynamo_epd import tracing
 from dynamo_epd.engine.language import decode_sampling, encode_sampling
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
+from dynamo_epd.http.events import grouped
 from dynamo_epd.prefix import BLOCK, blocks_of
 from dynamo_epd.sdk import async_on_start, depends, dynamo_context, endpoint, service, service_config
 from dynamo_epd.sdk.client import Call, Policy, ServiceClient
@@ -471,12 +472,15 @@ async def withdrawn(tasks: Sequence[asyncio.Task[Result]]) -> list[Result]:
 
 
 async def replies(answer: Answer) -> AsyncIterator[HttpReply]:
-    """The status first, then what follows it."""
-    yield HttpReply(status=answer.status, body=answer.body)
-    if answer.events is not None:
-        async with aclosing(answer.events):
-            async for event in answer.events:
-                yield HttpReply(event=event)
+    """The status with the body or the first events, then what follows."""
+    if answer.events is None:
+        yield HttpReply(status=answer.status, body=answer.body)
+        return
+    status: int | None = answer.status
+    async with aclosing(grouped(answer.events)) as groups:
+        async for events in groups:
+            yield HttpReply(status=status, event=events)
+            status = None
 
 
 def prompt_image(leased: Leased) -> PromptImage:

@@ -128,7 +128,7 @@ class Validated(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HttpReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """First a status, with the whole body where nothing is streamed; then one server-sent event a message."""
+    """First a status, with the whole body or, of a stream, its first server-sent events; then those that follow."""
 
     status: int | None = None
     body: str | None = None

@@ -326,6 +326,11 @@ def test_a_stream_is_counted_and_logged_as_it_ended(
     assert one.in_flight == 0
 
 
+def test_what_came_with_the_status_is_sent_first(one: Frontend) -> None:
+    sent = asyncio.run(answer(one, never, replies(1), lambda call, account: events(call, account, "data: first\n\n")))
+    assert b"".join(message.get("body", b"") for message in sent) == b"data: first\n\ndata: 0\n\n"
+
+
 def test_a_client_that_leaves_before_the_first_byte_gives_its_place_back(
     one: Frontend, caplog: pytest.LogCaptureFixture
 ) -> None:
