@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Generic, TypeVar
@@ -78,7 +79,7 @@ class Batcher(Generic[Item, Result]):
         self._observe = observe
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._thread = thread or one_thread()
-        self._loop: asyncio.Task[None] | None = None
+        self._at_work = False
         self.failures = Failures(silence)
 
     def __len__(self) -> int:
@@ -97,8 +98,9 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         waiting = [_Waiting[Item, Result](item, loop.create_future(), perf_counter()) for item in items]
         self._queue.extend(waiting)
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._drain())
+        if not self._at_work:
+            self._at_work = True
+            loop.call_soon(self._begin)  # with what others submit in the same turn of the loop
         try:
             return [await one.future for one in waiting]  # they end in this order
         except BaseException:
@@ -106,25 +108,43 @@ class Batcher(Generic[Item, Result]):
                 one.future.cancel()
             raise
 
-    async def _drain(self) -> None:
+    def _begin(self) -> None:
+        """Callbacks and no task: a lone item would wait two turns of the loop more."""
+        batch = self._next()
+        self._at_work = bool(batch)
+        if not batch:
+            return
+        self._observe(len(batch))
+        watched = ExitStack()
+        watched.enter_context(self.failures.counted())
+        watched.enter_context(self.failures.under_way())
+        began = perf_counter()
         loop = asyncio.get_running_loop()
-        while batch := self._next():
-            self._observe(len(batch))
-            began = perf_counter()
-            try:
-                with self.failures.counted(), self.failures.under_way():
-                    results = await loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
-                if len(results) != len(batch):  # else some would wait for ever
-                    raise ValueError(f"{len(results)} results of {len(batch)} items")
-            except Exception as error:  # the boundary: whatever the batch died of belongs to those who wait for it
-                for one in batch:
-                    if not one.future.done():
-                        one.future.set_exception(error)
-                continue
-            seconds = perf_counter() - began
+        running = loop.run_in_executor(self._thread, self._run, [one.item for one in batch])
+        running.add_done_callback(lambda done: self._ended(batch, began, watched, done))
+
+    def _ended(
+        self,
+        batch: list[_Waiting[Item, Result]],
+        began: float,
+        watched: ExitStack,
+        done: asyncio.Future[Sequence[Result]],
+    ) -> None:
+        seconds = perf_counter() - began
+        try:
+            with watched:
+                results = done.result()
+            if len(results) != len(batch):  # else some would wait for ever
+                raise ValueError(f"{len(results)} results of {len(batch)} items")
+        except Exception as error:  # the boundary: whatever the batch died of belongs to those who wait for it
+            for one in batch:
+                if not one.future.done():
+                    one.future.set_exception(error)
+        else:
             for one, result in zip(batch, results, strict=True):
                 if not one.future.done():
                     one.future.set_result(Ran(result, began - one.since, seconds))
+        self._begin()
 
     def _next(self) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []
