@@ -113,6 +113,11 @@ class TextEncoder:
 
     def _forward(self, texts: Sequence[list[int]], rows: Sequence[Sequence[int]]) -> dict[int, EncodedText]:
         """By index; ``rows``: of indices."""
+        if rows == [[rows[0][0]]]:  # what there is to be masked is nothing, and a mask takes its time
+            alone = torch.tensor([texts[rows[0][0]]], device=self._device)
+            states = self._model(input_ids=alone).last_hidden_state[0]
+            vector = normalize(states.float().mean(0), dim=-1)
+            return {rows[0][0]: EncodedText(vector.cpu(), states.cpu())}
         width = max(sum(len(texts[index]) for index in row) for row in rows)
         count = sum(map(len, rows))
         ids: list[int] = []
@@ -126,12 +131,12 @@ class TextEncoder:
             padding = -len(ids) % width
             whose += [count] * padding  # it attends to itself: of what attends to nothing there are no numbers
             ids += [self._padding] * padding
-        given = {"input_ids": torch.tensor(ids, device=self._device).view(len(rows), width)}
         owners = torch.tensor(whose, device=self._device)
-        if whose[-1] > 0:  # else one text attends to all there is, and a mask takes its time
-            of = owners.view(len(rows), width)
-            given["attention_mask"] = (of[:, :, None] == of[:, None, :])[:, None]
-        states = self._model(**given).last_hidden_state.flatten(0, 1)
+        of = owners.view(len(rows), width)
+        states = self._model(
+            input_ids=torch.tensor(ids, device=self._device).view(len(rows), width),
+            attention_mask=(of[:, :, None] == of[:, None, :])[:, None],
+        ).last_hidden_state.flatten(0, 1)
         sums = states.new_zeros((count + 1, states.shape[1]), dtype=torch.float32)
         sums.index_add_(0, owners, states.float())
         lengths = torch.tensor([len(texts[index]) for index in begins], device=self._device)
