@@ -57,7 +57,7 @@ class Step:
 
 
 PLAN = (
-    Step(transfer, 12, 45, "four processes that own memory or READ it, and five more one after the other"),
+    Step(transfer, 12, 65, "four processes that own memory or READ it, and five more one after the other"),
     Step(weights, 5, 45, "five encoders at once"),
     Step(encoder, 5, 170, "eight encode stages: three of the tiny tower and of B/32, two of the largest one"),
     Step(texts, 5, 70, "a process for each model, beside the client's"),
@@ -65,7 +65,7 @@ PLAN = (
     Step(added, 5, 40, "the aggregated graph with an echo for an engine"),
     Step(copies, 5, 75, "two graphs with five image workers each"),
     Step(answer, 10, 270, "all six arms, tiny", stands=True),
-    Step(start, 5, 340, "AGG and OURS-disagg four times, alone, tiny; row 1 saw one more pair", stands=True),
+    Step(start, 5, 320, "AGG and OURS-disagg four times, alone, tiny; row 1 saw one more pair", stands=True),
     Step(kv, 10, 120, "AGG, AGG-tuned, OURS-agg and OURS-disagg, S/16, at once", stands=True),
     Step(repeated, 12, 110, "the disaggregated graph with two prefill workers; AGG-tuned is ended", stands=True),
     Step(storm, 5, 105, "nothing: OURS-agg and the graph with two prefill workers are ended", stands=True),

@@ -307,7 +307,7 @@ def test_the_plan_is_shown_without_measuring(capsys: pytest.CaptureFixture[str])
     assert command.main(["--plan", "--row", "3"]) == 0
     (*_, row, total) = capsys.readouterr().out.splitlines()
     assert row.startswith("| 3 | embedding hand-off, digest checked | 12 | four processes that own memory")
-    assert (row[-6:], total) == ("| 45 |", "| | | | | 45 |")
+    assert (row[-6:], total) == ("| 65 |", "| | | | | 65 |")
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ FIRSTS = 5
 then to take no longer than the next."""
 WARM_UP = 3
 ROUNDS = 5
-"""Hand-offs one after another in a turn, of which the median is taken: the first finds in the processor's caches what the
-arms before it left there."""
+"""Hand-offs one after another in a turn, of which the median is taken: the first finds in the processor's caches what
+the arms before it left there."""
 BOUND = 30.0
 
 Take = Callable[[int], Awaitable[float]]
