@@ -85,7 +85,7 @@ class EmbedWorker(ArenaOwner):
             self.encoder.encode,
             most=config.batch_tokens,
             waiting=config.max_waiting,
-            weight=len,  # without padding: the encoder splits what would be too much with it, by length
+            weight=len,  # the encoder splits what is more with the padding of its last row
             observe=metrics.embed_batch_size().observe,
             silence=config.engine_silence,
             thread=thread,

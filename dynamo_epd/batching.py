@@ -105,7 +105,8 @@ class Batcher(Generic[Item, Result]):
             return [await one.future for one in waiting]  # they end in this order
         except BaseException:
             for one in waiting:
-                one.future.cancel()
+                if not one.future.cancel() and not one.future.cancelled():
+                    one.future.exception()  # of the same batch: asyncio would log those that nobody has asked for
             raise
 
     def _begin(self) -> None:

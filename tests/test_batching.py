@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Sequence
 
@@ -85,6 +86,22 @@ def test_a_batch_that_fails_fails_its_own_items_only():
         batcher.close()
 
     asyncio.run(main())
+
+
+def test_of_one_failure_asyncio_says_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        def run(items: Sequence[int]) -> Sequence[int]:
+            raise RuntimeError("the batch fails")
+
+        batcher = Batcher(run, most=3, waiting=100)
+        with pytest.raises(RuntimeError, match="the batch fails"):
+            await batcher.submit_all([0, 1, 2, 3, 4])
+        await asyncio.sleep(0.01)
+        batcher.close()
+
+    asyncio.run(main())
+    gc.collect()
+    assert not caplog.messages
 
 
 def test_a_batch_with_other_results_than_items_fails_and_nobody_waits_for_ever():
