@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy
 
 HOLD_SECONDS = 0.25
+SMALL = 256 * 1024
+"""Bytes that are hashed sooner than a thread would have begun."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class EncodeWorker(ArenaOwner):
                 entry = self.arena.lookup(uuid)
             if entry is None:
                 data = await self._data(request.picture)
-                uuid = self._uuid(request.tenant, *await asyncio.to_thread(content_of, data))
+                small = (len(data) if isinstance(data, bytes) else data.nbytes) <= SMALL
+                content = content_of(data) if small else await asyncio.to_thread(content_of, data)
+                uuid = self._uuid(request.tenant, *content)
                 entry = self.arena.lookup(uuid, again=known is not None)
             if entry is None:
                 visit.waited = None  # until its batch has run

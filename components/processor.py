@@ -50,6 +50,7 @@ from components.protocol import (
 )
 from components.validation import Validation, ValidationConfig
 from dynamo_epd import tracing
+from dynamo_epd.ending import end
 from dynamo_epd.engine.language import decode_sampling, encode_sampling
 from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
@@ -270,6 +271,7 @@ class Conversation:
     async def __aenter__(self) -> Conversation:
         for index, picture in enumerate(self._request.pictures):
             self._ahead[index] = asyncio.create_task(self._encode(picture))
+        await asyncio.sleep(0)  # each is asked for before the prompt takes this process' time
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -328,6 +330,8 @@ class Conversation:
         unread = images
         kv: dict[str, Any] | None = None
         asked: Call | None = None
+        ahead: asyncio.Future[Delta | None] | None = None
+        first: Delta | None = None
         decode = DecodeRequest(
             request_id,
             prompt.token_ids,
@@ -346,16 +350,23 @@ class Conversation:
                 decode = processor.take_over(decode, images, prefilled)
                 if (first := prefilled.first) is not None:
                     begun += len(first.token_ids)
-                    yield replace(first, prompt_tokens=None) if streamed else first
+                    if streamed:
+                        first = replace(first, prompt_tokens=None)
                     if first.finish_reason is not None:
+                        yield first
                         return
                     sampling = continued(decode.sampling, len(first.token_ids))
                     decode = replace(decode, streamed=decode.streamed + first.token_ids, sampling=sampling)
             blocks = processor.blocks_of(processor.decode_worker, token_ids, images, self._request.tenant)
             asked = call = processor.decode_worker.generate(decode, blocks=blocks)
             async with aclosing(call):
+                opening: Awaitable[Delta | None] = anext(call, None)
+                if first is not None:
+                    opening = ahead = asyncio.ensure_future(opening)
+                    await asyncio.sleep(0)  # decode is asked before the first token takes this process' time
+                    yield first
                 with self._suspected(call):
-                    delta = await self._before_deadline(anext(call, None))
+                    delta = await self._before_deadline(opening)
                 while delta is not None:
                     unread, kv = [], None
                     self.queue_seconds += delta.queue_seconds or 0.0
@@ -368,6 +379,8 @@ class Conversation:
                 raise
             raise Retryable(error.message) from error
         finally:
+            if ahead is not None:
+                await end(ahead)
             self._release(unread)
             if kv is not None:
                 afterwards(self._reject(request_id, kv, None if asked is None else asked.instance))

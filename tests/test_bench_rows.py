@@ -608,7 +608,7 @@ def test_questions_come_at_one_rate_for_all_arms_which_follows_aggs_pace(monkeyp
     monkeypatch.setattr(standing, "_wake", woken)
     doubles: Any = StandingDouble()
     asyncio.run(storm.measure(doubles, 5))
-    assert rates == pytest.approx([storm.RATE] * 2 + [10.0] * 2 + [5.0] * 8), "one in the time of 25 of its tokens"
+    assert rates == pytest.approx([storm.RATE] * 2 + [5.0] * 2 + [2.5] * 8), "one in the time of 50 of its tokens"
     assert storm.rate_of(told(failed="503", gaps=[])) == storm.RATE
     drawn = storm.DRAWN * storm.EVERY / storm.TOKENS
     assert drawn > 4, "of a stream as slow as a fourth"

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +239,18 @@ def test_no_engine_is_bound_to_one_core(disagg: Graph) -> None:
     every = os.sched_getaffinity(0)
     bound = {process.pid: process.cpu_affinity() for process in disagg.tree() if set(process.cpu_affinity()) != every}
     assert not bound
+
+
+def test_nobody_interrupts_who_works(disagg: Graph) -> None:
+    workers = [
+        process for process in disagg.tree() if process.pid != disagg.process.pid and "nats" not in process.name()
+    ]
+    policies = {
+        os.sched_getscheduler(int(thread.name))
+        for worker in workers
+        for thread in Path(f"/proc/{worker.pid}/task").iterdir()
+    }
+    assert policies == {os.SCHED_BATCH}
 
 
 def test_an_unknown_path_or_method_has_the_same_kind_of_body(disagg: Graph) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 DYING = """
 import threading, time
@@ -64,6 +66,39 @@ def test_all_groups_of_gloo_wait_in_one_thread_and_reduce_as_before(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n") == ["loops 1", "loops 1", ""]
+
+
+def test_a_step_that_found_a_kv_cache_pulled_is_followed_by_the_next_at_once() -> None:
+    from queue import Queue
+
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from dynamo_epd.engine.plugin import going_on
+
+    class EngineDouble(EngineCoreProc):
+        """Steps without a forward until the scheduler has heard of a KV cache, and then one with."""
+
+        def __init__(self, arrives: list[bool]):
+            self.scheduler: Any = SimpleNamespace()
+            self.output_queue: Any = Queue()
+            self.arrives = arrives
+
+        def __del__(self) -> None:
+            """Nothing was started."""
+
+    def step(core: EngineDouble) -> tuple[dict[int, str], bool]:
+        if not core.arrives:
+            return {0: "tokens"}, True
+        core.scheduler.kv_arrived = core.arrives.pop(0)
+        return {0: "stats"}, False
+
+    stepping: Any = going_on(step)  # type: ignore[arg-type]
+    engine = EngineDouble([False, True])
+    assert stepping(engine) == ({0: "stats"}, False)
+    assert engine.output_queue.empty(), "the loop puts what a step returns"
+    assert stepping(engine) == ({0: "tokens"}, True)
+    assert engine.output_queue.get_nowait() == (0, "stats")
+    assert engine.output_queue.empty()
 
 
 def test_any_other_thread_may_die_alone() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,10 +185,15 @@ class PrefillWorkersDouble:
 
 
 def conversed(
-    workers: DecodeWorkersDouble, sampling: str = "{}", *, prefill: PrefillWorkersDouble | None = None, **config: Any
+    workers: DecodeWorkersDouble,
+    sampling: str = "{}",
+    *,
+    prefill: PrefillWorkersDouble | None = None,
+    heard: Callable[[], None] = lambda: None,
+    **config: Any,
 ) -> list[int]:
-    """The tokens of an answer that these workers give."""
-    unobserved = SimpleNamespace(observe=lambda _: None)
+    """The tokens of an answer that these workers give. ``heard`` is called with each part of it."""
+    unobserved = SimpleNamespace(observe=lambda _: heard())
     conductor: Any = SimpleNamespace(
         config=ProcessorConfig(**config),
         metrics=SimpleNamespace(first_token=unobserved, inter_token=unobserved),
@@ -256,6 +262,13 @@ def test_the_first_token_is_prefills_and_decode_goes_on_behind_it() -> None:
     rest = decode_sampling(asked.sampling)
     assert (rest.max_tokens, rest.min_tokens) == (15, 2)
     assert decode_sampling(prefill.asked[0].sampling or "").max_tokens == 16
+
+
+def test_decode_is_asked_before_anyone_reads_prefills_token() -> None:
+    workers, prefill = DecodeWorkersDouble(None), PrefillWorkersDouble()
+    asked: list[int] = []
+    conversed(workers, greedy(), prefill=prefill, heard=lambda: asked.append(len(workers.asked)))
+    assert asked[0] == 1
 
 
 def test_an_answer_that_depends_on_where_it_began_is_begun_by_decode() -> None:

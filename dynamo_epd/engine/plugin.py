@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,7 @@ def register() -> None:
         ModelRegistry.register_model(architecture, f"dynamo_epd.engine.models:{name}")
     _leave_every_core()
     _share_the_loop_of_gloo()
+    _go_on_where_a_kv_cache_came()
     if SIDE_CHANNEL in os.environ:
         _answer_who_is_no_engine()
     try:
@@ -87,6 +89,33 @@ def _leave_every_core() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     CpuPlatform.discover_numa_topology = classmethod(lambda cls: [])
+
+
+@functools.cache  # once a process
+def _go_on_where_a_kv_cache_came() -> None:
+    """Lets a step that only found a KV cache pulled be followed at once by the one that computes from it.
+
+    vLLM's loop sleeps a millisecond after a step without a forward, as long as requests wait, so that transfers get the
+    interpreter. Of an answer that prefill hands over that is the first thing to happen once its KV cache is here.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    EngineCore.step = going_on(EngineCore.step)
+
+
+def going_on(step: Callable[[Any], tuple[Any, bool]]) -> Callable[[Any], tuple[Any, bool]]:
+    """``step`` of an EngineCore, and where that took over a KV cache and computed nothing, the next one behind it."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def stepping(core: Any) -> tuple[Any, bool]:
+        outputs, executed = step(core)
+        if executed or not isinstance(core, EngineCoreProc) or not getattr(core.scheduler, "kv_arrived", False):
+            return outputs, executed
+        for output in outputs.items():  # as vLLM's loop does with those of each step
+            core.output_queue.put_nowait(output)
+        return step(core)
+
+    return stepping
 
 
 @functools.cache  # once a process

@@ -56,6 +56,8 @@ class FailOnPreemption(AsyncScheduler):
         """Requests whose KV is not here yet, and when this engine last turned with them (Unix seconds)."""
         self._pulls: dict[str, _Pull] = {}
         """Of requests that are traced, until they end."""
+        self.kv_arrived = False
+        """Whether the last step found a pull done: what it was waited for with can be computed (`plugin`)."""
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -111,9 +113,11 @@ class FailOnPreemption(AsyncScheduler):
                     trace_headers=request.trace_headers,
                 )
             )
+        heard = model_runner_output.kv_connector_output
+        arrived = (heard and heard.finished_recving) or set()
+        self.kv_arrived = bool(arrived)
         if self._pulls:
-            heard = model_runner_output.kv_connector_output
-            self._tell_pulls(outputs, (heard and heard.finished_recving) or set(), now)
+            self._tell_pulls(outputs, arrived, now)
         return outputs
 
     def _tell_pulls(self, outputs: dict[int, EngineCoreOutputs], arrived: set[str], now: float) -> None:

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from dynamo_epd.ending import end
+
 
 async def together(outputs: AsyncGenerator[Any, None], seconds: float) -> AsyncGenerator[Any, None]:
     """vLLM's outputs of one request, as deltas. The first comes at once, and so do the last and what comes ``seconds``
@@ -56,5 +58,4 @@ async def together(outputs: AsyncGenerator[Any, None], seconds: float) -> AsyncG
     finally:
         if timer is not None:
             timer.cancel()
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        await end(reading)

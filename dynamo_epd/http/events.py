@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from dynamo_epd.ending import end
+
 MOST = 64
 """Events that may wait for who takes them. Their producer waits then."""
 
@@ -45,5 +47,4 @@ async def grouped(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None
                     news.set()
         reading.result()
     finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        await end(reading)

@@ -306,6 +306,9 @@ class Call:
             raise
         if isinstance(frame, bytes):
             self._answered = True
+            if frame.startswith(wire.LAST):
+                self._finish(stop=False)
+                frame = frame[len(wire.LAST) :]
             try:
                 return self._endpoint.decode(frame)
             except BaseException as error:

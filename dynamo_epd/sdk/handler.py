@@ -97,10 +97,11 @@ class EndpointHandler:
         stopped.add_done_callback(leave)
         work.add_done_callback(lambda _: stopped.cancel())
         try:
-            frame: Any = b""
-            while isinstance(frame, bytes) or frame is wire.BEAT if typed else frame is not wire.END:
-                frame = await (_frame_or_beat(frames) if typed else frames.get())
-                if typed or frame is not wire.END:
+            if typed:
+                async for frame in _framed(frames):
+                    yield frame
+            else:
+                while (frame := await frames.get()) is not wire.END:
                     yield frame
         finally:
             leave()
@@ -147,6 +148,21 @@ class EndpointHandler:
                 await frames.put(_frame(item, typed))
         finally:
             await replies.aclose()
+
+
+async def _framed(frames: asyncio.Queue[Any]) -> AsyncIterator[Any]:
+    """The frames up to the last one, and beats while none comes."""
+    frame: Any = wire.BEAT
+    while isinstance(frame, bytes) or frame is wire.BEAT:
+        frame = await _frame_or_beat(frames)
+        while isinstance(frame, bytes) and not frames.empty():
+            following = frames.get_nowait()
+            if following is wire.END:
+                yield wire.LAST + frame
+                return
+            yield frame
+            frame = following
+        yield frame
 
 
 async def _frame_or_beat(frames: asyncio.Queue[Any]) -> Any:

@@ -13,7 +13,8 @@ MessagePack ``bytes``   2.7 ms   1.09 ms
 
 A dict is walked object by object under the GIL; bytes pass untouched. In a reply stream the type of a frame says what
 it is: ``bytes`` is an item, a ``dict`` is an error (`EpdError.to_wire`) and the last frame, ``True`` is the end marker.
-A stream without one of the last two was cut off: the runtime itself reports a clean end when a handler is torn down.
+An item behind `LAST` is the end as well. A stream without one of these was cut off: the runtime itself reports a clean
+end when a handler is torn down.
 ``False`` is a beat: nothing yet, and the worker lives. One comes every `BEAT_SECONDS` in which nothing else does, so a
 worker that stands still (stopped, its host gone, its event loop stuck) is told from one that has long to work.
 """
@@ -30,6 +31,9 @@ from typing import Any
 import msgspec
 
 END = True
+LAST = b"\xc1"
+"""Before the last item, where the end is known when that is sent: most replies are one item, and a frame of its own for
+the end would be half of their cost. No MessagePack value begins with this byte."""
 BEAT = False
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 2.5
