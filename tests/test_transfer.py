@@ -29,6 +29,7 @@ from dynamo_epd.errors import (
 )
 from dynamo_epd.transfer import Arena, Handle
 from dynamo_epd.transfer import arena as arena_module
+from dynamo_epd.transfer.arena import READS_A_TURN
 from dynamo_epd.transfer.peers import Card, Resolve
 
 MIB = 1 << 20
@@ -100,6 +101,30 @@ def test_pieces_of_every_size_arrive_together_and_in_order(owner: ArenaOwner) ->
         assert stats.transfer_seconds > 0
         await until(lambda: owner.stats()["leases"] == 0)
         assert owner.stats()["bytes_used"] == 0
+
+    reading(owner.resolve, test)
+
+
+def test_who_reads_one_after_the_other_leaves_others_their_turns(owner: ArenaOwner) -> None:
+    async def test(arena: Arena) -> None:
+        handle, turns = owner.publish(1, 1000, ends_on_read=False), 0
+
+        async def read(count: int) -> None:
+            for _ in range(count):
+                await read_bytes(arena, handle)
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        await read(1)
+        other = asyncio.create_task(take_turns())
+        await read(20 * READS_A_TURN)
+        other.cancel()
+        owner.ask("release", lease=handle.lease)
+        assert turns >= 20
 
     reading(owner.resolve, test)
 

@@ -11,6 +11,7 @@ Everything here runs on one asyncio event loop and is called from no other threa
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 import uuid
@@ -29,7 +30,6 @@ from dynamo_epd.errors import (
     TransferTimeout,
 )
 from dynamo_epd.transfer.agent import Agent
-from dynamo_epd.transfer.allocator import ALIGNMENT
 from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import Memory, digest_of
 from dynamo_epd.transfer.peers import Card, Peer, Peers, Resolve
@@ -42,8 +42,20 @@ MARGIN_SECONDS = 0.1
 AT_ONCE_SECONDS = 0.0002
 """How long a READ is polled before the event loop has its first turn."""
 
+READS_A_TURN = 8
+"""Of READs that ended before the event loop had its turn, one in so many waits for that: who takes one after the other
+would leave it none."""
+
 SPIN_SECONDS = 0.002
 """How long a READ that makes no progress is polled on every turn of the event loop before polls are spaced out."""
+
+GREETING_BYTES = 64 * 1024
+"""At the beginning of every arena, zero for ever: what a handshake READs. UCX takes another way for a few bytes, and
+would lay that of larger ones in the first hand-off."""
+
+GREETINGS = 3
+"""READs of a handshake. UCX changes its way once the other side has answered, behind the first one: a READ that comes
+meanwhile takes milliseconds."""
 
 CONNECT_SECONDS = 3.0
 """How long a handshake may take."""
@@ -89,7 +101,7 @@ class Arena:
         self._memory = memory
         self._agent = agent
         self._owner = owner
-        self._slots = Slots(memory, max_waiters=max_waiters)
+        self._slots = Slots(memory, start=GREETING_BYTES, max_waiters=max_waiters)
         self._peers = Peers(agent, resolve)
         self._listener: asyncio.Task[None] | None = None
         self._hurry = False
@@ -97,6 +109,7 @@ class Arena:
         self._quarantine: list[Quarantined] = []
         self._closed = False
         self._reads_in_flight = 0
+        self._at_once_so_far = itertools.count(1)
         self._quiet = asyncio.Event()
         """Set while no read waits for bytes."""
         self._quiet.set()
@@ -114,7 +127,7 @@ class Arena:
         `metadata` from there. At most ``max_waiters`` wait for room at once. Memory is pinned if torch is imported and
         CUDA is there. Who reads tensors imports torch before, or the first read takes the second that this takes.
         """
-        memory = Memory(nbytes + ALIGNMENT)
+        memory = Memory(GREETING_BYTES + nbytes)
         agent = Agent(f"arena-{uuid.uuid4().hex}", memory.address, memory.nbytes)
         return cls(memory, agent, owner, resolve, max_waiters)
 
@@ -217,10 +230,13 @@ class Arena:
             return
         self._agent.connect(peer.incarnation)
         # With a notice: it goes another way than the bytes, which would take the first hand-off 10 ms to lay.
-        nothing = Handle(owner, peer.incarnation, "-", 0, 1, (1,), "bytes", digest_of(b"\0"), math.inf, True)
+        nbytes = min(GREETING_BYTES, self._slots.capacity)
+        zeros = digest_of(bytes(nbytes))
+        greeting = Handle(owner, peer.incarnation, "-", 0, nbytes, (nbytes,), "bytes", zeros, math.inf, True)
         try:
-            async with self._read([nothing], CONNECT_SECONDS, counted=False):
-                pass
+            for _ in range(GREETINGS):
+                async with self._read([greeting], CONNECT_SECONDS, counted=False):
+                    pass
         except TransferTimeout:
             self._peers.fence(peer)
             raise
@@ -276,6 +292,8 @@ class Arena:
                 if not _at_once(pulls):
                     async with asyncio.timeout_at(deadline):
                         await self._finish(pulls)
+                elif next(self._at_once_so_far) % READS_A_TURN == 0:
+                    await asyncio.sleep(0)
             except BaseException as error:
                 # Who leaves, or finds no room here, says nothing of the transfer.
                 no_failure = (asyncio.CancelledError, Overloaded, PayloadTooLarge)
