@@ -23,11 +23,9 @@ class ReadDouble:
 class AgentDouble:
     def __init__(self) -> None:
         self.reads: list[ReadDouble] = []
-        self.notices: list[bytes] = []
 
-    def read(self, peer: str, local: int, remote: int, nbytes: int, notice: bytes) -> ReadDouble:
+    def read(self, peer: str, local: int, remote: int, nbytes: int) -> ReadDouble:
         self.reads.append(ReadDouble())
-        self.notices.append(notice)
         return self.reads[-1]
 
 
@@ -39,7 +37,7 @@ def pull_of(agent: Any, data: bytes) -> Pull:
     return Pull(agent, peers, peer, handle, memory, 0)
 
 
-def test_pieces_are_on_their_way_side_by_side_and_the_last_goes_alone_with_the_notice() -> None:
+def test_pieces_are_on_their_way_side_by_side_and_taken_in_order() -> None:
     agent = AgentDouble()
     pull = pull_of(agent, bytes(5 * PIECE_BYTES + 3))
     for _ in range(10):
@@ -51,15 +49,8 @@ def test_pieces_are_on_their_way_side_by_side_and_the_last_goes_alone_with_the_n
     agent.reads[0].here = True
     for _ in range(10):
         assert not pull.step()
-    assert len(agent.reads) == 5
-    for read in agent.reads[:4]:
+    assert (len(agent.reads), pull.taken) == (6, 2 * PIECE_BYTES)
+    for read in agent.reads:
         read.here = True
-    for _ in range(10):
-        assert not pull.step()
-    assert (len(agent.reads), pull.taken) == (5, 4 * PIECE_BYTES), "the last waits for all others"
-    agent.reads[4].here = True
-    assert not pull.step()
-    assert not pull.step()
-    agent.reads[5].here = True
     assert pull.step()
-    assert agent.notices == [b""] * 5 + [b"lease"]
+    assert pull.step(), "and stays so"

@@ -68,10 +68,11 @@ class Agent:
         with suppress(*self._error):  # NIXL may have seen the peer die and forgotten it by itself
             self._agent.invalidateRemoteMD(peer)
 
-    def read(self, peer: str, local: int, remote: int, nbytes: int, notice: bytes) -> Read:
+    def read(self, peer: str, local: int, remote: int, nbytes: int, notice: bytes = b"") -> Read:
         """Start to READ ``nbytes`` at address ``remote`` of ``peer`` to address ``local``. Raises `HandOffFailed`.
 
-        ``notice``, if not empty, reaches the peer after the last byte was taken.
+        ``notice``, if not empty, reaches the peer after the last byte was taken, and the READ ends after that
+        (`notices`).
         """
         nixl = self._nixl
         try:

@@ -32,6 +32,7 @@ from dynamo_epd.errors import (
 from dynamo_epd.transfer.agent import Agent
 from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import Memory, digest_of
+from dynamo_epd.transfer.notices import Notices
 from dynamo_epd.transfer.peers import Card, Peer, Peers, Resolve
 from dynamo_epd.transfer.pull import Pull
 from dynamo_epd.transfer.slots import Entry, Reservation, Slot, Slots
@@ -52,10 +53,6 @@ SPIN_SECONDS = 0.002
 GREETING_BYTES = 64 * 1024
 """At the beginning of every arena, zero for ever: what a handshake READs. UCX takes another way for a few bytes, and
 would lay that of larger ones in the first hand-off."""
-
-GREETINGS = 3
-"""READs of a handshake. UCX changes its way once the other side has answered, behind the first one: a READ that comes
-meanwhile takes milliseconds."""
 
 CONNECT_SECONDS = 3.0
 """How long a handshake may take."""
@@ -103,6 +100,7 @@ class Arena:
         self._owner = owner
         self._slots = Slots(memory, start=GREETING_BYTES, max_waiters=max_waiters)
         self._peers = Peers(agent, resolve)
+        self._notices = Notices(agent, self._peers, memory)
         self._listener: asyncio.Task[None] | None = None
         self._hurry = False
         self._reaper: asyncio.Task[None] | None = None
@@ -229,17 +227,17 @@ class Arena:
         if peer.incarnation == self.incarnation:
             return
         self._agent.connect(peer.incarnation)
-        # With a notice: it goes another way than the bytes, which would take the first hand-off 10 ms to lay.
         nbytes = min(GREETING_BYTES, self._slots.capacity)
         zeros = digest_of(bytes(nbytes))
-        greeting = Handle(owner, peer.incarnation, "-", 0, nbytes, (nbytes,), "bytes", zeros, math.inf, True)
+        greeting = Handle(owner, peer.incarnation, "-", 0, nbytes, (nbytes,), "bytes", zeros, math.inf, False)
         try:
-            for _ in range(GREETINGS):
-                async with self._read([greeting], CONNECT_SECONDS, counted=False):
-                    pass
+            async with self._read([greeting], CONNECT_SECONDS, counted=False):
+                pass
         except TransferTimeout:
             self._peers.fence(peer)
             raise
+        # Notices go another way than the bytes, which would take the first hand-off 10 ms to lay.
+        await self._notices.deliver({peer: ["-"]})
 
     @asynccontextmanager
     async def read(self, handles: Sequence[Handle], *, timeout: float) -> AsyncIterator[list[Any]]:
@@ -307,6 +305,9 @@ class Arena:
                     raise TransferTimeout(f"the bytes did not arrive within {timeout:g} s") from None
                 raise
             finally:
+                for pull in pulls:
+                    if (lease := pull.ended_lease) is not None:
+                        self._notices.tell(pull.peer, lease)
                 self._reads_in_flight -= 1
                 if not self._reads_in_flight:
                     self._quiet.set()
@@ -382,7 +383,8 @@ class Arena:
                     self._peers.fence(peer)
             if _settled(held.pulls):
                 self._quarantine.remove(held)
-                held.reservation.free()
+                if held.reservation is not None:
+                    held.reservation.free()
 
     # Both
 
@@ -391,7 +393,9 @@ class Arena:
         return ArenaStats(
             bytes_capacity=slots.capacity,
             bytes_used=slots.bytes_used,
-            bytes_quarantined=sum(slot.nbytes for held in self._quarantine for slot in held.reservation.slots),
+            bytes_quarantined=sum(
+                slot.nbytes for held in self._quarantine if held.reservation for slot in held.reservation.slots
+            ),
             entries=slots.entries,
             leases=slots.leases,
             waiters=slots.waiters,
@@ -424,6 +428,7 @@ class Arena:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        self._quarantine.append(Quarantined(await self._notices.close(), None, 0.0))
         for held in self._quarantine:
             held.fence_at = 0.0
         for _ in range(100):
@@ -442,7 +447,7 @@ class Quarantined:
     """Slots of a read that was given up while NIXL could still write to them."""
 
     pulls: list[Pull]
-    reservation: Reservation
+    reservation: Reservation | None
     fence_at: float
     """Event loop's clock, seconds."""
 

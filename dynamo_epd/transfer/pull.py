@@ -3,7 +3,7 @@
 
 Over shared memory NIXL copies inside the call that starts a READ. One READ of 64 MiB would hold the event loop for
 tens of milliseconds, so a large one goes in pieces, each followed by its share of the digest while the bytes are
-still in the processor's cache. The last piece is started when all others have arrived, for it carries the notice.
+still in the processor's cache.
 """
 
 from __future__ import annotations
@@ -60,23 +60,22 @@ class Pull:
             self.done = True
         return self.done
 
+    @property
+    def ended_lease(self) -> str | None:
+        """What its owner is to be told: all bytes were taken, right or wrong, and the lease was for one READ."""
+        whole = self.taken == self._handle.length
+        return self._handle.lease if whole and self._handle.ends_on_read else None
+
     def _start(self) -> None:
-        length, left = self._handle.length, self._handle.length - self._started
-        if length == 0:
-            if self._handle.ends_on_read:
-                self._agent.notify(self.peer.incarnation, self._handle.lease.encode())
-            return
-        last = left <= PIECE_BYTES
-        if left == 0 or len(self._reads) >= (1 if last else PIECES_IN_FLIGHT):
+        left = self._handle.length - self._started
+        if left == 0 or len(self._reads) == PIECES_IN_FLIGHT:
             return
         nbytes = min(left, PIECE_BYTES)
-        notice = self._handle.lease.encode() if last and self._handle.ends_on_read else b""
         read = self._agent.read(
             self.peer.incarnation,
             self._memory.address + self._offset + self._started,
             self.peer.address + self._handle.offset + self._started,
             nbytes,
-            notice,
         )
         self.peer.in_flight += 1
         self._reads.append((read, nbytes))
