@@ -17,9 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy
+import psutil
 import pytest
 
-from benchmarks import checkpoints, fire, scale
+from benchmarks import bare, checkpoints, fire, scale
 from benchmarks.apart import Call, apart
 from benchmarks.arms import ROOT
 from benchmarks.load import picture
@@ -315,3 +316,11 @@ def test_a_text_goes_the_way_of_the_embed_workers_endpoint(monkeypatch: pytest.M
     monkeypatch.setattr(Batcher, "submit_all", watched)
     asyncio.run(texts.measure(1, {"tiny": texts.TINY}))
     assert set(seen) == {texts.TEXTS, 1}, "all texts of a request at once"
+
+
+def test_bare_calls_go_there_and_back_over_nats_and_leave_no_process() -> None:
+    children = set(psutil.Process().children(recursive=True))
+    seconds = bare.calls(3)
+    assert len(seconds) == 3
+    assert all(0.0 < one < 60.0 for one in seconds)
+    assert set(psutil.Process().children(recursive=True)) <= children
