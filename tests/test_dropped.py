@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from dynamo_epd import dropped
+from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.endpoints import Mark
 from dynamo_epd.sdk.handler import EndpointHandler, InFlight
 
@@ -49,7 +50,7 @@ def test_what_no_endpoint_can_read_is_counted_and_a_right_request_is_not(raw: An
     (refusal,) = asyncio.run(frames(raw))
     assert refusal["class"] == "InvalidRequest"
     assert dropped.counts()[PLACE] == before + 1
-    assert asyncio.run(frames(msgspec.msgpack.encode(Asked(7)))) == [msgspec.msgpack.encode(7), True]
+    assert asyncio.run(frames(msgspec.msgpack.encode(Asked(7)))) == [wire.LAST + msgspec.msgpack.encode(7)]
     assert dropped.counts()[PLACE] == before + 1
 
 

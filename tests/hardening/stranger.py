@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynamo_epd.sdk import wire
 from tests.serving import Graph
 from tests.toys.running import ROOT
 
@@ -53,6 +54,14 @@ def ended(frames: Sequence[Any]) -> bool:
     return len(frames) == MOST or (bool(frames) and (frames[-1] is True or isinstance(frames[-1], dict)))
 
 
+def shown(frame: Any) -> list[Any]:
+    """As it goes into an answer: an item and the end that comes with it are two, a beat is none."""
+    if not isinstance(frame, bytes):
+        return [] if frame is wire.BEAT else [frame]
+    item = base64.b64encode(frame.removeprefix(wire.LAST)).decode()
+    return [item, wire.END] if frame.startswith(wire.LAST) else [item]
+
+
 def credentials(graph: Graph) -> dict[str, str]:
     """How the graph's workers reach each other."""
     import psutil
@@ -82,9 +91,8 @@ async def _main() -> None:
                 (instance, *_) = clients[address].instance_ids()
                 stream = await clients[address].direct(value, instance, annotated=False, context=Context())
                 async for frame in stream:
-                    if frame is not False:  # a beat: it works on it
-                        frames.append(base64.b64encode(frame).decode() if isinstance(frame, bytes) else frame)
-                    if len(frames) == MOST or isinstance(frame, dict) or frame is True:
+                    frames += shown(frame)
+                    if len(frames) >= MOST or isinstance(frame, dict) or (frames and frames[-1] is wire.END):
                         break
         except Exception as error:  # the runtime's: whatever came is the answer
             frames.append({"stranger": f"{type(error).__name__}: {error}"[:300]})
