@@ -30,6 +30,7 @@ from dynamo_epd.errors import (
     TransferTimeout,
 )
 from dynamo_epd.transfer.agent import Agent
+from dynamo_epd.transfer.allocator import ALIGNMENT
 from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import Memory, digest_of
 from dynamo_epd.transfer.notices import Notices
@@ -49,10 +50,6 @@ would leave it none."""
 
 SPIN_SECONDS = 0.002
 """How long a READ that makes no progress is polled on every turn of the event loop before polls are spaced out."""
-
-GREETING_BYTES = 64 * 1024
-"""At the beginning of every arena, zero for ever: what a handshake READs. UCX takes another way for a few bytes, and
-would lay that of larger ones in the first hand-off."""
 
 CONNECT_SECONDS = 3.0
 """How long a handshake may take."""
@@ -98,7 +95,7 @@ class Arena:
         self._memory = memory
         self._agent = agent
         self._owner = owner
-        self._slots = Slots(memory, start=GREETING_BYTES, max_waiters=max_waiters)
+        self._slots = Slots(memory, max_waiters=max_waiters)
         self._peers = Peers(agent, resolve)
         self._notices = Notices(agent, self._peers, memory)
         self._listener: asyncio.Task[None] | None = None
@@ -125,7 +122,7 @@ class Arena:
         `metadata` from there. At most ``max_waiters`` wait for room at once. Memory is pinned if torch is imported and
         CUDA is there. Who reads tensors imports torch before, or the first read takes the second that this takes.
         """
-        memory = Memory(GREETING_BYTES + nbytes)
+        memory = Memory(nbytes + ALIGNMENT)
         agent = Agent(f"arena-{uuid.uuid4().hex}", memory.address, memory.nbytes)
         return cls(memory, agent, owner, resolve, max_waiters)
 
@@ -227,11 +224,9 @@ class Arena:
         if peer.incarnation == self.incarnation:
             return
         self._agent.connect(peer.incarnation)
-        nbytes = min(GREETING_BYTES, self._slots.capacity)
-        zeros = digest_of(bytes(nbytes))
-        greeting = Handle(owner, peer.incarnation, "-", 0, nbytes, (nbytes,), "bytes", zeros, math.inf, False)
+        nothing = Handle(owner, peer.incarnation, "-", 0, 1, (1,), "bytes", digest_of(b"\0"), math.inf, False)
         try:
-            async with self._read([greeting], CONNECT_SECONDS, counted=False):
+            async with self._read([nothing], CONNECT_SECONDS, counted=False):
                 pass
         except TransferTimeout:
             self._peers.fence(peer)

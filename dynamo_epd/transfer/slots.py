@@ -115,11 +115,11 @@ class Waiter:
 
 
 class Slots:
-    """The books of one arena of ``memory``, of which the bytes before ``start`` are never given away."""
+    """The books of one arena of ``memory``, whose first `ALIGNMENT` bytes are never given away."""
 
-    def __init__(self, memory: Memory, *, start: int = ALIGNMENT, max_waiters: int):
+    def __init__(self, memory: Memory, *, max_waiters: int):
         self.memory = memory
-        self._allocator = Allocator(start, memory.nbytes)
+        self._allocator = Allocator(ALIGNMENT, memory.nbytes)
         self._max_waiters = max_waiters
         self._waiting: deque[Waiter] = deque()
         self._by_key: dict[str, Entry] = {}
