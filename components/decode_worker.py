@@ -31,9 +31,8 @@ class DecodeConfig:
     """Seconds without any output while requests wait or run, after which the engine counts as hung and the worker ends.
     More than its longest step takes."""
     delta_seconds: float = 0.005
-    """Tokens of one answer that follow the last ones sent sooner than this travel together: nobody sees it, and each
-    message takes its part of four processes. A model whose steps take longer is streamed token by token; so is any at
-    0."""
+    """Tokens that follow the last ones sent sooner than this travel together: nobody sees it, and each message takes
+    its part of five processes. A model whose steps take longer is streamed token by token; so is any at 0."""
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 

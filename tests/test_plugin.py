@@ -68,7 +68,7 @@ def test_all_groups_of_gloo_wait_in_one_thread_and_reduce_as_before(tmp_path: Pa
     assert done.stdout.split("\n") == ["loops 1", "loops 1", ""]
 
 
-def test_a_step_that_found_a_kv_cache_pulled_is_followed_by_the_next_at_once() -> None:
+def test_steps_that_began_or_found_a_pull_are_followed_by_the_next_at_once() -> None:
     from queue import Queue
 
     from vllm.v1.engine.core import EngineCoreProc
@@ -76,29 +76,32 @@ def test_a_step_that_found_a_kv_cache_pulled_is_followed_by_the_next_at_once() -
     from dynamo_epd.engine.plugin import going_on
 
     class EngineDouble(EngineCoreProc):
-        """Steps without a forward until the scheduler has heard of a KV cache, and then one with."""
+        """Steps without a forward, of each of which its scheduler says whether it goes on, and then one with."""
 
-        def __init__(self, arrives: list[bool]):
+        def __init__(self, goes_on: list[bool]):
             self.scheduler: Any = SimpleNamespace()
             self.output_queue: Any = Queue()
-            self.arrives = arrives
+            self.goes_on = goes_on
 
         def __del__(self) -> None:
             """Nothing was started."""
 
     def step(core: EngineDouble) -> tuple[dict[int, str], bool]:
-        if not core.arrives:
+        if not core.goes_on:
             return {0: "tokens"}, True
-        core.scheduler.kv_arrived = core.arrives.pop(0)
+        core.scheduler.goes_on = core.goes_on.pop(0)
         return {0: "stats"}, False
 
     stepping: Any = going_on(step)  # type: ignore[arg-type]
-    engine = EngineDouble([False, True])
+    engine = EngineDouble([False, True, True])
     assert stepping(engine) == ({0: "stats"}, False)
     assert engine.output_queue.empty(), "the loop puts what a step returns"
-    assert stepping(engine) == ({0: "tokens"}, True)
-    assert engine.output_queue.get_nowait() == (0, "stats")
+    assert stepping(engine) == ({0: "tokens"}, True), "begun, found, computed"
+    assert [engine.output_queue.get_nowait() for _ in range(2)] == [(0, "stats"), (0, "stats")]
     assert engine.output_queue.empty()
+    engine = EngineDouble([True] * 4)
+    assert stepping(engine) == ({0: "stats"}, False), "and then vLLM's loop looks what else there is"
+    assert engine.output_queue.qsize() == 2
 
 
 def test_any_other_thread_may_die_alone() -> None:

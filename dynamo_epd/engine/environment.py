@@ -13,6 +13,8 @@ from typing import Any
 
 NIXL_DELAY = "DYNAMO_NIXL_PROGRESS_DELAY_US"
 """Microseconds that NIXL's progress thread sleeps between polls, in vLLM's processes too: see `plugin`."""
+DELTA_SECONDS = "DYNAMO_DELTA_SECONDS"
+"""How long an EngineCore leaves tokens for those that follow: see `gathering`."""
 
 
 def prepare(engine_args: Mapping[str, Any]) -> None:

@@ -28,8 +28,8 @@ from msgspec.structs import replace
 
 from dynamo_epd import dropped, tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
+from dynamo_epd.engine.environment import DELTA_SECONDS
 from dynamo_epd.engine.lease import KV_LEASE_SECONDS, PULLED, STILL_SECONDS, TAKE_OVER_SECONDS
-from dynamo_epd.engine.together import together
 from dynamo_epd.errors import HandOffFailed, InternalError, InvalidRequest, Preempted, Retryable, WorkerLost
 from dynamo_epd.given import Given
 from dynamo_epd.sdk.nats import nats_url
@@ -95,11 +95,10 @@ class HandedOver(msgspec.Struct):
 class LanguageEngine:
     """An AsyncLLM and its EngineCore process. Build it with `start`, end it with `close`."""
 
-    def __init__(self, engine: Any, role: Role, silence: float, delta_seconds: float = 0.0):
+    def __init__(self, engine: Any, role: Role, silence: float):
         self._engine = engine
         self._role = role
         self._silence = silence
-        self._delta_seconds = delta_seconds
         self._heard = time.monotonic()
         self._processes: list[psutil.Process] = []
         self._max_model_len: int = engine.model_config.max_model_len
@@ -110,19 +109,20 @@ class LanguageEngine:
 
     @classmethod
     async def start(
-        cls, engine_args: Mapping[str, Any], role: Role, silence: float, delta_seconds: float = 0.0
+        cls, engine_args: Mapping[str, Any], role: Role, silence: float, delta_seconds: float = 0.005
     ) -> LanguageEngine:
         """Loads the model in a child process (tens of seconds).
 
         ``engine_args`` are vLLM's by name and win over what the role sets. ``silence`` is how many seconds the engine
-        may leave requests without any output before it counts as hung. Tokens of one answer that come within
-        ``delta_seconds`` after a delta make up the next one. Raises whatever vLLM raises for arguments that do not fit
+        may leave requests without any output before it counts as hung. Tokens that come within ``delta_seconds`` after
+        others wait so long for more (`gathering`). Raises whatever vLLM raises for arguments that do not fit
         the model.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        os.environ[DELTA_SECONDS] = str(delta_seconds)
         arguments: dict[str, Any] = {
             "enable_mm_embeds": True,
             # Embeddings bypass it, and it would hold every image twice (front and EngineCore).
@@ -154,7 +154,7 @@ class LanguageEngine:
             os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = tracing.protocol()
         arguments.update(engine_args)
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence, delta_seconds)
+        engine = cls(await asyncio.to_thread(AsyncLLM.from_vllm_config, config), role, silence)
         await engine._warm_up()
         engine._processes = psutil.Process().children(recursive=True)
         return engine
@@ -304,7 +304,7 @@ class LanguageEngine:
             raise
         first = True
         pulled = kv is None or not tracing.ON
-        outputs = together(self._run(request_id, prompt, params, reasoning), self._delta_seconds)
+        outputs = self._run(request_id, prompt, params, reasoning)
         try:
             async for output in outputs:
                 if kv is not None and not pulled:

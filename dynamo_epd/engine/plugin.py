@@ -3,8 +3,9 @@
 
 NIXL's Python class fixes its progress thread's delay at 0, and an idle engine then takes a whole core. With the delay
 that ``DYNAMO_NIXL_PROGRESS_DELAY_US`` names it takes half a percent of one. Some model classes are
-replaced by those of `dynamo_epd.engine.models`. The process groups of a process share one thread. A vLLM that our
-stages did not start lacks the variable and is left alone.
+replaced by those of `dynamo_epd.engine.models`. The process groups of a process share one thread, and an EngineCore
+sends tokens that follow each other closely together (`gathering`). A vLLM that our stages did not start lacks the
+variable and is left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from dynamo_epd.engine.environment import NIXL_DELAY
+from dynamo_epd.engine.environment import DELTA_SECONDS, NIXL_DELAY
 
 LISTENER = "nixl_handshake_listener"
 """vLLM's thread that tells decode engines how to READ a prefill engine's KV cache."""
@@ -53,6 +54,7 @@ def register() -> None:
     _leave_every_core()
     _share_the_loop_of_gloo()
     _go_on_where_a_kv_cache_came()
+    _send_together()
     if SIDE_CHANNEL in os.environ:
         _answer_who_is_no_engine()
     try:
@@ -93,10 +95,11 @@ def _leave_every_core() -> None:
 
 @functools.cache  # once a process
 def _go_on_where_a_kv_cache_came() -> None:
-    """Lets a step that only found a KV cache pulled be followed at once by the one that computes from it.
+    """Lets a step that only began to pull a KV cache, or found one pulled, be followed at once by the one that may
+    compute from it.
 
     vLLM's loop sleeps a millisecond after a step without a forward, as long as requests wait, so that transfers get the
-    interpreter. Of an answer that prefill hands over that is the first thing to happen once its KV cache is here.
+    interpreter. Of an answer that prefill hands over these are the first two things to happen.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -104,18 +107,38 @@ def _go_on_where_a_kv_cache_came() -> None:
 
 
 def going_on(step: Callable[[Any], tuple[Any, bool]]) -> Callable[[Any], tuple[Any, bool]]:
-    """``step`` of an EngineCore, and where that took over a KV cache and computed nothing, the next one behind it."""
+    """``step`` of an EngineCore, and where that computed nothing and the scheduler `goes_on`, the next ones behind it,
+    two at most."""
     from vllm.v1.engine.core import EngineCoreProc
 
     def stepping(core: Any) -> tuple[Any, bool]:
         outputs, executed = step(core)
-        if executed or not isinstance(core, EngineCoreProc) or not getattr(core.scheduler, "kv_arrived", False):
-            return outputs, executed
-        for output in outputs.items():  # as vLLM's loop does with those of each step
-            core.output_queue.put_nowait(output)
-        return step(core)
+        for _ in range(2):
+            if executed or not isinstance(core, EngineCoreProc) or not getattr(core.scheduler, "goes_on", False):
+                break
+            for output in outputs.items():  # as vLLM's loop does with those of each step
+                core.output_queue.put_nowait(output)
+            outputs, executed = step(core)
+        return outputs, executed
 
     return stepping
+
+
+@functools.cache  # once a process
+def _send_together() -> None:
+    """Lets the thread of an EngineCore that sends outputs gather them first."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from dynamo_epd.engine.gathering import gather
+
+    send = EngineCoreProc.process_output_sockets
+
+    @functools.wraps(send)
+    def sending(core: Any, *args: Any, **named: Any) -> None:
+        gather(core.output_queue, float(os.environ.get(DELTA_SECONDS, "0")))
+        send(core, *args, **named)
+
+    EngineCoreProc.process_output_sockets = sending
 
 
 @functools.cache  # once a process

@@ -56,8 +56,10 @@ class FailOnPreemption(AsyncScheduler):
         """Requests whose KV is not here yet, and when this engine last turned with them (Unix seconds)."""
         self._pulls: dict[str, _Pull] = {}
         """Of requests that are traced, until they end."""
-        self.kv_arrived = False
-        """Whether the last step found a pull done: what it was waited for with can be computed (`plugin`)."""
+        self._being_pulled: set[str] = set()
+        self.goes_on = False
+        """Whether the last step found a pull done, and what waited for it can be computed, or began one, which within a
+        host is done when NIXL's call returns (`plugin`)."""
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -77,18 +79,22 @@ class FailOnPreemption(AsyncScheduler):
             else:
                 self._unpulled[request_id] = now
         planned = super().schedule(throttle_prefills)
-        self._note_begun_pulls()
+        self.goes_on = self._note_begun_pulls()
         return planned
 
-    def _note_begun_pulls(self) -> None:
+    def _note_begun_pulls(self) -> bool:
+        """Whether there are any."""
         for request_id in [one for one in self._pulls if one not in self.requests]:
             del self._pulls[request_id]
+        before, self._being_pulled = self._being_pulled, set()
         for request_id in self._unpulled:
             request = self.requests.get(request_id)
             if request is None or request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
                 continue
+            self._being_pulled.add(request_id)
             if request.trace_headers:
                 self._pulls.setdefault(request_id, _Pull(time.time()))
+        return not self._being_pulled <= before
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
@@ -115,7 +121,7 @@ class FailOnPreemption(AsyncScheduler):
             )
         heard = model_runner_output.kv_connector_output
         arrived = (heard and heard.finished_recving) or set()
-        self.kv_arrived = bool(arrived)
+        self.goes_on = self.goes_on or bool(arrived)
         if self._pulls:
             self._tell_pulls(outputs, arrived, now)
         return outputs

@@ -26,6 +26,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dynamo_epd import heap
 from dynamo_epd.page.preparing import preparing
 from dynamo_epd.sdk import dynamo_context
 from dynamo_epd.sdk.http_server import SHARED_PORT
@@ -165,6 +166,7 @@ class Page:
         if settings.shared:
             await self._stack.enter_async_context(_listening(Router([Mount(PATH, self)]), _socket(directory)))
         self._app = app
+        heap.keep()
 
     async def _pass_on(self) -> None:
         """To the worker that has the page; it may be found only later, and made again."""

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import inspect
 import itertools
 import json
@@ -29,7 +28,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from dynamo_epd import dropped
+from dynamo_epd import dropped, heap
 from dynamo_epd.failures import Hung
 from dynamo_epd.sdk.client import client_for
 from dynamo_epd.sdk.config import ConfigError, Document, ServiceSettings, resolve
@@ -122,10 +121,7 @@ class Worker:
             while not await self._all_say_yes("readiness"):
                 await self._raise_unless_alive()
                 await asyncio.sleep(READINESS_SECONDS)
-            # What the start has made stays: walking it would stop a frontend for 70 ms and a worker for 460 (measured),
-            # at a moment of the collector's choosing. vLLM does so in its own processes.
-            gc.collect()
-            gc.freeze()
+            heap.keep()
             self._accepts = True
             try:
                 await self._serve()
@@ -447,7 +443,7 @@ def _interrupt_nobody() -> None:
 
     A message wakes three threads in each process that it comes through. Where cores are few each would interrupt an
     engine's step, or the process that the message came from, for work that can wait until that is done: an answer of
-    the tiny model takes 6 to 8 % longer then (``make bench ROW=1``).
+    the tiny model takes 4 to 8 % longer then (``make bench ROW=1``).
     """
     with contextlib.suppress(OSError):  # a sandbox that forbids it: slower, and right
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
