@@ -247,7 +247,7 @@ class Requests(FailOnPreemption):
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
         self.finished: list[str] = []
-        self._lost, self._unpulled, self._pulls = [], {}, {}
+        self._lost, self._unpulled, self._pulls, self._being_pulled, self.goes_on = [], {}, {}, set(), False
         self.connector_output: Any = None
 
     def add(self, name: str, *, traced: bool = False, **params: Any) -> Any:
@@ -292,6 +292,35 @@ def test_an_engine_that_stood_still_pulls_nothing(monkeypatch: pytest.MonkeyPatc
     scheduler.schedule()
     assert scheduler.finished[2:] == ["came while it stood"]
     assert not scheduler._unpulled
+
+
+def test_an_engine_goes_on_where_a_pull_began_or_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, one: self.requests.update({one.request_id: one}))
+    monkeypatch.setattr(AsyncScheduler, "update_from_output", lambda *_: {})
+    begins: list[Any] = []
+
+    def schedule(*_: Any) -> None:
+        while begins:
+            begins.pop().status = RequestStatus.WAITING_FOR_REMOTE_KVS
+
+    monkeypatch.setattr(AsyncScheduler, "schedule", schedule)
+    scheduler = Requests()
+    one, other = (scheduler.add(name, do_remote_prefill=True) for name in ("one", "other"))
+
+    def step(*pulled: Any, arrived: set[str] | None = None) -> bool:
+        begins.extend(pulled)
+        scheduler.schedule()
+        heard = SimpleNamespace(kv_connector_output=SimpleNamespace(finished_recving=arrived))
+        scheduler.update_from_output(SimpleNamespace(), heard)  # type: ignore[arg-type]
+        return scheduler.goes_on
+
+    assert not step()
+    assert step(one)
+    assert not step(), "on its way still: vLLM's loop rests between looks"
+    assert step(other)
+    assert step(arrived={"one"})
+    one.status = RequestStatus.RUNNING
+    assert not step()
 
 
 def said(name: str, end: FinishReason | None = None) -> EngineCoreOutput:
