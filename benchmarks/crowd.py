@@ -153,6 +153,9 @@ class PacedEncoderDouble:
         time.sleep(self._config.forward_seconds + len(items) * self._config.picture_seconds)
         return [self._embedding] * len(items)
 
+    def patches(self, item: Any) -> int:
+        return 1
+
     def metadata(self, item: Any) -> dict[str, list[int]]:
         return {}
 
@@ -193,14 +196,13 @@ class CrowdEncodeWorker(EncodeWorker):
 
     @async_on_start
     async def start(self) -> None:
-        from dynamo_epd.batching import Batcher
         from dynamo_epd.engine import encoder
 
         encoder.load_encoder = lambda engine_args: PacedEncoderDouble(self.config)  # type: ignore
         await super().start()
         others = [copy.copy(self) for _ in range(self.config.members - 1)]
         for other in others:
-            other.batcher = Batcher(self.encoder.embed, most=self.config.max_batch, waiting=self.config.max_waiting)
+            other.batcher = self.batches(self.encoder.embed, self.config.max_batch)
         self.members.serve(others)
 
     @on_shutdown

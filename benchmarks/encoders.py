@@ -127,7 +127,6 @@ async def ours(model: str) -> None:
     """`EncodeWorker` without a runtime: nobody READs from it, and it READs from nobody."""
     from components.encode_worker import EncodeConfig, EncodeWorker
     from components.protocol import EncodeRequest, Picture
-    from dynamo_epd.batching import Batcher
     from dynamo_epd.sdk import dynamo_context
 
     engine_args = {"model": model, "dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
@@ -152,16 +151,16 @@ async def ours(model: str) -> None:
         counted["requests"] += 1
         return EncodeRequest(f"bench-{counted['requests']}", tenant, Picture(url=url))
 
-    def batches_of(most: int, waiting: int) -> None:
+    def batches_of(most: int) -> None:
         worker.batcher.close()
-        worker.batcher = Batcher(embed, most=most, waiting=waiting)
+        worker.batcher = worker.batches(embed, most)
 
     async def one(url: str) -> None:
         async for encoded in worker.encode(request_about(url)):
             worker.arena.release(encoded.handle.lease)
 
     async def encode(pictures: Sequence[str], most: int | None) -> int:
-        batches_of(most or worker.config.max_batch, len(pictures))
+        batches_of(most or worker.config.max_batch)
         before = counted["images"]
         await asyncio.gather(*(one(url) for url in pictures))
         return counted["images"] - before
@@ -174,9 +173,9 @@ async def ours(model: str) -> None:
 
     async def compare(pictures: Sequence[str]) -> float:
         """Tenants share nothing: what one has had encoded is encoded anew for the other."""
-        batches_of(worker.config.max_batch, len(pictures))
+        batches_of(worker.config.max_batch)
         together = await asyncio.gather(*(read(url, "together") for url in pictures))
-        batches_of(1, len(pictures))
+        batches_of(1)
         return furthest(together, [await read(url, "alone") for url in pictures])
 
     await serve(encode, compare)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     import numpy
 
 HOLD_SECONDS = 0.25
+CPU_PATCHES = 1024
+"""A layer of ViT-L makes 17 MB of them in its widest tensor."""
 SMALL = 256 * 1024
 """Bytes that are hashed sooner than a thread would have begun."""
 
@@ -37,6 +41,9 @@ class EncodeConfig:
     """How long an embedding waits for the prefill worker that was promised it."""
     max_batch: int = 16
     """Images in one forward of the vision tower."""
+    max_batch_patches: int | None = None
+    """Patches of the images in one forward, together; an image that has more runs alone. Default: 1024 on a CPU, where
+    the tensors of more fit no cache and one by one is faster; no bound on a GPU."""
     max_waiting: int = 1024
     """Images that may wait for the tower; one more is refused."""
     engine_silence: float = 240.0
@@ -44,6 +51,10 @@ class EncodeConfig:
     than the longest takes; less than ``admission.deadline`` leaves time to ask another worker."""
     media: MediaConfig = field(default_factory=MediaConfig)
     engine_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or (self.max_batch_patches is not None and self.max_batch_patches < 1):
+            raise ValueError("max-batch and max-batch-patches must be 1 at least")
 
 
 @service(dynamo={"namespace": "dynamo"}, config=EncodeConfig, engine_args=True)
@@ -71,14 +82,7 @@ class EncodeWorker(ArenaOwner):
         self.revision = revision_of(self.config.engine_args)
         metrics = Metrics(dynamo_context["namespace"], "EncodeWorker", self.config.engine_args["model"])
         self.metrics = metrics.stage()
-        self.batcher: Batcher[Any, Any] = Batcher(
-            self.encoder.embed,
-            most=self.config.max_batch,
-            waiting=self.config.max_waiting,
-            observe=metrics.batch_size().observe,
-            silence=self.config.engine_silence,
-            thread=thread,
-        )
+        self.batcher = self.batches(self.encoder.embed, self.config.max_batch, metrics.batch_size().observe, thread)
         self.flights: Flights[tuple[Entry, float]] = Flights()
         self.fetcher = Fetcher(self.config.media)
         self.metadata: WeakKeyDictionary[Entry, dict[str, list[int]]] = WeakKeyDictionary()
@@ -146,6 +150,27 @@ class EncodeWorker(ArenaOwner):
         hold = self.arena.lease(entry, HOLD_SECONDS, ends_on_read=False)
         asyncio.get_running_loop().call_later(HOLD_SECONDS, self.arena.release, hold.lease)
         return entry, ran.queue_seconds
+
+    def batches(
+        self,
+        embed: Callable[[Sequence[Any]], Sequence[Any]],
+        most: int,
+        observe: Callable[[int], None] = lambda size: None,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> Batcher[Any, Any]:
+        """Of ``most`` images at most, and of as many patches as the configuration says (`make bench ROW=4`)."""
+        from dynamo_epd.engine.environment import cpu_build
+
+        room = self.config.max_batch_patches or (CPU_PATCHES if cpu_build() else sys.maxsize)
+        return Batcher(
+            embed,
+            most=most * room,  # which ``most`` images weigh, and so do ``room`` patches
+            waiting=self.config.max_waiting,
+            weight=lambda item: max(room, most * self.encoder.patches(item)),
+            observe=observe,
+            silence=self.config.engine_silence,
+            thread=thread,
+        )
 
     def _warm_up(self) -> None:
         """One grey picture: a worker that says it is ready has encoded once, and the first request meets a warm one."""

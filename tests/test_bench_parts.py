@@ -160,6 +160,9 @@ class EncoderDouble:
     def embed(self, items):
         return list(items) if sys.argv[1] == "right" else [*items[1:], items[0]]
 
+    def patches(self, item):
+        return 1
+
     def metadata(self, item):
         return {}
 

@@ -46,6 +46,9 @@ class HangingEncoder:
         self.warm = True
         return items
 
+    def patches(self, item: Any) -> int:
+        return 1
+
 
 def test_a_worker_whose_forward_hangs_says_that_it_does_not_live(
     monkeypatch: pytest.MonkeyPatch, clock: FakeClock
@@ -78,6 +81,42 @@ def test_a_worker_whose_forward_hangs_says_that_it_does_not_live(
         worker.fetcher.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "sizes"),
+    [
+        ({}, True, [10, 6, 4, 1, 1]),
+        ({}, False, [10, 10, 2]),
+        ({"max_batch_patches": 100}, False, [10, 6, 4, 1, 1]),
+        ({"max_batch_patches": 1}, False, [1] * 22),
+        ({"max_batch_patches": 10_000}, True, [10, 10, 2]),
+    ],
+    ids=["a CPU's own", "none on a GPU", "set", "one by one", "more than there are"],
+)
+def test_a_batch_has_so_many_images_and_so_many_patches(
+    given: dict[str, Any], cpu: bool, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.encode_worker.CPU_PATCHES", 100)
+    monkeypatch.setattr(environment, "cpu_build", lambda: cpu)
+    worker = object.__new__(EncodeWorker)
+    vars(worker).update(config=EncodeConfig(max_batch=10, **given), encoder=SimpleNamespace(patches=lambda item: item))
+    ran: list[int] = []
+    pictures = [1] * 10 + [10] * 5 + [50] + [25] * 4 + [100] + [101]
+
+    async def main() -> None:
+        batcher = worker.batches(lambda items: items, worker.config.max_batch, ran.append)
+        assert [one.result for one in await batcher.submit_all(pictures)] == pictures
+        batcher.close()
+
+    asyncio.run(main())
+    assert ran == sizes
+
+
+@pytest.mark.parametrize("given", [{"max_batch": 0}, {"max_batch_patches": 0}])
+def test_a_batch_has_room_for_one(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^max-batch and max-batch-patches must be 1 at least$"):
+        EncodeConfig(**given)
 
 
 class Away(Exception):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_embeddings_are_those_of_transformers(family: str, loaded: dict[str, Loa
         assert embedding.shape == expected.shape
         assert expected.std() > 0.01
         torch.testing.assert_close(embedding, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_picture_is_as_large_as_the_tokens_that_its_tower_sees(loaded: dict[str, Loaded]) -> None:
+    for image in PICTURES:
+        for family in ("llava", "qwen2_5_vl", "qwen3_vl"):
+            encoder = loaded[family].encoder
+            item = encoder.process(image)
+            grid = encoder.metadata(item).get("image_grid_thw")
+            assert encoder.patches(item) == (math.prod(grid) if grid else len(encoder.embed([item])[0])), family
+        tiled = loaded["llava_next"].encoder
+        (tiles,) = {len(value.data) for name, value in tiled.process(image).items() if name == "pixel_values"}
+        one_tile = loaded["llava"].encoder.patches(loaded["llava"].encoder.process(image))
+        assert tiled.patches(tiled.process(image)) == tiles * one_tile
 
 
 @pytest.mark.parametrize("family", TOWERS)

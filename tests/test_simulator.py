@@ -117,15 +117,16 @@ def test_the_recorded_trace_is_two_hours_with_a_five_fold_burst_and_workers_that
 def test_the_planner_holds_the_attainment_of_static_peak_with_far_fewer_workers(
     recorded: Trace, replayed: tuple[Replay, Replay]
 ) -> None:
-    """99 % of it over all requests, most of which are chats. Of the kinds whose burst it is 98 %, and no more: what is
+    """99 % of it over all requests, most of which are chats. Of the kinds whose burst it is 97 %, and no more: what is
     missed came before a worker could start."""
     planned, static = replayed
+    assert recorded.service_times.measured
     assert static.attainment() > 0.999
     assert planned.attainment() >= 0.99 * static.attainment()
     assert set(recorded.burst.kinds) == {"picture", "validation"}
     for kind in recorded.kinds:
         # the burst of others is not theirs to suffer
-        share = 0.98 if kind in recorded.burst.kinds else 0.999
+        share = 0.97 if kind in recorded.burst.kinds else 0.999
         assert planned.attainment(kind) >= share * static.attainment(kind), kind
     missed = [arrived - recorded.burst.from_seconds for arrived, well in planned.ends if not well]
     assert all(0 <= after < recorded.replica_start_seconds for after in missed)
@@ -137,9 +138,9 @@ def test_each_decision_is_within_two_seconds_of_its_cause(recorded: Trace, repla
     assert planned.decisions
     assert all(0 <= one.time - one.cause <= LOOK_SECONDS <= 2 for one in planned.decisions)
     begin = recorded.burst.from_seconds  # nobody told the planner: this is when the rate really changes
-    first = next(one for one in planned.decisions if one.time > begin)
-    assert (first.stage, first.after > 2 * first.before) == ("ImageWorker", True)
-    assert first.time - begin <= 2
+    made = [one for one in planned.decisions if begin < one.time <= begin + 2]
+    assert {one.stage for one in made} == {"ImageWorker"}
+    assert made[-1].after > 3 * made[0].before
 
 
 class Watched(Simulator):
@@ -251,10 +252,13 @@ def test_service_times_that_are_measured_anew_leave_the_load_as_it_was(recorded:
     table = msgspec.to_builtins(recorded)
     trace = msgspec.convert(written(table, halved, "a test's"), Trace)
     assert trace.service_times.measured
-    assert trace.service_times.stages["DecodeWorker"] == ServiceTime(0.05, 2.1)
-    assert trace.mean_rate("picture") == pytest.approx(2 * recorded.mean_rate("picture"))
+    decode = recorded.service_times.stages["DecodeWorker"]
+    assert trace.service_times.stages["DecodeWorker"] == ServiceTime(
+        round(decode.seconds / 2, 5), round(decode.spread * 3, 3)
+    )
+    assert trace.mean_rate("picture") == pytest.approx(2 * recorded.mean_rate("picture"), rel=1e-3)
     for stage in recorded.limits:
-        assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0))
+        assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0), rel=5e-3), "seconds are rounded"
     with pytest.raises(ValueError, match="nothing ran in ImageWorker"):
         written(table, {stage: one for stage, one in halved.items() if stage != "ImageWorker"}, "a test's")
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+CHANNELS = 3
+
 
 def load_encoder(engine_args: dict[str, Any]) -> Encoder | PixelEncoder:
     """The encoder that the checkpoint's family hands off with (seconds to minutes). Raises ValueError for no family."""
@@ -59,6 +61,7 @@ class Encoder:
             self._processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
             with set_default_torch_dtype(config.model_config.dtype):
                 self._model = get_model(vllm_config=config)
+        self._patch_numbers = _numbers_of_a_patch(config.model_config.hf_config)
         self._metadata_fields = sorted(self._processor.info.get_data_parser().placeholder_metadata_fields("image"))
 
     def process(self, image: Image.Image) -> Any:
@@ -102,6 +105,12 @@ class Encoder:
                 outputs.extend(self._model.embed_multimodal(**batch))
         return outputs
 
+    def patches(self, item: Any) -> int:
+        """How many the tower cuts ``item`` into, all of its tiles together: a forward costs what these cost."""
+        values = [item[name].data for name in item if name.startswith("pixel_values")]
+        numbers = sum(part.numel() for value in values for part in (value if isinstance(value, list) else [value]))
+        return max(1, int(numbers) // self._patch_numbers)
+
     def metadata(self, item: Any) -> dict[str, list[int]]:
         """What the language model must know beside the embedding, by vLLM's field name.
 
@@ -123,8 +132,20 @@ class PixelEncoder:
     def embed(self, items: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return items
 
+    def patches(self, item: torch.Tensor) -> int:
+        return 1
+
     def metadata(self, item: torch.Tensor) -> dict[str, list[int]]:
         return {}
+
+
+def _numbers_of_a_patch(config: Any) -> int:
+    """Of the checkpoint's tower; of ViT-L/14's where it does not say. A patch may span frames, as Qwen-VL's does."""
+    vision = getattr(config, "vision_config", None)
+    side = getattr(vision, "patch_size", None) or 14
+    if isinstance(side, (list, tuple)):
+        side = side[0]
+    return int(CHANNELS * side**2 * (getattr(vision, "temporal_patch_size", None) or 1))
 
 
 def _join_world_of_one() -> None:

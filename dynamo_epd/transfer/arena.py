@@ -44,6 +44,9 @@ MARGIN_SECONDS = 0.1
 AT_ONCE_SECONDS = 0.0002
 """How long a READ is polled before the event loop has its first turn."""
 
+TURN_SECONDS = 0.001
+"""How long the bytes of large READs may hold the event loop."""
+
 READS_A_TURN = 8
 """Of READs that ended before the event loop had its turn, one in so many waits for that: who takes one after the other
 would leave it none."""
@@ -337,18 +340,23 @@ class Arena:
         self._slots.notice(handle.lease)
 
     async def _finish(self, pulls: list[Pull]) -> None:
-        """Step all pulls to their end. Polling is what moves the bytes: spin while they move, then slow down."""
+        """Step all pulls to their end. Polling is what moves the bytes: spin while they move, then slow down. The event
+        loop has its turn where none have moved, and `TURN_SECONDS` after the last one (``make bench ROW=3``)."""
         clock = asyncio.get_running_loop().time
         taken, moved, pause = -1, clock(), 0.0
+        turned = moved
         pending = pulls
         while pending := [pull for pull in pending if not pull.step()]:
             self._check_open()
             before, taken = taken, sum(pull.taken for pull in pulls)
             if taken != before:
                 moved, pause = clock(), 0.0
+                if moved - turned < TURN_SECONDS:
+                    continue
             elif clock() - moved > SPIN_SECONDS:
                 pause = min(pause * 2 or 0.001, 0.01)
             await asyncio.sleep(pause)
+            turned = clock()
 
     def _give_up(self, pulls: list[Pull], reservation: Reservation) -> None:
         """Free the slots of a read that failed, as soon as NIXL can write to them no more."""
