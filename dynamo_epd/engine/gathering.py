@@ -38,7 +38,7 @@ class Gathering(queue.Queue[tuple[int, EngineCoreOutputs] | bytes]):
         if self._together:
             self._together -= 1
             return super().get(block, timeout)
-        # In here, and not where `put` wakes a thread that waits for an item.
+        # Not by waiting for an item: each `put` would wake this thread, which wants the interpreter.
         self._urgent.wait(max(0.0, self._due - time.monotonic()))
         item = super().get(block, timeout)
         self._urgent.clear()
