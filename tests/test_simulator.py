@@ -117,16 +117,16 @@ def test_the_recorded_trace_is_two_hours_with_a_five_fold_burst_and_workers_that
 def test_the_planner_holds_the_attainment_of_static_peak_with_far_fewer_workers(
     recorded: Trace, replayed: tuple[Replay, Replay]
 ) -> None:
-    """99 % of it over all requests, most of which are chats. Of the kinds whose burst it is 97 %, and no more: what is
-    missed came before a worker could start."""
+    """99 % of it over all requests, most of which are chats. Of pictures 98 %, and of validations 97 %, whose burst it
+    is: what is missed came before a worker could start."""
     planned, static = replayed
     assert recorded.service_times.measured
     assert static.attainment() > 0.999
     assert planned.attainment() >= 0.99 * static.attainment()
-    assert set(recorded.burst.kinds) == {"picture", "validation"}
+    bursting = {"picture": 0.98, "validation": 0.97}
+    assert set(recorded.burst.kinds) == bursting.keys()
     for kind in recorded.kinds:
-        # the burst of others is not theirs to suffer
-        share = 0.97 if kind in recorded.burst.kinds else 0.999
+        share = bursting.get(kind, 0.999)  # the burst of others is not theirs to suffer
         assert planned.attainment(kind) >= share * static.attainment(kind), kind
     missed = [arrived - recorded.burst.from_seconds for arrived, well in planned.ends if not well]
     assert all(0 <= after < recorded.replica_start_seconds for after in missed)
@@ -246,21 +246,19 @@ def test_static_peak_is_enough_for_the_highest_load(recorded: Trace) -> None:
 
 
 def test_service_times_that_are_measured_anew_leave_the_load_as_it_was(recorded: Trace) -> None:
-    halved = {
-        stage: ServiceTime(one.seconds / 2, one.spread * 3) for stage, one in recorded.service_times.stages.items()
+    doubled = {
+        stage: ServiceTime(one.seconds * 2, one.spread * 3) for stage, one in recorded.service_times.stages.items()
     }
     table = msgspec.to_builtins(recorded)
-    trace = msgspec.convert(written(table, halved, "a test's"), Trace)
+    trace = msgspec.convert(written(table, doubled, "a test's"), Trace)
     assert trace.service_times.measured
     decode = recorded.service_times.stages["DecodeWorker"]
-    assert trace.service_times.stages["DecodeWorker"] == ServiceTime(
-        round(decode.seconds / 2, 5), round(decode.spread * 3, 3)
-    )
-    assert trace.mean_rate("picture") == pytest.approx(2 * recorded.mean_rate("picture"), rel=1e-3)
+    assert trace.service_times.stages["DecodeWorker"] == ServiceTime(2 * decode.seconds, round(3 * decode.spread, 3))
+    assert trace.mean_rate("picture") == pytest.approx(recorded.mean_rate("picture") / 2)
     for stage in recorded.limits:
-        assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0), rel=5e-3), "seconds are rounded"
+        assert trace.load(stage, 2500.0) == pytest.approx(recorded.load(stage, 2500.0))
     with pytest.raises(ValueError, match="nothing ran in ImageWorker"):
-        written(table, {stage: one for stage, one in halved.items() if stage != "ImageWorker"}, "a test's")
+        written(table, {stage: one for stage, one in doubled.items() if stage != "ImageWorker"}, "a test's")
 
 
 def looks_at(runs: Sequence[Sequence[float]]) -> list[Observed]:
