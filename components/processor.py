@@ -52,7 +52,7 @@ from components.validation import Validation, ValidationConfig
 from dynamo_epd import tracing
 from dynamo_epd.ending import end
 from dynamo_epd.engine.language import decode_sampling, encode_sampling
-from dynamo_epd.errors import DeadlineExceeded, EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
+from dynamo_epd.errors import EpdError, Preempted, Retryable, StageUnavailable, WorkerLost
 from dynamo_epd.families import Family, family_of, refuse_typed_placeholders
 from dynamo_epd.http.events import grouped
 from dynamo_epd.prefix import BLOCK, blocks_of
@@ -161,7 +161,8 @@ class Processor:
         tracing.generation("chat", request.body)
         refuse_typed_placeholders(self.family, texts_of(request.body))
         async with Conversation(self, request) as conversation:
-            async for reply in replies(await self.front.chat(request.body, conversation.answer)):
+            answer = await self.front.chat(request.body, conversation.answer, conversation.until)
+            async for reply in replies(answer):
                 yield reply
 
     @endpoint()
@@ -171,7 +172,8 @@ class Processor:
         refuse_typed_placeholders(self.family, texts_of(request.body))
         self.front.refuse_token_ids(self.family.placeholders, request.body.get("prompt"))
         async with Conversation(self, request) as conversation:
-            async for reply in replies(await self.front.complete(request.body, conversation.answer)):
+            answer = await self.front.complete(request.body, conversation.answer, conversation.until)
+            async for reply in replies(answer):
                 yield reply
 
     @endpoint()
@@ -186,7 +188,7 @@ class Processor:
         with tracing.span("chat"):  # there may be several below the one span of who asks
             tracing.generation("chat", request.body)
             async with Conversation(self, request) as conversation:
-                answer = await self.front.chat(request.body, conversation.answer)
+                answer = await self.front.chat(request.body, conversation.answer, conversation.until)
         assert answer.body is not None
         return answer.body, conversation.queue_seconds
 
@@ -261,7 +263,7 @@ class Conversation:
         self._processor = processor
         self._request = request
         self._arrived = time.perf_counter()
-        self._deadline = asyncio.get_running_loop().time() + request.deadline - time.time()
+        self.until = asyncio.get_running_loop().time() + request.deadline - time.time()
         self._ahead: dict[int, asyncio.Task[Leased]] = {}
         self._ended: set[int] = set()
         self._read = self._written = 0
@@ -281,13 +283,12 @@ class Conversation:
         afterwards(self._release_unwanted(list(self._ahead.values())))
 
     async def answer(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
-        """The deltas of one answer; begun again elsewhere, within the deadline, where a worker or hand-off is lost.
+        """The deltas of one answer; begun again elsewhere where a worker or hand-off is lost.
 
         Tokens that were already streamed are then part of the prompt, so that the stream simply goes on.
 
         Raises:
             StageUnavailable: nobody is left to ask, or this request has had its attempts.
-            DeadlineExceeded: the request's time is up.
             EpdError: any refusal of a stage (a picture that cannot be fetched, a prompt too long).
         """
         streamed: list[int] = []
@@ -366,14 +367,14 @@ class Conversation:
                     await asyncio.sleep(0)  # decode is asked before the first token takes this process' time
                     yield first
                 with self._suspected(call):
-                    delta = await self._before_deadline(opening)
+                    delta = await opening
                 while delta is not None:
                     unread, kv = [], None
                     self.queue_seconds += delta.queue_seconds or 0.0
                     if streamed and delta.prompt_tokens is not None:
                         delta = replace(delta, prompt_tokens=None)
                     yield delta
-                    delta = await self._before_deadline(anext(call, None))
+                    delta = await anext(call, None)
         except Preempted as error:
             if len(streamed) > begun:
                 raise
@@ -393,7 +394,7 @@ class Conversation:
             ahead = self._ahead.pop(index, None)
             tasks.append(ahead or asyncio.create_task(self._encode(self._request.pictures[index])))
         try:
-            images: list[Leased] = await self._before_deadline(asyncio.gather(*map(asyncio.shield, tasks)))
+            images = await asyncio.gather(*map(asyncio.shield, tasks))
         except BaseException:
             afterwards(self._release_unwanted(tasks))
             raise
@@ -429,8 +430,8 @@ class Conversation:
         call = self._processor.prefill_worker.prefill(request, blocks=blocks)
         try:
             with self._suspected(call):
-                prefilled: PrefillReply = await self._before_deadline(call.only())
-        except (asyncio.CancelledError, DeadlineExceeded):
+                prefilled: PrefillReply = await call.only()
+        except asyncio.CancelledError:
             if call.instance is not None:
                 afterwards(self._withdraw(request.request_id, call.instance))
             raise
@@ -448,13 +449,6 @@ class Conversation:
             if len(self._ended) >= ENDED_WORKERS:
                 raise StageUnavailable(f"{error.message}, and so did one before it: the request is given up") from error
             raise
-
-    async def _before_deadline(self, work: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await work
-        except TimeoutError as error:
-            raise DeadlineExceeded("the request's time is up") from error
 
     def _release(self, unread: list[Leased]) -> None:
         by_worker: dict[int, list[str]] = {}

@@ -80,6 +80,41 @@ def test_an_end_that_is_known_travels_with_the_last_item(endpoint: Endpoint, fra
     assert frames_of(endpoint) == frames
 
 
+async def slow() -> AsyncIterator[str]:
+    await asyncio.sleep(0.4)
+    yield "a"
+
+
+def test_beats_come_while_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "BEAT_SECONDS", 0.05)
+    *beats, last = frames_of(slow)
+    assert last == wire.LAST + A
+    assert len(beats) > 1
+    assert all(beat is wire.BEAT for beat in beats)
+
+
+def test_beats_do_not_gather_before_a_reader_that_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "BEAT_SECONDS", 0.02)
+
+    async def main() -> list[Any]:
+        ready = asyncio.Event()
+
+        async def when_ready() -> AsyncIterator[str]:
+            await ready.wait()
+            yield "a"
+
+        handler = EndpointHandler(when_ready, Mark("endpoint", "said", 8, addressed=False), InFlight())
+        frames = handler.handle(b"\xc0", ContextDouble())
+        assert await anext(frames) is wire.BEAT
+        await asyncio.sleep(0.3)
+        ready.set()
+        return [frame async for frame in frames]
+
+    *beats, last = asyncio.run(main())
+    assert last == wire.LAST + A
+    assert beats == [wire.BEAT]  # of some fifteen that were due
+
+
 def test_callers_of_other_sdks_get_plain_items() -> None:
     assert frames_of(two, {}) == ["a", "b"]
 

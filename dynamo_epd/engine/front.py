@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ from vllm.v1.outputs import LogprobsLists
 from dynamo_epd import tracing
 from dynamo_epd.engine.delta import Delta, Reasoning, TokenLogprobs
 from dynamo_epd.engine.language import encode_sampling
-from dynamo_epd.errors import EpdError, InternalError, InvalidRequest, ModelNotFound
+from dynamo_epd.errors import DeadlineExceeded, EpdError, InternalError, InvalidRequest, ModelNotFound
 
 _DONE = "data: [DONE]\n\n"
 """After the last event."""
@@ -162,21 +162,22 @@ class OpenAIFront:
         """The body of ``GET /v1/models``."""
         return str((await self._models.show_available_models()).model_dump_json())
 
-    async def chat(self, body: dict[str, Any], conduct: Conduct) -> Answer:
-        """Answers one chat request. ``image_url`` parts hold references that ``conduct`` understands.
+    async def chat(self, body: dict[str, Any], conduct: Conduct, until: float | None = None) -> Answer:
+        """Answers one chat request. ``image_url`` parts hold references that ``conduct`` understands. What is not there
+        at ``until``, by the event loop's clock, is DeadlineExceeded.
 
         Raises:
             EpdError: before the first byte of the reply. Afterwards the stream of events raises it. Anything else is a
                 defect: what vLLM refuses it says by classes of its own, or it is `_define_one_name_twice`.
         """
-        return await self._answer(ChatCompletionRequest, self._chat.create_chat_completion, body, conduct)
+        return await self._answer(ChatCompletionRequest, self._chat.create_chat_completion, body, _Run(conduct, until))
 
-    async def complete(self, body: dict[str, Any], conduct: Conduct) -> Answer:
+    async def complete(self, body: dict[str, Any], conduct: Conduct, until: float | None = None) -> Answer:
         """Answers one (text-only) completion request. Raises like `chat`."""
-        return await self._answer(CompletionRequest, self._completion.create_completion, body, conduct)
+        run = _Run(conduct, until)
+        return await self._answer(CompletionRequest, self._completion.create_completion, body, run)
 
-    async def _answer(self, kind: Any, create: Any, body: dict[str, Any], conduct: Conduct) -> Answer:
-        run = _Run(conduct)
+    async def _answer(self, kind: Any, create: Any, body: dict[str, Any], run: _Run) -> Answer:
         token = _current.set(run)
         streaming = False
         try:
@@ -255,6 +256,7 @@ class _Run:
     """What belongs to one HTTP request while vLLM's layer, which knows nothing of it, works on it."""
 
     conduct: Conduct
+    until: float | None = None
     failure: EpdError | None = None
     outputs: list[AsyncGenerator[RequestOutput, None]] = field(default_factory=list)
     reply: Any = None
@@ -310,6 +312,19 @@ async def _resume(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator
             yield event
     finally:
         await rest.aclose()
+
+
+@asynccontextmanager
+async def _before(until: float | None) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded in what it holds, once that time of the event loop's clock has come."""
+    limit = asyncio.timeout_at(until)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("the request's time is up") from error
 
 
 def _refusal(response: ErrorResponse) -> EpdError:
@@ -450,21 +465,11 @@ class _ConductedEngine(EngineClient):
         """Brings one answer's deltas to the output processor, until either side says that it is done."""
         deltas = run.conduct(prompt)
         try:
-            async for delta in deltas:
-                state = self.output_processor.request_states.get(request.request_id)
-                if state is None:
-                    return
-                if delta.prompt_tokens is not None:
-                    # Usage counts the image tokens. A reasoning parser looks at the ids, at how they end.
-                    ids = request.prompt_token_ids
-                    state.prompt_token_ids = [0] * (delta.prompt_tokens - len(ids)) + ids
-                    state.prompt_len = delta.prompt_tokens
-                # A stop string ends an answer at a token, and what was said after it is not the answer's.
-                for one in _single(delta) if request.sampling_params.stop else (delta,):
-                    processed = self.output_processor.process_outputs([_core_output(request.request_id, one)])
-                    if one.finish_reason is not None or processed.reqs_to_abort:
+            async with _before(run.until):  # around all deltas: a timeout for each costs as much as the delta
+                async for delta in deltas:
+                    if self._take(request, delta):
                         return
-            raise InternalError("The answer ended before its end.")
+                raise InternalError("The answer ended before its end.")
         except EpdError as error:
             run.failure = error
             queue.put(GenerationError(error.message))
@@ -474,6 +479,23 @@ class _ConductedEngine(EngineClient):
             queue.put(GenerationError(run.failure.message))
         finally:
             await deltas.aclose()
+
+    def _take(self, request: EngineCoreRequest, delta: Delta) -> bool:
+        """Whether the answer needs no further one."""
+        state = self.output_processor.request_states.get(request.request_id)
+        if state is None:
+            return True
+        if delta.prompt_tokens is not None:
+            # Usage counts the image tokens. A reasoning parser looks at the ids, at how they end.
+            ids = request.prompt_token_ids
+            state.prompt_token_ids = [0] * (delta.prompt_tokens - len(ids)) + ids
+            state.prompt_len = delta.prompt_tokens
+        # A stop string ends an answer at a token, and what was said after it is not the answer's.
+        for one in _single(delta) if request.sampling_params.stop else (delta,):
+            processed = self.output_processor.process_outputs([_core_output(request.request_id, one)])
+            if one.finish_reason is not None or processed.reqs_to_abort:
+                return True
+        return False
 
     async def abort(self, request_id: Any) -> None:
         self.output_processor.abort_requests(

@@ -24,6 +24,7 @@ from dynamo_epd.prefix import Seen
 from dynamo_epd.sdk import wire
 from dynamo_epd.sdk.config import ConfigError
 from dynamo_epd.sdk.context import dynamo_context, request_context
+from dynamo_epd.sdk.hearing import Hearing
 from dynamo_epd.sdk.place import endpoint_path
 from dynamo_epd.sdk.service import info_of
 
@@ -48,8 +49,6 @@ GONE_SECONDS = 0.25
 discovery at once; one that leaves takes what it was sent before within that."""
 FIRST_LOOK = 1.0
 """Seconds that the first call of an endpoint waits for discovery to tell its instances."""
-LATE_SECONDS = 0.25
-"""A timer of ours that rings later than this: our own event loop stood still, and knows nothing of the other end."""
 
 
 class ServiceClient:
@@ -288,6 +287,7 @@ class Call:
         self._blocks = blocks
         self._context: Any = None
         self._stream: Any = None
+        self._hearing = Hearing(endpoint.service.name)
         self._done = False
         self._answered = False
 
@@ -362,9 +362,9 @@ class Call:
         begun = time.monotonic()
         while True:
             try:
-                async with _listening(self._endpoint.service.name), self._while_known(instance):
-                    self._stream = await self._endpoint.remote.direct(
-                        payload, instance, annotated=False, context=self._context
+                async with self._while_known(instance):
+                    self._stream = await self._hearing.wait(
+                        self._endpoint.remote.direct(payload, instance, annotated=False, context=self._context)
                     )
                 self.taken = True
                 return
@@ -399,8 +399,7 @@ class Call:
         frame: Any = wire.BEAT
         try:
             while frame is wire.BEAT:
-                async with _listening(self._endpoint.service.name):
-                    frame = await self._stream.__anext__()
+                frame = await self._hearing.wait(self._stream.__anext__())
             return frame
         except StopAsyncIteration:
             raise self._lost("the stream ended without its end marker") from None
@@ -416,6 +415,7 @@ class Call:
         if self._done:
             return
         self._done = True
+        self._hearing.close()
         if stop and self._context is not None:
             self._context.stop_generating()
         self._stream = None
@@ -439,32 +439,6 @@ class Call:
 
     def __del__(self) -> None:
         self._finish(stop=True)
-
-
-@contextlib.asynccontextmanager
-async def _listening(name: str) -> AsyncIterator[None]:
-    """Raises TimeoutError after `wire.SILENT_SECONDS` in which this process listened to ``name`` and heard nothing."""
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(None) as bound:
-        timer: asyncio.TimerHandle
-
-        def listen() -> asyncio.TimerHandle:
-            due = loop.time() + wire.SILENT_SECONDS
-            return loop.call_at(due, silent, due)
-
-        def silent(due: float) -> None:
-            nonlocal timer
-            if loop.time() - due > LATE_SECONDS:
-                timer = listen()
-            else:
-                log.warning("a %s was silent for %g s and counts as lost", name, wire.SILENT_SECONDS)
-                bound.reschedule(loop.time())
-
-        timer = listen()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 _clients: dict[tuple[type, str], ServiceClient] = {}

@@ -152,25 +152,34 @@ class EndpointHandler:
 
 async def _framed(frames: asyncio.Queue[Any]) -> AsyncIterator[Any]:
     """The frames up to the last one, and beats while none comes."""
-    frame: Any = wire.BEAT
-    while isinstance(frame, bytes) or frame is wire.BEAT:
-        frame = await _frame_or_beat(frames)
-        while isinstance(frame, bytes) and not frames.empty():
-            following = frames.get_nowait()
-            if following is wire.END:
-                yield wire.LAST + frame
-                return
-            yield frame
-            frame = following
-        yield frame
+    loop = asyncio.get_running_loop()
+    said = loop.time()
+    timer: asyncio.TimerHandle
 
+    def beat() -> None:  # one timer for all frames, not a timeout around each: see `Hearing`
+        nonlocal timer, said
+        if (now := loop.time()) >= said + wire.BEAT_SECONDS:
+            said = now
+            if frames.empty():
+                frames.put_nowait(wire.BEAT)
+        timer = loop.call_at(said + wire.BEAT_SECONDS, beat)
 
-async def _frame_or_beat(frames: asyncio.Queue[Any]) -> Any:
+    timer = loop.call_later(wire.BEAT_SECONDS, beat)
     try:
-        async with asyncio.timeout(wire.BEAT_SECONDS):
-            return await frames.get()
-    except TimeoutError:
-        return wire.BEAT
+        frame: Any = wire.BEAT
+        while isinstance(frame, bytes) or frame is wire.BEAT:
+            frame = await frames.get()
+            while isinstance(frame, bytes) and not frames.empty():
+                following = frames.get_nowait()
+                if following is wire.END:
+                    yield wire.LAST + frame
+                    return
+                yield frame
+                frame = following
+            said = loop.time()
+            yield frame
+    finally:
+        timer.cancel()
 
 
 def _frame(item: Any, typed: bool) -> Any:

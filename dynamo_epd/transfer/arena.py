@@ -268,8 +268,8 @@ class Arena:
             self._transfer_failures += 1
             raise LeaseExpired("the handle's lease is over, or too nearly")
         loop = asyncio.get_running_loop()
-        started = loop.time()
-        deadline = started + min(timeout, lease_left)
+        started = time.monotonic()
+        deadline = loop.time() + min(timeout, lease_left)
         reservation: Reservation | None = None
         pulls: list[Pull] = []
         lengths = [handle.length for handle in handles]
@@ -312,7 +312,7 @@ class Arena:
         if counted:
             self._transfers += len(handles)
             self._transfer_bytes += sum(lengths)
-            self._transfer_seconds += loop.time() - started
+            self._transfer_seconds += time.monotonic() - started
         with reservation as slots:
             yield [
                 self._memory.view(slot.offset, handle.shape, handle.dtype)
@@ -342,7 +342,7 @@ class Arena:
     async def _finish(self, pulls: list[Pull]) -> None:
         """Step all pulls to their end. Polling is what moves the bytes: spin while they move, then slow down. The event
         loop has its turn where none have moved, and `TURN_SECONDS` after the last one (``make bench ROW=3``)."""
-        clock = asyncio.get_running_loop().time
+        clock = time.monotonic  # the event loop's may stand still while it has no turn (uvloop's does)
         taken, moved, pause = -1, clock(), 0.0
         turned = moved
         pending = pulls
