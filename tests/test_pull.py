@@ -6,9 +6,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from dynamo_epd.errors import DigestMismatch
 from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import digest_of
 from dynamo_epd.transfer.pull import PIECE_BYTES, PIECES_IN_FLIGHT, Pull
+from tests.serving import eventually
 
 
 class ReadDouble:
@@ -29,8 +33,9 @@ class AgentDouble:
         return self.reads[-1]
 
 
-def pull_of(agent: Any, data: bytes) -> Pull:
-    handle = Handle("o", "i", "lease", 0, len(data), (len(data),), "bytes", digest_of(data), 0.0, True)
+def pull_of(agent: Any, data: bytes, promised: bytes | None = None) -> Pull:
+    digest = digest_of(data if promised is None else promised)
+    handle = Handle("o", "i", "lease", 0, len(data), (len(data),), "bytes", digest, 0.0, True)
     memory: Any = SimpleNamespace(address=0, bytes_at=lambda offset, nbytes: data[offset : offset + nbytes])
     peer: Any = SimpleNamespace(incarnation="i", address=0, in_flight=0)
     peers: Any = SimpleNamespace(finished=lambda _: None, drop=lambda _: None)
@@ -52,5 +57,25 @@ def test_pieces_are_on_their_way_side_by_side_and_taken_in_order() -> None:
     assert (len(agent.reads), pull.taken) == (6, 2 * PIECE_BYTES)
     for read in agent.reads:
         read.here = True
-    assert pull.step()
+    eventually(pull.step, "its end")
     assert pull.step(), "and stays so"
+
+
+@pytest.mark.parametrize("wrong", [0, PIECE_BYTES - 1, PIECE_BYTES, 3 * PIECE_BYTES - 1])
+def test_a_wrong_byte_of_any_piece_is_found(wrong: int) -> None:
+    agent = AgentDouble()
+    data = bytearray(3 * PIECE_BYTES)
+    promised = bytes(data)
+    data[wrong] = 1
+    pull = pull_of(agent, bytes(data), promised)
+
+    def ended() -> bool:
+        done = pull.step()
+        for read in agent.reads:
+            read.here = True
+        return done
+
+    with pytest.raises(DigestMismatch):
+        eventually(ended, "its end")
+    assert pull.ended_lease == "lease"
+    assert not pull.done

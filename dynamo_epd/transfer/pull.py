@@ -2,13 +2,15 @@
 """The READ of one handle, in pieces.
 
 Over shared memory NIXL copies inside the call that starts a READ. One READ of 64 MiB would hold the event loop for
-tens of milliseconds, so a large one goes in pieces, each followed by its share of the digest while the bytes are
-still in the processor's cache.
+tens of milliseconds, so a large one goes in pieces. The digest takes each in a thread while the next is copied, still
+from the processor's cache: neither holds the GIL meanwhile (32 MiB: 1.31 and 1.24 times NIXL itself where it took turns
+with the copying, 1.22 and 1.25 beside it; ``make bench ROW=3``).
 """
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from dynamo_epd.errors import DigestMismatch, HandOffFailed
 from dynamo_epd.transfer.agent import Agent, Read
@@ -16,9 +18,12 @@ from dynamo_epd.transfer.handle import Handle
 from dynamo_epd.transfer.memory import Digest, Memory
 from dynamo_epd.transfer.peers import Peer, Peers
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 8 << 20
 PIECES_IN_FLIGHT = 4
 """Enough to keep a network busy while the digest runs."""
+
+_digests = ThreadPoolExecutor(1, "digest")
+"""One for all: it takes bytes several times as fast as they are copied."""
 
 
 class Pull:
@@ -33,9 +38,12 @@ class Pull:
         self._offset = offset
         self._started = 0
         self.taken = 0
-        """Bytes that have arrived and went into the digest."""
+        """Bytes that have arrived."""
         self._reads: deque[tuple[Read, int]] = deque()
         self._digest = Digest()
+        self._digested = 0
+        """Bytes that went into the digest, those in `_digesting` included."""
+        self._digesting: Future[None] | None = None
         self.done = False
 
     def step(self) -> bool:
@@ -51,10 +59,8 @@ class Pull:
         except HandOffFailed:
             self._peers.drop(self.peer)  # NIXL says so at once when a peer dies; the next read asks who is there now
             raise
-        for nbytes in arrived:
-            self._digest.update(self._memory.bytes_at(self._offset + self.taken, nbytes))
-            self.taken += nbytes
-        if self.taken == self._handle.length:
+        self.taken += sum(arrived)
+        if self._all_digested():
             if self._digest.hexdigest() != self._handle.digest:
                 raise DigestMismatch("the bytes that arrived are not those that the handle promised")
             self.done = True
@@ -89,6 +95,20 @@ class Pull:
             arrived.append(self._reads.popleft()[1])
             self._peers.finished(self.peer)
         return arrived
+
+    def _all_digested(self) -> bool:
+        if self._digesting is not None:
+            if not self._digesting.done():
+                return False
+            self._digesting = None
+        if self._digested < self.taken:
+            fresh = self._memory.bytes_at(self._offset + self._digested, self.taken - self._digested)
+            self._digested = self.taken
+            if self._digested < self._handle.length:
+                self._digesting = _digests.submit(self._digest.update, fresh)
+                return False
+            self._digest.update(fresh)  # nothing is copied beside it
+        return self._digested == self._handle.length
 
     def settle(self) -> bool:
         """Start nothing more. True when NIXL can write to this process's memory no more."""
